@@ -1,0 +1,1 @@
+"""Source: from lowered graphs to files that run where the compiler is not."""

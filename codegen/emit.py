@@ -1,0 +1,396 @@
+"""The module emitter: from lowered graphs to the text of `model.py`. Python decides, the template prints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+from ..dsl import syntax as sx
+from ..dsl.format import print_expr
+from ..dsl.program import Node
+from ..dsl.source import Span
+from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
+from ..lowering.masks import hull
+from ..lowering.ops import part
+from ..lowering.passes.stream import streaming_errors
+from . import names
+from .facts import Use, owner_of, slot_name
+
+NAMED_MASKS = {"key.position <= query.position": "CAUSAL", "true": "FULL"}
+
+
+@dataclass
+class Line:
+    """A line of a method, with the line of the spec that asked for it."""
+
+    text: str
+    spec: str = ""
+
+
+@dataclass
+class Class:
+    """Plain facts of one generated class, for the template."""
+
+    name: str
+    doc: str
+    construct: list[Line]
+    slots: list[str]
+    inputs: list[str]
+    body: list[Line]
+    result: str
+    is_model: bool = False
+    losses: list[Line] = field(default_factory=list)
+    loss_result: str = ""
+    counts: list[Line] = field(default_factory=list)
+    count_result: str = ""
+    objective_input: str = "tokens"
+
+
+class Writer:
+    """Writes the statements of one graph; `inlined` are nodes whose expression stands in their only reader's."""
+
+    def __init__(self, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]], inline: bool = True):
+        self.graph, self.program, self.masks = graph, program, masks
+        self.states = {s.node: s for s in program.states.get(graph.name, ())}
+        self.constants = self._constant_nodes() if graph.name == program.program.root else {}
+        self._inline = inline
+        self._names = self._variables()
+
+    # --- names ------------------------------------------------------------------------------------
+
+    def _variables(self) -> dict[str, str]:
+        """Python names: a value takes its variable's plain name again where the older one is dead."""
+        last: dict[str, int] = {}
+        for i, node in enumerate(self.graph.nodes):
+            for operand in node.operands:
+                if operand is not None:
+                    last[operand] = i
+        last.update({name: len(self.graph.nodes) for name in self.graph.results})
+        taken: dict[str, str] = {}
+        found: dict[str, str] = {}
+        for value in self.graph.body.inputs:
+            found[value.name] = names.variable(value.name)
+            taken[found[value.name]] = value.name
+        for i, node in enumerate(self.graph.nodes):
+            for result in node.results:
+                plain = names.variable(_base(result.name, self.graph))
+                holder = taken.get(plain)
+                free = holder is None or last.get(holder, -1) <= i
+                found[result.name] = plain if free else names.variable(result.name)
+                taken[found[result.name]] = result.name
+        return found
+
+    def expression(self, name: str) -> str:
+        """A Python expression for a value."""
+        weights = {w.name for w in self.graph.body.weights}
+        if name in weights:
+            return "self." + ".".join(names.attribute(p) for p in name.split("."))
+        node = self.graph.producers.get(name)
+        if node is not None and node.name in self.constants:
+            return f"self.{names.variable(name)}"
+        if node is not None and self.is_inlined(node):
+            return self.call(node)
+        return self._names[name]
+
+    def is_inlined(self, node: Node) -> bool:
+        """A pointwise node with one reader, itself pointwise: both are one expression."""
+        if not self._inline or node.op in STRUCTURE or not _pointwise(node) or node.name in self.constants:
+            return False
+        users = self.graph.users.get(node.name, ())
+        if len(users) != 1 or node.name in self.graph.results or users[0].operands.count(node.name) != 1:
+            return False
+        user = users[0]
+        return user.op not in STRUCTURE and _pointwise(user) and user.name not in self.constants
+
+    def mask(self, mask: sx.Expr) -> str:
+        """The name of a mask constant of the module."""
+        text = print_expr(mask)
+        if text not in self.masks:
+            bounds = hull(mask)
+            name = NAMED_MASKS.get(text, f"MASK_{len(self.masks) + 1}")
+            made = f"lib.Mask(lambda query, key: {_python_mask(mask)}, behind={bounds.behind}, ahead={bounds.ahead})"
+            self.masks[text] = (name, made)
+        return self.masks[text][0]
+
+    # --- statements -------------------------------------------------------------------------------
+
+    def _constant_nodes(self) -> dict[str, Node]:
+        """Nodes that depend on nothing: computed when the model is made."""
+        found: dict[str, Node] = {}
+        for node in self.graph.nodes:
+            if node.op in STRUCTURE or node.op == "coordinate" or op_of(node).coordinates:
+                continue
+            if all(o is None or o in self.graph.producers and self.graph.producers[o].name in found for o in node.operands):
+                found[node.name] = node
+        return found
+
+    def call(self, node: Node) -> str:
+        """The right side of a node's statement."""
+        if node.op == "call":
+            inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
+            name = names.attribute(node.attr("instance"))
+            return f"self.{name}({inputs}, at, state.{name})"
+        return part(node.op, "cpu").emit(Use(self.graph, node, self, self.states.get(node.name)))
+
+    def statements(self, nodes: Iterable[Node]) -> list[Line]:
+        lines: list[Line] = []
+        for node in nodes:
+            if node.name in self.constants or node.op not in STRUCTURE and self.is_inlined(node):
+                continue
+            targets = ", ".join(self._names[r.name] for r in node.results)
+            spec = spec_line(node.spans)
+            if node.op == "loop":
+                lines.extend(self._loop(node, spec))
+            else:
+                lines.append(Line(f"{targets} = {self.call(node)}", spec))
+        return lines
+
+    def _loop(self, node: Node, spec: str) -> list[Line]:
+        name = names.attribute(node.attr("instance"))
+        operands = [self.expression(o) for o in node.operands if o is not None]
+        results = [self._names[r.name] for r in node.results]
+        lines = [Line(f"{r} = {o}", spec) for r, o in zip(results, operands, strict=False) if r != o]
+        given = results + operands[len(results) :]
+        lines.append(Line(f"for {name}, kept in zip(self.{name}, state.{name}):", spec))
+        lines.append(Line(f"    {', '.join(results)} = {name}({', '.join(given)}, at, kept)", spec))
+        return lines
+
+    def construct(self) -> list[Line]:
+        """Submodules in order of first use."""
+        lines: list[Line] = []
+        done: set[str] = set()
+        for node in self.graph.nodes:
+            spec = spec_line(node.spans)
+            if node.op in STRUCTURE:
+                name = node.attr("instance")
+                if name not in done:
+                    lines.append(Line(f"self.{names.attribute(name)} = {self._instance(name)}", spec))
+                done.add(name)
+                continue
+            owner = owner_of(self.graph, node)
+            if owner is not None and owner not in done:
+                done.add(owner)
+                made = part(node.op, "cpu").construct(Use(self.graph, node, self, None))
+                lines.append(Line(f"self.{names.attribute(owner)} = {made}", spec))
+        for weight in self.graph.body.weights:
+            if "." not in weight.name:
+                sizes = ", ".join(str(self.graph.size(d)) for d in weight.dims)
+                lines.append(Line(f"self.{names.attribute(weight.name)} = lib.empty({sizes})", spec_line((weight.span,))))
+        for node in self.constants.values():
+            text = part(node.op, "cpu").emit(Use(self.graph, node, self, None))
+            name = names.variable(node.name)
+            lines.append(Line(f'self.register_buffer("{name}", {text}, persistent=False)', spec_line(node.spans)))
+        return lines
+
+    def _instance(self, name: str) -> str:
+        instance = self.graph.instance(name)
+        classes = [names.class_name(b) for b in instance.bodies]
+        if instance.schedule is None:
+            return f"{classes[0]}()"
+        if len(classes) == 1:
+            return f"nn.ModuleList({classes[0]}() for _ in range({len(instance.schedule)}))"
+        return f"nn.ModuleList(kind() for kind in {_schedule(classes, instance.schedule)})"
+
+    def slots(self) -> list[str]:
+        """Arguments of `lib.Slots`: what the stream pass derived, and the blocks inside."""
+        found = []
+        for node in self.graph.nodes:
+            if node.name in self.states:
+                state = self.states[node.name]
+                made = part(node.op, "cpu").slot(Use(self.graph, node, self, state), state)
+                found.append(f"{names.attribute(slot_name(self.graph, node))}={made}")
+        for instance in self.graph.body.instances:
+            name = names.attribute(instance.name)
+            if instance.schedule is None:
+                found.append(f"{name}=self.{name}.slots(stream)")
+            else:
+                found.append(f"{name}=[{name}.slots(stream) for {name} in self.{name}]")
+        return found
+
+    def as_class(self) -> Class:
+        body = self.statements(self.graph.nodes)
+        result = ", ".join(self.expression(o) for o in self.graph.body.outputs)
+        if body and len(self.graph.body.outputs) == 1 and body[-1].text.startswith(f"{result} = "):
+            last = body.pop()
+            body.append(Line(f"return {last.text.split(' = ', 1)[1]}", last.spec))
+            result = ""
+        return Class(
+            names.class_name(self.graph.name),
+            _first_line(self.graph.body.doc),
+            self.construct(),
+            self.slots(),
+            [names.variable(v.name) for v in self.graph.body.inputs],
+            body,
+            result,
+        )
+
+
+def _pointwise(node: Node) -> bool:
+    op = op_of(node)
+    return bool(op.inputs) and all(not o.leading for o in op.inputs)
+
+
+def _base(name: str, graph: Graph) -> str:
+    stem, _, tail = name.rpartition("_")
+    return stem if stem and tail.isdigit() and (stem in graph.values) else name
+
+
+def _python_mask(mask: sx.Expr) -> str:
+    """A mask in Python: `and`, `or`, `not` of tensors are `&`, `|`, `~`, which bind tighter than comparisons."""
+    match mask:
+        case sx.Binary(operator="and" | "or" as op, left=left, right=right):
+            return f"({_python_mask(left)}) {'&' if op == 'and' else '|'} ({_python_mask(right)})"
+        case sx.Unary(operator="not", value=value):
+            return f"~({_python_mask(value)})"
+        case sx.Constant(value=value):
+            return repr(value)
+    return print_expr(mask)
+
+
+def spec_line(spans: tuple[Span, ...]) -> str:
+    """`nemotron_h.spec:18  x = x + layer(rms_norm(x))`: the file's name without its folder, and the whole line."""
+    real = [s for s in spans if s.source.text]
+    if not real:
+        return ""
+    span = real[0]
+    file = span.source.name.replace("\\", "/").rsplit("/", 1)[-1]
+    text = span.source.line(span.line).strip()
+    return f"{file}:{span.line}  {text}"
+
+
+def _first_line(doc: str) -> str:
+    return " ".join(doc.split())
+
+
+def _schedule(classes: list[str], schedule: tuple[int, ...]) -> str:
+    """The kinds of a loop's iterations as a tuple, wrapped."""
+    text, line = "(\n", " " * 12
+    for which in schedule:
+        word = f"{classes[which]}, "
+        if len(line) + len(word) > 116:
+            text += line.rstrip() + "\n"
+            line = " " * 12
+        line += word
+    return text + line.rstrip() + "\n        )"
+
+
+@cache
+def _template() -> jinja2.Template:
+    text = files("heddle.codegen").joinpath("templates/module.py.jinja").read_text(encoding="utf-8")
+    return jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    ).from_string(text)
+
+
+def emit_module(program: GraphProgram, version: str) -> str:
+    """The text of `model.py` for target `cpu`: one class a distinct block, callees first."""
+    masks: dict[str, tuple[str, str]] = {}
+    objectives = set(program.program.objectives.values())
+    classes = []
+    for graph in program.callees_first():
+        if graph.name not in objectives:
+            classes.append(Writer(graph, program, masks).as_class())
+    model = next(c for c in classes if c.name == names.class_name(program.program.root))
+    model.is_model = True
+    for name in program.program.objectives.values():
+        _add_objective(model, program.graphs[name], program, masks)
+    classes = [c for c in classes if c is not model] + [model]
+    errors = streaming_errors(program)
+    return _template().render(
+        program=program.program,
+        version=version,
+        masks=sorted(masks.values()),
+        classes=classes,
+        init=_init_table(program),
+        keep=_keep_patterns(program),
+        late=errors[0].message if errors else None,
+        source=_source_name(program),
+        used=_grouped,
+    )
+
+
+def _source_name(program: GraphProgram) -> str:
+    return program.program.span.source.name.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]]) -> None:
+    """The objective as two methods: the sums, and the counts that they are divided by."""
+    writer = _ObjectiveWriter(graph, program, masks)
+    model.objective_input = names.variable(graph.body.inputs[0].name)
+    emits = [(label, value) for _, label, value in graph.body.emits]
+    model.losses = writer.statements(graph.nodes)
+    model.loss_result = ", ".join(f'"{label}": {writer.expression(value)}' for label, value in emits)
+    nodes = [graph.producers[value] for _, value in emits]
+    wanted = {n.operands[1] for n in nodes}
+    needed: list[Node] = []
+    for node in reversed(graph.nodes):
+        if any(r.name in wanted for r in node.results):
+            needed.insert(0, node)
+            wanted.update(o for o in node.operands if o is not None)
+    model.counts = writer.statements(needed)
+    uses = [(label, part(n.op, "cpu").count(Use(graph, n, writer, None))) for (label, _), n in zip(emits, nodes, strict=True)]
+    model.count_result = ", ".join(f'"{label}": {text}' for label, text in uses)
+
+
+class _ObjectiveWriter(Writer):
+    """Statements of an objective: a call of the model is a full run."""
+
+    def call(self, node: Node) -> str:
+        if node.op == "call":
+            inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
+            return f"self.run({inputs}, at, lib.STATELESS)"
+        return super().call(node)
+
+
+def _grouped(lines: list[Line]) -> list[Line]:
+    """Lines with the spec line only where it changes."""
+    out, last = [], ""
+    for line in lines:
+        out.append(Line(line.text, line.spec if line.spec != last else ""))
+        last = line.spec or last
+    return out
+
+
+def _pattern(path: tuple[str | int, ...]) -> str:
+    return ".".join("*" if isinstance(s, int) else s for s in path)
+
+
+def _init_table(program: GraphProgram) -> list[tuple[str, str]]:
+    """Initial values by path; iterations are one line where all agree."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for p in program.program.parameters():
+        groups.setdefault(_pattern(p.path), {}).setdefault(_init_text(p.init), []).append(p.name)
+    table = []
+    for pattern, by_init in groups.items():
+        if len(by_init) == 1:
+            table.append((pattern, next(iter(by_init))))
+        else:
+            table.extend((name, text) for text, members in by_init.items() for name in members)
+    return table
+
+
+def _init_text(init: Any) -> str:
+    return repr((init.kind, *init.values))
+
+
+def _keep_patterns(program: GraphProgram) -> list[str]:
+    """Weights that stay in fp32, as patterns that match no other weight."""
+    keep = dict.fromkeys(_pattern(p.path) for p in program.program.parameters() if p.weight.keep)
+    rest = [p.name for p in program.program.parameters() if not p.weight.keep]
+    for pattern in keep:
+        clash = next((name for name in rest if fnmatchcase(name, pattern)), None)
+        if clash:
+            raise ValueError(f"{pattern} also matches {clash}")
+    return list(keep)
+
+
+def digest(text: str) -> str:
+    """The name of an artifact: its content."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

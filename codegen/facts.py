@@ -1,0 +1,130 @@
+"""From nodes to plain facts: what the CPU code of an op's room asks about one use of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..dsl import syntax as sx
+from ..dsl.program import Node
+from ..lowering.graph import Graph, State, op_of
+from . import names
+
+
+class Use:
+    """One use of an op in a graph. `args` are Python expressions for the operands, None for absent ones."""
+
+    def __init__(self, graph: Graph, node: Node, writer: Any, state: State | None):
+        self.graph, self.node, self.writer, self.state = graph, node, writer, state
+        self.op, self.operands = node.op, node.operands
+        self._op = op_of(node)
+
+    @property
+    def args(self) -> list[str | None]:
+        return [None if o is None else self.writer.expression(o) for o in self.operands]
+
+    @property
+    def own(self) -> str | None:
+        """The submodule that owns this op's weights, or None if they belong elsewhere."""
+        owner = owner_of(self.graph, self.node)
+        return None if owner is None else f"self.{names.attribute(owner)}"
+
+    @property
+    def past(self) -> str:
+        """The state of this use."""
+        return f"state.{names.attribute(slot_name(self.graph, self.node))}"
+
+    def attr(self, name: str) -> Any:
+        setting = self._op.setting(name)
+        return self.node.attr(name, setting.default if setting else None)
+
+    def literal(self, name: str) -> str | None:
+        """A number that stands in place of a tensor."""
+        value = self.node.attr(name)
+        return None if value is None else repr(value)
+
+    def dim_sizes(self, dims: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(self.graph.size(d) or 0 for d in dims)
+
+    def sizes(self, formal: str) -> tuple[int, ...]:
+        """Sizes of the dims that a formal stands for."""
+        return self.dim_sizes(self.node.bound(formal))
+
+    def weight_sizes(self, weight: str | None) -> tuple[int, ...]:
+        return self.dim_sizes(self.graph.values[weight or ""].type.dims)
+
+    def result_width(self, formal: str) -> int:
+        return len(self.node.bound(formal))
+
+    def mask(self, mask: sx.Expr) -> str:
+        return self.writer.mask(mask)
+
+    # --- pointwise --------------------------------------------------------------------------------
+
+    @property
+    def aligned(self) -> list[str | None]:
+        """Operands that broadcast to the result: dims that they lack are inserted."""
+        wanted = self.node.results[0].type.dims
+        return [None if o is None else self._align(o, wanted) for o in self.operands]
+
+    def _align(self, operand: str, wanted: tuple[str, ...]) -> str:
+        have = self.graph.values[operand].type.dims
+        text = self.writer.expression(operand)
+        if self.op == "outer" or not have or have == wanted[len(wanted) - len(have) :]:
+            return text
+        order = [d for d in wanted if d in have]
+        if tuple(order) != have:
+            text = f"{self.wrap(text)}.permute({', '.join(str(have.index(d)) for d in order)})"
+        first = wanted.index(order[0])
+        places = [":" if d in have else "None" for d in wanted[first:]]
+        return f"{self.wrap(text)}[{', '.join(places)}]"
+
+    def wrap(self, text: str | None) -> str:
+        """In parentheses, if an operator of the text would bind less tightly than one around it."""
+        text = text or ""
+        return f"({text})" if " " in _outside_brackets(text) or text.startswith("-") else text
+
+    def producer(self, operand: int) -> str | None:
+        """The op whose expression was written in place of an operand."""
+        name = self.operands[operand]
+        node = self.graph.producers.get(name) if name else None
+        return node.op if node is not None and self.writer.is_inlined(node) else None
+
+    def inner(self, operand: int) -> str:
+        """The argument of the op that was written in place of an operand."""
+        node = self.graph.producers[self.operands[operand] or ""]
+        return self.writer.expression(node.operands[0] or "")
+
+
+def _outside_brackets(text: str) -> str:
+    depth, kept = 0, []
+    for c in text:
+        depth += c in "([{"
+        if depth == 0:
+            kept.append(c)
+        depth -= c in ")]}"
+    return "".join(kept)
+
+
+def owner_of(graph: Graph, node: Node) -> str | None:
+    """The name under which a node owns its weights: of an op's own instance, or of several stacked ones."""
+    owned = {w.name: w for w in graph.body.weights}
+    weights = [o for o in node.operands if o in owned]
+    if not weights or any("." not in w for w in weights):
+        return None
+    parts = node.attr("parts")
+    if parts:
+        return "_".join(parts)
+    owners = {w.rsplit(".", 1)[0] for w in weights}
+    if len(owners) != 1 or any(owned[w].op != node.op for w in weights):
+        return None
+    return owners.pop()
+
+
+def slot_name(graph: Graph, node: Node) -> str:
+    """The name of a node's state: its owner's, else its own."""
+    return owner_of(graph, node) or names.variable(node.name)
+
+
+def parameters_in(sizes: tuple[int, ...]) -> int:
+    return math.prod(sizes)

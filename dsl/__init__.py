@@ -1,0 +1,1 @@
+"""The language: text in, checked and elaborated programs out. Loads neither torch nor networkx."""

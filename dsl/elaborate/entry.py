@@ -1,0 +1,178 @@
+"""The way in: from a file and the name of a model to an elaborated program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import program as pg
+from .. import syntax as sx
+from ..diagnostics import Collector, SpecError, did_you_mean, fail
+from ..load import File, Found
+from ..source import NOWHERE, Span
+from .builder import Builder
+from .calls import Calls, Elaborated, Given, inputs_of
+from .environment import Environment
+from .expressions import Expressions
+from .statements import Statements
+from .values import Dim, Tensor, Waiting
+
+
+class Elaborator(Expressions, Calls, Statements):
+    """One elaboration: the op table comes from the floor above, as data."""
+
+    def __init__(self, ops: Mapping[str, Any], required: Any, op_call: Any, owned: type):
+        self.ops, self.required = ops, required
+        self._op_call, self._owned = op_call, owned
+        self.collector = Collector()
+        self.memo: dict[Any, Elaborated] = {}
+        self.finished: dict[str, Any] = {}
+        self.bodies: dict[str, pg.Body] = {}
+        self.running: list[str] = []
+        self.resolving: list[str] = []
+        self._names: set[str] = set()
+
+    def op_call(self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any) -> Any:
+        return self._op_call(op, tensors, settings, span, spans, lambda name, size: Dim(name, size, span=span))
+
+    def is_owned(self, value: Any) -> bool:
+        return isinstance(value, self._owned)
+
+    def fresh_body(self, base: str) -> str:
+        name, n = base, 1
+        while name in self._names:
+            n += 1
+            name = f"{base}_{n}"
+        self._names.add(name)
+        return name
+
+    def finish_later(self, name: str, builder: Builder, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        self.bodies[name] = builder.finish(name, inputs, outputs)
+
+    def finish(self, made: Elaborated) -> None:
+        outputs = [r for r in made.returned if isinstance(r, Tensor)]
+        self.bodies[made.name] = made.builder.finish(made.name, made.inputs, outputs)
+
+
+def entries(file: File, keyword: str = "model") -> list[str]:
+    """The names of the models of a file, in order."""
+    return [name for name, d in file.declared.items() if getattr(d, "keyword", None) == keyword]
+
+
+def elaborate(
+    file: File,
+    ops: Mapping[str, Any],
+    hooks: Any,
+    model: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    objective: str | None = "next_token",
+) -> pg.Program:
+    """Elaborate one model of a file, and the objective that trains it.
+
+    `ops` is the op table, `hooks` has its `REQUIRED`, `OpCall` and `OwnedWeight`. Without `model`, the last model of
+    the file whose parameters are all known. Raises `SpecError` with every independent diagnostic.
+    """
+    found = _choose(file, model)
+    machine = Elaborator(ops, hooks.REQUIRED, hooks.OpCall, hooks.OwnedWeight)
+    try:
+        waiting = machine.declared(found, found.declaration.name_span)
+        settings = {**waiting.settings, **(overrides or {})}
+        _check_overrides(waiting, overrides or {}, found)
+        program = _elaborate(machine, found, Waiting(found=waiting.found, settings=settings, spans=waiting.spans), objective)
+    except SpecError as error:
+        machine.collector.add(error)
+        machine.collector.finish()
+        raise
+    machine.collector.finish()
+    return program
+
+
+def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: str | None) -> pg.Program:
+    declaration = waiting.found.declaration
+    span = found.declaration.name_span
+    builder = Builder("entry")
+    tensors = {i.name: _input(i, builder, waiting, machine) for i in inputs_of(declaration)}
+    given = Given(tensors, waiting.settings, waiting.spans)
+    made = machine.body_of(waiting, given, Environment(found.file, builder), span)
+    objectives: dict[str, str] = {}
+    if objective is not None:
+        objectives.update(_objective(machine, found, waiting, objective, tensors, builder, made))
+    for elaborated in list(machine.finished.values()):
+        machine.finish(elaborated)
+    arguments = {n: c.value for n, c in _parameters_of(declaration, made).items()}
+    return pg.Program(found.declaration.name, declaration.name, made.name, machine.bodies, objectives, arguments, span)
+
+
+def _objective(
+    machine: Elaborator, found: Found, waiting: Waiting, objective: str, tensors: dict[str, Any], builder: Builder,
+    model: Elaborated,
+) -> dict[str, str]:  # fmt: skip
+    """The objective's body, if it takes the inputs that the model has and the model gives what it asks for."""
+    block = found.file.lookup(objective)
+    if block is None:
+        raise fail("unknown-name", f"no objective is named `{objective}`", found.declaration.name_span)
+    wanted = [i.name for i in inputs_of(block.declaration)]
+    if any(tensors.get(name) is None for name in wanted) or "logits" not in model.variables:
+        return {}
+    given = Given({n: tensors[n] for n in wanted}, {"net": waiting}, {})
+    made = machine.body_of(Waiting(found=block), given, Environment(found.file, builder), found.declaration.name_span)
+    return {objective: made.name}
+
+
+def _parameters_of(declaration: sx.Function, made: Elaborated) -> dict[str, Any]:
+    names = [p.name for p in declaration.parameters]
+    return {n: _Known(made.variables.get(n)) for n in names}
+
+
+class _Known:
+    """The value of a model's parameter as plain data: dims by their size."""
+
+    def __init__(self, value: Any):
+        self.value = value.size if isinstance(value, Dim) else value
+
+
+def _input(statement: sx.Input, builder: Builder, waiting: Waiting, machine: Elaborator) -> Tensor | None:
+    if statement.optional or statement.default is not None:
+        return None
+    kind = statement.kind.id if isinstance(statement.kind, sx.Name) else "real"
+    if kind not in ("real", "token", "index", "mask", "coordinate"):
+        raise fail("not-built-yet", f"inputs of kind `{kind}` are not built yet", statement.span)
+    dims: list[Dim] = []
+    for item in statement.shape or ():
+        size = None
+        given = waiting.settings.get(item.name) if item.name else None
+        if isinstance(given, int):
+            size = given
+        dims.append(Dim(item.name or "dim", size, span=item.span))
+    if kind == "token" and dims:
+        dims[-1].sequence, dims[-1].lead = True, tuple(dims[:-1])
+    return builder.add_input(statement.name, kind, tuple(dims), statement.span)
+
+
+def _choose(file: File, model: str | None) -> Found:
+    models = entries(file)
+    if model is not None:
+        found = file.lookup(model)
+        if found is None or getattr(found.declaration, "keyword", None) != "model":
+            raise fail("unknown-name", f"`{file.source.name}` has no model named `{model}`", Span(file.source, 0, 0),
+                       help=did_you_mean(model, models, "a model"))
+        return found
+    if not models:
+        raise fail("nothing-declared", f"`{file.source.name}` declares no model", Span(file.source, 0, 0),
+                   help="a model starts with `model NAME(...):`")
+    ready = [m for m in models if _is_ready(file.lookup(m))]
+    return file.lookup((ready or models)[-1])
+
+
+def _is_ready(found: Found) -> bool:
+    """Whether every parameter is known: a variant, or a function whose parameters all have defaults."""
+    declaration = found.declaration
+    return isinstance(declaration, sx.Variant) or all(p.default is not None for p in declaration.parameters)
+
+
+def _check_overrides(waiting: Waiting, overrides: Mapping[str, Any], found: Found) -> None:
+    names = [p.name for p in waiting.found.declaration.parameters]
+    for name in overrides:
+        if name not in names:
+            raise fail("no-such-parameter", f"`{found.declaration.name}` has no parameter `{name}`",
+                       found.declaration.name_span or NOWHERE, help=did_you_mean(name, names, "a parameter"))

@@ -1,0 +1,307 @@
+"""Statements: assignments, branches, loops, and what a block declares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import program as pg
+from .. import syntax as sx
+from ..arithmetic import kind
+from ..diagnostics import Label, SpecError, fail
+from ..load import Found
+from ..source import Span
+from .builder import Builder
+from .environment import Environment
+from .expressions import truth
+from .values import POISON, Dim, Lazy, Tensor, Waiting
+
+
+class Returned(Exception):
+    """A `return` was reached."""
+
+    def __init__(self, values: list[Any]):
+        self.values = values
+
+
+class Statements:
+    """Running statements; a part of `Elaborator`."""
+
+    def run_body(self, declaration: sx.Function, env: Environment, hint: str | None) -> list[Any]:
+        """Run a function's statements in order; gives what it returns. All independent errors are collected."""
+        before = len(self.collector.found)
+        try:
+            self.run(declaration.body, env, hint)
+        except Returned as returned:
+            if len(self.collector.found) > before:
+                raise SpecError([]) from None
+            return returned.values
+        if len(self.collector.found) > before:
+            raise SpecError([])
+        if declaration.keyword == "block" and not env.builder.emits:
+            raise fail("missing-return", f"`{declaration.name}` returns nothing", declaration.name_span or declaration.span)
+        return []
+
+    def run(self, statements: tuple[sx.Statement, ...], env: Environment, hint: str | None = None) -> None:
+        for statement in statements:
+            try:
+                self.statement(statement, env, hint)
+            except SpecError as error:
+                self.collector.add(error)
+                if isinstance(statement, sx.Return):
+                    raise SpecError([]) from None
+                for name in assigned([statement]):
+                    env.bind(name, POISON, statement.span)
+
+    def statement(self, statement: sx.Statement, env: Environment, hint: str | None) -> None:
+        match statement:
+            case sx.Input():
+                pass
+            case sx.Assign():
+                self._assign(statement, env)
+            case sx.Return():
+                self._return(statement, env, hint)
+            case sx.If():
+                self._if(statement, env, hint)
+            case sx.For():
+                self._for(statement, env)
+            case sx.InitRule():
+                self._init(statement, env)
+            case sx.Emit(keyword="loss" | "metric"):
+                self._emit(statement, env)
+            case sx.Declare(keyword="param"):
+                self._param(statement, env)
+            case _:
+                raise fail("not-built-yet", _later(statement), statement.span)
+
+    # --- assignments ------------------------------------------------------------------------------
+
+    def _assign(self, statement: sx.Assign, env: Environment) -> None:
+        names, values = statement.names, statement.values
+        if statement.shared:
+            self._shared(statement, env)
+            return
+        if len(values) == len(names):
+            made = [self.value(v, env, self._hint(n, v, env)) for n, v in zip(names, values, strict=True)]
+        elif len(values) == 1:
+            result = self.value(values[0], env)
+            if not isinstance(result, (tuple, list)) or len(result) != len(names):
+                count = len(result) if isinstance(result, (tuple, list)) else 1
+                raise fail("wrong-arity", f"{len(names)} names are bound to {count} value{'s' if count != 1 else ''}",
+                           statement.span)
+            made = list(result)
+        else:
+            raise fail("wrong-arity", f"{len(names)} names are bound to {len(values)} values", statement.span)
+        for name, value in zip(names, made, strict=True):
+            env.bind(name, value, statement.span)
+        if statement.shape is not None:
+            self._name_dims(statement, made[0], env)
+
+    def _hint(self, name: str, value: sx.Expr, env: Environment) -> str | None:
+        """A variable names the call that it is bound to first; a later binding leaves the name to what is called, but
+        still names the value. Calls that are a part of an expression are named by what is called."""
+        return None if name in env.cells and isinstance(value, (sx.Call, sx.Choose)) else name
+
+    def _shared(self, statement: sx.Assign, env: Environment) -> None:
+        for name, expr in zip(statement.names, statement.values, strict=True):
+            value = self.value(expr, env)
+            if not isinstance(value, Waiting):
+                raise fail("wrong-type", f"`shared` keeps one set of weights of a function that waits, this is {kind(value)}",
+                           expr.span)
+            env.bind(name, Waiting(value.op, value.found, value.positional, value.settings, value.spans,
+                                   (name, env.builder), expr.span), statement.span)
+
+    def _name_dims(self, statement: sx.Assign, value: Any, env: Environment) -> None:
+        shape = statement.shape or ()
+        if not isinstance(value, Tensor) or len(value.dims) < len(shape):
+            raise fail("too-few-dims", f"`{statement.names[0]}` has no {len(shape)} dims to name", statement.span)
+        for item, dim in zip(reversed(shape), reversed(value.dims), strict=False):
+            if item.name is not None:
+                env.bind(item.name, dim, item.span)
+
+    def _return(self, statement: sx.Return, env: Environment, hint: str | None) -> None:
+        values = []
+        for expr in statement.values:
+            name = hint or ("out" if isinstance(expr, (sx.Call, sx.Choose)) else None)
+            values.append(self.value(expr, env, name if len(statement.values) == 1 else None))
+        raise Returned(values)
+
+    def _if(self, statement: sx.If, env: Environment, hint: str | None) -> None:
+        for condition, body in statement.branches:
+            if truth(self.value(condition, env)):
+                self.run(body, env, hint)
+                return
+        self.run(statement.otherwise, env, hint)
+
+    # --- what a block declares --------------------------------------------------------------------
+
+    def _init(self, statement: sx.InitRule, env: Environment) -> None:
+        selectors = tuple(dotted(s) for s in statement.selectors)
+        init = self.distribution(statement.value, env)
+        env.builder.rules.append(pg.Rule(selectors, init, statement.span))
+
+    def _emit(self, statement: sx.Emit, env: Environment) -> None:
+        value = self.value(statement.value, env, statement.name)
+        if not isinstance(value, Tensor) or value.kind != "loss":
+            raise fail("wrong-type", f"`{statement.keyword}` needs a sum over scored places, such as `cross_entropy`, this "
+                       f"is {kind(value)}", statement.value.span)
+        env.builder.emits.append((statement.keyword, statement.name, value))
+
+    def _param(self, statement: sx.Declare, env: Environment) -> None:
+        dims = tuple(d for item in statement.shape for d in self._dims_of_shape(item, env))
+        init = pg.Init("zeros") if statement.value is None else self.distribution(statement.value, env)
+        env.builder.own(statement.name, statement.span)
+        tensor = env.builder.add_weight(statement.name, dims, init, "param", False, statement.span)
+        env.bind(statement.name, tensor, statement.span)
+
+    def _dims_of_shape(self, item: sx.DimItem, env: Environment) -> tuple[Dim, ...]:
+        if item.name is None:
+            return (Dim("one", int(self.number(item.size, env)), span=item.span),)
+        return self.dims(sx.Name(item.name, span=item.span), env)
+
+    # --- loops ------------------------------------------------------------------------------------
+
+    def _for(self, statement: sx.For, env: Environment) -> None:
+        items = self.items(statement.source, env)
+        carried = [n for n in assigned(statement.body) if env.has(n)]
+        loop = _Loop(statement, env, carried)
+        for item in items:
+            self._iteration(loop, item)
+        self._close(loop)
+
+    def _iteration(self, loop: _Loop, item: Any) -> None:
+        values = [loop.env.cell(n).value for n in loop.carried]
+        for value in values:
+            if value is POISON:
+                raise SpecError([])
+        item = item.get() if isinstance(item, Lazy) else item
+        state = tuple(self.key(v, []) for v in values)
+        key = (state, self.key(item, []))
+        done = loop.memo.get((state, None)) or loop.memo.get(key)
+        if done is None:
+            done = self._elaborate_iteration(loop, item, values)
+            loop.memo[key if done.reads_item else (state, None)] = done
+        loop.schedule.append(done)
+        for name, before, after in zip(loop.carried, values, done.after, strict=True):
+            if isinstance(after, Tensor) != isinstance(before, Tensor):
+                raise fail("not-built-yet", f"`{name}` turns from {kind(before)} into {kind(after)} inside the loop, which is "
+                           "not built yet", loop.statement.span)
+            if isinstance(after, Tensor) and [id(d) for d in after.dims] != [id(d) for d in before.dims]:
+                raise fail("dim-mismatch", f"`{name}` has other dims after an iteration than before it",
+                           loop.statement.span, f"[{', '.join(d.name for d in before.dims)}] becomes "
+                           f"[{', '.join(d.name for d in after.dims)}]")
+            if not isinstance(after, Tensor):
+                loop.env.bind(name, after, loop.statement.span)
+
+    def _elaborate_iteration(self, loop: _Loop, item: Any, values: list[Any]) -> _Iteration:
+        statement, outer = loop.statement, loop.env
+        builder = Builder(statement.names[0], parent=outer.builder, span=statement.span)
+        env = Environment(outer.file, builder, outer)
+        inputs = {}
+        for name, value in zip(loop.carried, values, strict=True):
+            if isinstance(value, Tensor):
+                inputs[name] = builder.add_input(name, value.kind, value.dims, value.span)
+                env.bind(name, inputs[name], statement.span)
+            else:
+                env.bind(name, value, statement.span)
+        self.unpack(statement.names, item, env, statement.span)
+        cells = [env.cells[n] for n in statement.names]
+        for cell in cells:
+            cell.read = False
+        before = len(self.collector.found)
+        self.run(statement.body, env)
+        if len(self.collector.found) > before:
+            raise SpecError([])
+        after = [env.cells[n].value for n in loop.carried]
+        suffix = f"_{item.name}" if isinstance(item, Waiting) else ""
+        return _Iteration(builder, f"{statement.names[0]}{suffix}", after, any(c.read for c in cells))
+
+    def _close(self, loop: _Loop) -> None:
+        """One node for the whole loop: carried values go through the iterations, the others are given to each."""
+        distinct = list(dict.fromkeys(loop.schedule))
+        if not any(d.builder.nodes for d in distinct):
+            return
+        env, statement = loop.env, loop.statement
+        tensors = [n for n in loop.carried if isinstance(env.cell(n).value, Tensor)]
+        captured: dict[int, Tensor] = {}
+        for done in distinct:
+            captured.update({i: outer for i, (outer, _) in done.builder.captured.items()})
+        names = []
+        for tensor in [*(env.cell(n).value for n in tensors), *captured.values()]:
+            env.builder.names_of(tensor.dims)
+        for done in distinct:
+            inputs = [done.builder.inputs[i] for i in range(len(tensors))]
+            for i, outer in captured.items():
+                if i not in done.builder.captured:
+                    inner = Tensor(done.builder.fresh(outer.name), outer.kind, outer.dims, done.builder, span=outer.span)
+                    done.builder.captured[i] = (outer, inner)
+                inputs.append(done.builder.captured[i][1])
+            name = self.fresh_body(done.name)
+            outputs = [a for n, a in zip(loop.carried, done.after, strict=True) if n in tensors]
+            self.finish_later(name, done.builder, inputs, outputs)
+            names.append(name)
+        place = {id(d): i for i, d in enumerate(distinct)}
+        instance = statement.names[0]
+        env.builder.own(instance, statement.span)
+        schedule = tuple(place[id(d)] for d in loop.schedule)
+        env.builder.instances.append(pg.Instance(instance, tuple(names), schedule))
+        befores = [env.cell(n).value for n in tensors]
+        results = tuple((n, t.kind, t.dims) for n, t in zip(tensors, befores, strict=True))
+        made = env.builder.add_node("loop", (*befores, *captured.values()), results, {"instance": instance}, {},
+                                    statement.span)
+        for name, tensor in zip(tensors, made, strict=True):
+            self._rebind(env, name, tensor)
+
+    def _rebind(self, env: Environment, name: str, tensor: Tensor) -> None:
+        env.bind(name, tensor, env.cell(name).span)
+
+
+class _Iteration:
+    """A distinct iteration of a loop."""
+
+    def __init__(self, builder: Builder, name: str, after: list[Any], reads_item: bool):
+        self.builder, self.name, self.after, self.reads_item = builder, name, after, reads_item
+
+
+class _Loop:
+    """A loop while it is elaborated: `memo` has the distinct iterations, `schedule` all of them in order."""
+
+    def __init__(self, statement: sx.For, env: Environment, carried: list[str]):
+        self.statement, self.env, self.carried = statement, env, carried
+        self.memo: dict[Any, _Iteration] = {}
+        self.schedule: list[_Iteration] = []
+
+
+def assigned(statements: Any) -> list[str]:
+    """Names that statements assign, in order, loops and branches included."""
+    found: dict[str, None] = {}
+    for s in statements:
+        match s:
+            case sx.Assign():
+                found.update(dict.fromkeys(s.names))
+            case sx.If():
+                bodies = [body for _, body in s.branches] + [s.otherwise]
+                found.update(dict.fromkeys(n for body in bodies for n in assigned(body)))
+            case sx.For():
+                found.update(dict.fromkeys(assigned(s.body)))
+    return list(found)
+
+
+def dotted(selector: sx.Selector) -> tuple[str, ...]:
+    """The names of a plain selector: `out`, `moe.up`."""
+    parts: list[str] = []
+    expr = selector.value
+    while isinstance(expr, sx.Member):
+        parts.insert(0, expr.name)
+        expr = expr.value
+    if not isinstance(expr, sx.Name):
+        raise fail("not-built-yet", "selectors of `init` with `in` or an index are not built yet", selector.span)
+    return (expr.id, *parts)
+
+
+def _later(statement: sx.Statement) -> str:
+    words = {sx.Coordinate: "computed coordinates", sx.CoordinateInput: "coordinates from the data"}
+    what = words.get(type(statement), f"`{getattr(statement, 'keyword', 'this')}`")
+    return f"{what} are not built yet" if type(statement) in words else f"{what} is not built yet"
+
+
+__all__ = ["Found", "Label", "Returned", "Span", "Statements", "assigned"]

@@ -1,0 +1,124 @@
+"""What names stand for while a program is elaborated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import syntax as sx
+from ..load import Found
+from ..program import Init
+from ..source import NOWHERE, Span
+
+
+@dataclass(eq=False)
+class Dim:
+    """A dim: identity is identity, whatever its spelling. `lead` are the dims that its coordinates also vary along."""
+
+    name: str
+    size: int | None
+    sequence: bool = False
+    lead: tuple[Dim, ...] = ()
+    span: Span | None = None
+    factors: tuple[Dim, ...] = ()
+    kind_word = "a dim"
+
+
+@dataclass(eq=False)
+class Cell:
+    """A name's value. A number turns into a dim where the name first stands in a shape; aliases share the cell."""
+
+    value: Any
+    name: str
+    span: Span = NOWHERE
+    read: bool = False
+
+
+@dataclass(eq=False)
+class Tensor:
+    """A value computed when the model runs. `owner` is the instance whose weights made it."""
+
+    name: str
+    kind: str
+    dims: tuple[Dim, ...]
+    builder: Any
+    owner: str | None = None
+    run: Any = None
+    span: Span = NOWHERE
+    kind_word = "a tensor"
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A function that waits for its inputs: an op (`op`), a block (`found`), or what changes nothing (neither).
+
+    `settings` are parameters given so far, as cells by name; `shared` is the name of its one set of weights and the
+    builder that owns them.
+    """
+
+    op: Any = None
+    found: Found | None = None
+    positional: tuple[Any, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    spans: dict[str, Span] = field(default_factory=dict)
+    shared: tuple[str, Any] | None = None
+    span: Span = NOWHERE
+    kind_word = "a function that waits for its input"
+
+    @property
+    def name(self) -> str:
+        if self.op is not None:
+            return self.op.name
+        return self.found.declaration.name if self.found else "identity"
+
+
+@dataclass(frozen=True)
+class Symbolic:
+    """An expression of the coordinates of `query` and `key`: a mask, or a term of one."""
+
+    expr: sx.Expr
+    is_mask: bool = False
+    kind_word = "an expression of `query` and `key`"
+
+
+@dataclass(eq=False)
+class Lazy:
+    """An entry of a table: elaborated when it is used, once."""
+
+    make: Callable[[], Any]
+    made: bool = False
+    value: Any = None
+
+    def get(self) -> Any:
+        if not self.made:
+            self.value, self.made = self.make(), True
+        return self.value
+
+
+@dataclass(eq=False)
+class TableOf:
+    """A table of the language: entries are elaborated when they are used."""
+
+    entries: dict[str, Lazy]
+    span: Span
+    kind_word = "a table"
+
+
+@dataclass(frozen=True)
+class SequenceName:
+    """`query` or `key` in a mask."""
+
+    which: str
+    kind_word = "the position of a query or key"
+
+
+@dataclass(frozen=True)
+class Poison:
+    """The value of a name whose definition was wrong: using it says nothing more."""
+
+    kind_word = "unknown"
+
+
+POISON = Poison()
+InitValue = Init

@@ -1,0 +1,1 @@
+"""Graphs, ops and passes: from an elaborated program to graphs that code can be generated from."""

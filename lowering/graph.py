@@ -1,0 +1,152 @@
+"""Graphs: bodies with their topology, verified; and a program of them.
+
+A node's operands are on the node, in order; networkx holds the topology only (its edges would merge the two of `x * x`).
+Everything is immutable: a pass makes a new graph. A repeated block is one graph, called as often as needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+
+from ..dsl.diagnostics import InternalError
+from ..dsl.program import Body, Dim, Instance, Node, Program, Value
+from .op import Op
+from .ops import table
+
+STRUCTURE = ("call", "loop")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One distinct block. Wraps the elaborated body; `topology` has an edge from each producer to each user."""
+
+    body: Body
+
+    @property
+    def name(self) -> str:
+        return self.body.name
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self.body.nodes
+
+    @cached_property
+    def values(self) -> dict[str, Value]:
+        return self.body.values()
+
+    @cached_property
+    def producers(self) -> dict[str, Node]:
+        """The node that makes a value; inputs and weights have none."""
+        return {r.name: node for node in self.nodes for r in node.results}
+
+    @cached_property
+    def users(self) -> dict[str, tuple[Node, ...]]:
+        """The nodes that read a value."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for operand in dict.fromkeys(o for o in node.operands if o is not None):
+                found.setdefault(operand, []).append(node)
+        return {name: tuple(nodes) for name, nodes in found.items()}
+
+    @cached_property
+    def results(self) -> tuple[str, ...]:
+        """Values that leave the graph: what it returns and what it emits."""
+        return self.body.outputs + tuple(value for _, _, value in self.body.emits)
+
+    @cached_property
+    def topology(self) -> nx.DiGraph:
+        graph: nx.DiGraph = nx.DiGraph()
+        graph.add_nodes_from(node.name for node in self.nodes)
+        for node in self.nodes:
+            for operand in node.operands:
+                if operand in self.producers:
+                    graph.add_edge(self.producers[operand].name, node.name)
+        return graph
+
+    @cached_property
+    def dims(self) -> dict[str, Dim]:
+        return {d.name: d for d in self.body.dims}
+
+    def size(self, dim: str) -> int | None:
+        return self.dims[dim].size
+
+    def instance(self, name: str) -> Instance:
+        return next(i for i in self.body.instances if i.name == name)
+
+    def with_nodes(self, nodes: tuple[Node, ...], **changes: Any) -> Graph:
+        """The same block with other nodes (and other fields of its body)."""
+        return Graph(replace(self.body, nodes=tuple(nodes), **changes))
+
+    def verify(self) -> None:
+        """Every value is defined once, before it is used; dims, weights and instances exist. Raises `InternalError`."""
+        known = {v.name for v in self.body.inputs} | {w.name for w in self.body.weights}
+        for node in self.nodes:
+            for operand in node.operands:
+                if operand is not None and operand not in known:
+                    raise InternalError(f"{self.name}: `{node.name}` reads `{operand}`, which is not defined before it")
+            for result in node.results:
+                if result.name in known:
+                    raise InternalError(f"{self.name}: `{result.name}` is defined twice")
+                known.add(result.name)
+                missing = [d for d in result.type.dims if d not in self.dims]
+                if missing:
+                    raise InternalError(f"{self.name}: `{result.name}` has an unknown dim `{missing[0]}`")
+        for name in self.results:
+            if name not in known:
+                raise InternalError(f"{self.name}: the result `{name}` is not defined")
+        if not nx.is_directed_acyclic_graph(self.topology):
+            raise InternalError(f"{self.name}: the graph has a cycle")
+
+
+def op_of(node: Node) -> Op:
+    """The op of a node that is no call or loop."""
+    return table()[node.op]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a node keeps between steps of a stream.
+
+    `kind` is `window` (the last `keep` rows), `cache` (rows that later queries may see; all of them if `keep` is None)
+    or `fold` (one state for all earlier rows). `rows` are the element counts of a row or of the folded state, by name.
+    """
+
+    node: str
+    kind: str
+    keep: int | None
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class GraphProgram:
+    """Graphs of all distinct blocks of a program. `facts` are what passes have established so far."""
+
+    program: Program
+    graphs: dict[str, Graph]
+    facts: frozenset[str] = frozenset()
+    states: dict[str, tuple[State, ...]] = field(default_factory=dict)
+    roots: tuple[str, ...] = ()
+    history: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def model(self) -> Graph:
+        return self.graphs[self.program.root]
+
+    def callees_first(self) -> Iterator[Graph]:
+        """Every graph behind those that it calls, in a fixed order."""
+        calls: nx.DiGraph = nx.DiGraph()
+        calls.add_nodes_from(self.graphs)
+        for graph in self.graphs.values():
+            calls.add_edges_from((callee, graph.name) for i in graph.body.instances for callee in i.bodies)
+        place = {name: i for i, name in enumerate(self.graphs)}
+        for name in nx.lexicographical_topological_sort(calls, key=place.__getitem__):
+            yield self.graphs[name]
+
+    def with_graphs(self, graphs: dict[str, Graph], **changes: Any) -> GraphProgram:
+        return replace(self, graphs=graphs, **changes)

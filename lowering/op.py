@@ -1,0 +1,282 @@
+"""What an op is: a signature with roles, settings, weights, and what follows from them.
+
+A room (`lowering/ops/<op>/`) states an `Op`. Type inference, diagnostics, roles for streaming and sharding, weights and
+cost come from the signature; only what a signature cannot say (how several dims are bound to one formal) is a function.
+Loads neither torch nor networkx: the reference math of a room is in its `reference.py`, its CPU code in `cpu.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from ..dsl.diagnostics import Label, fail
+from ..dsl.program import Init
+from ..dsl.signature import Operand, Signature
+from ..dsl.source import Span
+
+
+class DimLike(Protocol):
+    """A dim while a program is elaborated: equality is identity."""
+
+    name: str
+    size: int | None
+    sequence: bool
+
+
+class TensorLike(Protocol):
+    """A value with dims. `span` is where it was made."""
+
+    kind: str
+    dims: tuple[Any, ...]
+
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A parameter of an op. `kind` says how its argument is read:
+
+    map (`hidden -> ffn`), dims, whole, number, flag, text, mask, weight (a tensor that is used instead of an own one).
+    """
+
+    name: str
+    kind: str
+    default: Any = REQUIRED
+    meaning: str = ""
+    least: int = 1
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """An operand of the signature that the op owns. It exists if `when` is not a setting or that setting is true.
+
+    `init` kind `free` is decided by the program's `init` rules. `keep`: stays in fp32 under a low compute dtype.
+    """
+
+    operand: str
+    init: Init | Callable[[OpCall], Init]
+    when: str | None = None
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Monoid:
+    """How partial results along a marked dim combine (`reference.py` of the room has the functions of this name).
+
+    `state` says what one partial holds, `receiver_free` whether `lift` is the same for every receiver; `peers` who
+    contributes: all, earlier, neighbours or masked.
+    """
+
+    formal: str
+    state: tuple[str, ...]
+    peers: str
+    receiver_free: bool
+
+
+@dataclass
+class OpCall:
+    """One use of an op as the elaborator sees it."""
+
+    op: Op
+    tensors: dict[str, Any]
+    settings: dict[str, Any]
+    span: Span
+    spans: Mapping[str, Span] = field(default_factory=dict)
+    new_dim: Callable[[str, int], Any] | None = None
+
+    def span_of(self, name: str) -> Span:
+        return self.spans.get(name, self.span)
+
+    def sequence(self, name: str) -> int:
+        """Position of the innermost sequence dim of an operand. Raises `no-sequence`."""
+        dims = self.tensors[name].dims
+        for i in reversed(range(len(dims))):
+            if dims[i].sequence:
+                return i
+        raise fail("no-sequence", f"`{self.op.name}` runs along a sequence, and none of the dims of its input is one",
+                   self.span_of(name), f"this is {shown(self.tensors[name])}")
+
+
+@dataclass(frozen=True)
+class OwnedWeight:
+    """A weight that this use creates."""
+
+    part: str
+    dims: tuple[Any, ...]
+    init: Init
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Typing:
+    """What inference found: the dims of every formal, the operands in order, and the types of the results."""
+
+    bindings: dict[str, tuple[Any, ...]]
+    operands: tuple[Any, ...]
+    results: tuple[tuple[str, tuple[Any, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op. See the module's text.
+
+    `linear` are the groups of operands that it is jointly linear in; `index` formals whose global index it reads;
+    `coordinates` is true if it reads position and document of its sequence. `stacked` names the op that does several
+    of these side by side, `epilogues` are pointwise ops that it can apply to its result.
+    """
+
+    name: str
+    text: str
+    meaning: str
+    settings: tuple[Setting, ...] = ()
+    weights: tuple[WeightRule, ...] = ()
+    bind: Callable[[OpCall], dict[str, tuple[Any, ...]]] | None = None
+    result_kind: str | Callable[[OpCall], str] = "real"
+    operand_kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    linear: tuple[tuple[str, ...], ...] = ()
+    index: tuple[str, ...] = ()
+    coordinates: bool = False
+    monoid: Monoid | None = None
+    flops: Callable[[Mapping[str, int], Mapping[str, Any]], float] | None = None
+    source: str = ""
+    stacked: str | None = None
+    epilogues: tuple[str, ...] = ()
+    infer_with: Callable[[OpCall], Typing] | None = None
+
+    @cached_property
+    def signature(self) -> Signature:
+        return Signature.parse(self.text)
+
+    @cached_property
+    def inputs(self) -> tuple[Operand, ...]:
+        """The operands that a caller gives."""
+        owned = {w.operand for w in self.weights}
+        return tuple(o for o in self.signature.operands if o.name not in owned)
+
+    def setting(self, name: str) -> Setting | None:
+        return next((s for s in self.settings if s.name == name), None)
+
+    def infer(self, call: OpCall) -> Typing:
+        """Dims of formals, operands and result types. Raises `dim-mismatch`, `too-few-dims`, `wrong-kind`."""
+        if self.infer_with:
+            return self.infer_with(call)
+        self._check_kinds(call)
+        bindings = dict(self.bind(call)) if self.bind else {}
+        leading: tuple[Any, ...] = ()
+        for operand in self.inputs:
+            for tensor in tensors_of(call.tensors.get(operand.name)):
+                leading = join_leading(leading, _match(call, operand, tensor, bindings), call)
+        operands: list[Any] = []
+        for operand in self.signature.operands:
+            rule = next((w for w in self.weights if w.operand == operand.name), None)
+            if rule is None:
+                operands.append(call.tensors.get(operand.name))
+            else:
+                operands.append(_weight(call, operand, rule, bindings))
+        kind = self.result_kind if isinstance(self.result_kind, str) else self.result_kind(call)
+        results = tuple(
+            (kind, (leading if r.leading else ()) + tuple(d for f in r.formals for d in bindings[f.name]))
+            for r in self.signature.results
+        )
+        return Typing(bindings, tuple(operands), results)
+
+    def _check_kinds(self, call: OpCall) -> None:
+        for operand in self.inputs:
+            allowed = self.operand_kinds.get(operand.name, ("real",))
+            for tensor in tensors_of(call.tensors.get(operand.name)):
+                if tensor.kind not in allowed:
+                    raise fail("wrong-kind", f"`{operand.name}` of `{self.name}` must be {' or '.join(allowed)}",
+                               call.span_of(operand.name), f"this is {shown(tensor)}")
+
+    def cost(self, sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
+        """Multiply-adds count two. `sizes` are products of the dims of each formal; leading dims are not in it."""
+        if self.flops:
+            return self.flops(sizes, attrs)
+        formals = self.signature.formals()
+        total = math.prod(sizes[f] for f in formals)
+        return 2.0 * total if any(self.signature.role(f) == "contract" for f in formals) else float(total)
+
+
+def shown(tensor: TensorLike) -> str:
+    """`real[batch, seq, hidden = 4096]`, as messages show it."""
+    dims = (d.name if d.size is None else f"{d.name} = {d.size}" for d in tensor.dims)
+    return f"{tensor.kind}[{', '.join(dims)}]"
+
+
+def tensors_of(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def join_leading(a: Sequence[Any], b: Sequence[Any], call: OpCall) -> tuple[Any, ...]:
+    """The longer of two lists of leading dims; the shorter must be a part of it, in order."""
+    long, short = (tuple(a), tuple(b)) if len(a) >= len(b) else (tuple(b), tuple(a))
+    rest: Iterable[Any] = iter(long)
+    if all(any(dim is other for other in rest) for dim in short):
+        return long
+    names = [", ".join(d.name for d in dims) for dims in (long, short)]
+    raise fail("dim-mismatch", f"the operands of `{call.op.name}` have different leading dims", call.span,
+               f"[{names[0]}] and [{names[1]}]")
+
+
+def _match(call: OpCall, operand: Operand, tensor: TensorLike, bindings: dict[str, tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Bind an operand's formals from the right; gives its leading dims."""
+    dims = list(tensor.dims)
+    for formal in reversed(operand.formals):
+        bound = bindings.get(formal.name)
+        width = 1 if bound is None else len(bound)
+        if len(dims) < width:
+            wanted = ", ".join(f.name.lower() for f in operand.formals)
+            raise fail("too-few-dims", f"`{operand.name}` of `{call.op.name}` needs the dims [{wanted}]",
+                       call.span_of(operand.name), f"this is {shown(tensor)}")
+        have = tuple(dims[len(dims) - width :])
+        del dims[len(dims) - width :]
+        if bound is None:
+            bindings[formal.name] = have
+        elif any(a is not b for a, b in zip(have, bound, strict=True)):
+            raise mismatch(call, operand.name, have, bound)
+    if dims and not operand.leading:
+        raise fail("too-many-dims", f"`{operand.name}` of `{call.op.name}` has too many dims",
+                   call.span_of(operand.name), f"this is {shown(tensor)}")
+    return tuple(dims)
+
+
+def mismatch(call: OpCall, operand: str, have: Sequence[Any], want: Sequence[Any]) -> Exception:
+    """The `dim-mismatch` of two bindings, each with its place where one is known."""
+    pairs = [(a, b) for a, b in zip(have, want, strict=True) if a is not b]
+    first, second = pairs[0]
+    if first.name == second.name and first.size != second.size:
+        text = f"`{first.name}` is {second.size} in one operand of `{call.op.name}`, but {first.size} in another"
+    else:
+        text = f"`{call.op.name}` wants {_dim(second)} where this has {_dim(first)}"
+    labels = [Label(d.span, f"{_dim(d)} was bound here") for d in (second, first) if getattr(d, "span", None)]
+    return fail("dim-mismatch", text, call.span_of(operand), f"this has [{', '.join(_dim(d) for d in have)}]", labels)
+
+
+def _dim(dim: DimLike) -> str:
+    return f"`{dim.name}`" if dim.size is None else f"`{dim.name}` = {dim.size}"
+
+
+def _weight(call: OpCall, operand: Operand, rule: WeightRule, bindings: dict[str, tuple[Any, ...]]) -> Any:
+    if rule.when is not None and not call.settings.get(rule.when):
+        return None
+    dims = tuple(d for f in operand.formals for d in bindings[f.name])
+    setting = call.op.setting(operand.name)
+    given = call.settings.get(operand.name) if setting is not None and setting.kind == "weight" else None
+    if given is not None:
+        if tuple(given.dims) != dims:
+            raise fail("dim-mismatch", f"the tensor given as `{operand.name}` of `{call.op.name}` has other dims",
+                       call.span_of(operand.name), f"this is {shown(given)}, wanted [{', '.join(map(_dim, dims))}]")
+        return given
+    for dim in dims:
+        if dim.size is None:
+            raise fail("weight-of-unknown-size", f"a weight of `{call.op.name}` would have the size of `{dim.name}`, "
+                       "which the data decide", call.span, "weights may depend on parameters only")
+    init = rule.init(call) if callable(rule.init) else rule.init
+    return OwnedWeight(operand.name, dims, init, rule.keep)

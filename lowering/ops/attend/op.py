@@ -1,0 +1,60 @@
+"""Attention of queries to any number of sources of keys and values under one softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ....dsl.diagnostics import fail
+from ...op import Monoid, Op, OpCall, Setting, Typing, _match, join_leading, mismatch, shown
+
+
+def _infer(call: OpCall) -> Typing:
+    """q[*, Q, H, D], each source k[*, S, KV, D], v[*, S, KV, E]; H is a multiple of KV."""
+    q = call.tensors["q"]
+    if call.settings["bias"] not in (0, None):
+        raise fail("not-built-yet", "score biases are not built yet", call.span_of("bias"))
+    signature = call.op.signature
+    call.op._check_kinds(call)
+    bindings: dict[str, tuple[Any, ...]] = {}
+    leading = _match(call, signature.operand("q"), q, bindings)
+    sources = list(zip(call.tensors["k"], call.tensors["v"], strict=True))
+    for i, (k, v) in enumerate(sources):
+        mine = {"D": bindings["D"]}
+        leading = join_leading(leading, _match(call, signature.operand("k"), k, mine), call)
+        leading = join_leading(leading, _match(call, signature.operand("v"), v, mine), call)
+        for formal in ("K", "E"):
+            if bindings.setdefault(formal, mine[formal]) != mine[formal]:
+                raise mismatch(call, "k", mine[formal], bindings[formal])
+        bindings["S" if i == 0 else f"S{i + 1}"] = mine["S"]
+    (heads,), (kv_heads,) = bindings["H"], bindings["K"]
+    if heads.size % kv_heads.size:
+        raise fail("indivisible-heads", f"`{heads.name}` = {heads.size} query heads cannot share "
+                   f"`{kv_heads.name}` = {kv_heads.size} key heads evenly", call.span,
+                   f"{heads.size} divided by {kv_heads.size} leaves {heads.size % kv_heads.size}")
+    result = leading + bindings["Q"] + bindings["H"] + bindings["E"]
+    return Typing(bindings, (q, *(t for pair in sources for t in pair)), (("real", result),))
+
+
+def _flops(sizes: dict[str, int], attrs: dict[str, Any]) -> float:
+    """Scores and weighted values, for each query and each key that it sees."""
+    return 2.0 * sizes["H"] * (sizes["D"] + sizes["E"])
+
+
+OPS = (
+    Op(
+        name="attend",
+        text="q[*, Q, H, D+], k...[*, S@, K, D+], v...[*, S@, K, E] -> o[*, Q, H, E]",
+        meaning="softmax over every key that the masks allow of scale * (q . k), times v; 0 where none is allowed",
+        settings=(
+            Setting("masks", "mask", meaning="one a source: comparisons of coordinates of `query` and `key`"),
+            Setting("scale", "number", None, "factor of the scores; head_dim ^ -0.5 if not given"),
+            Setting("bias", "number", 0, "added to the scores; anything but 0 is not built yet"),
+        ),
+        linear=(("v",),),
+        coordinates=True,
+        monoid=Monoid("S", ("max", "sum", "weighted_values"), peers="masked", receiver_free=False),
+        flops=_flops,
+        infer_with=_infer,
+        source="Vaswani et al. 2017, eq. 1; groups: Ainslie et al. 2023; one softmax over sources: Zhu et al. 2021",
+    ),
+)

@@ -1,0 +1,64 @@
+"""A depthwise convolution along a sequence that reads the present and earlier rows only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ....dsl.program import Init
+from ...op import Monoid, Op, OpCall, Setting, Typing, WeightRule
+
+
+def _bind(call: OpCall) -> dict[str, tuple[Any, ...]]:
+    at = call.sequence("x")
+    dims = call.tensors["x"].dims
+    return {"S": (dims[at],), "C": tuple(dims[at + 1 :]), "J": (call.new_dim("taps", call.settings["taps"]),)}
+
+
+def _start(call: OpCall) -> Init:
+    bound = 1 / math.sqrt(call.settings["taps"])
+    return Init("uniform", (-bound, bound))
+
+
+def _infer_stacked(call: OpCall) -> Typing:
+    """x[*, S, joined]; one result a part, with the channels of its weight."""
+    x, weights = call.tensors["x"], call.tensors["weights"]
+    leading = tuple(x.dims[:-1])
+    results = tuple(("real", leading + tuple(w.dims[:-1])) for w in weights)
+    return Typing({"S": (x.dims[-2],), "C": (x.dims[-1],)}, (), results)
+
+
+_ACT = Setting("act", "text", None, "an activation of the result; set by the compiler")
+OPS = (
+    Op(
+        name="causal_conv",
+        text="x[*, S~, C], weight[C, J], bias?[C] -> y[*, S, C]",
+        meaning="y[t] = bias + sum over j of weight[j] * x[t - taps + 1 + j], zero before a document's start",
+        settings=(
+            Setting("taps", "whole", meaning="how many rows it reads, the present one included"),
+            Setting("bias", "flag", False, "whether a bias is added"),
+            _ACT,
+        ),
+        weights=(WeightRule("weight", _start), WeightRule("bias", _start, when="bias")),
+        bind=_bind,
+        linear=(("x", "bias"), ("weight", "bias")),
+        coordinates=True,
+        monoid=Monoid("S", ("rows",), peers="neighbours", receiver_free=False),
+        flops=lambda sizes, attrs: 2.0 * sizes["C"] * sizes["J"],
+        source="Gu and Dao 2023 (Mamba), section 3.4; weights start like torch's Conv1d",
+        stacked="parallel_conv",
+        epilogues=("silu",),
+    ),
+    Op(
+        name="parallel_conv",
+        text="x[*, S~, C], weights...[C, J], biases...[C] -> y[*, S, C]",
+        meaning="several causal convolutions of parts that stand side by side; made by the compiler",
+        settings=(Setting("taps", "whole"), Setting("parts", "text"), _ACT),
+        linear=(("x", "biases"), ("weights", "biases")),
+        coordinates=True,
+        monoid=Monoid("S", ("rows",), peers="neighbours", receiver_free=False),
+        infer_with=_infer_stacked,
+        epilogues=("silu",),
+        source="ours: the conv1d over x, B and C together that the families ship, derived",
+    ),
+)

@@ -1,0 +1,16 @@
+"""CPU code of embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def construct(use: Any) -> str:
+    """The module that owns the table."""
+    (rows,) = use.sizes("V")
+    return f"lib.Embed({rows}, {use.sizes('N')})"
+
+
+def emit(use: Any) -> str:
+    """The call."""
+    return f"{use.own}({use.args[0]})" if use.own else f"F.embedding({use.args[0]}, {use.args[1]})"

@@ -1,0 +1,20 @@
+"""CPU code of layer norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def construct(use: Any) -> str:
+    """The module that owns weight and bias."""
+    centred = ", zero_centred=True" if use.attr("zero_centred") else ""
+    bias = "" if use.args[2] is not None else ", bias=False"
+    return f"lib.LayerNorm({use.sizes('D')}, eps={use.attr('eps')!r}{centred}{bias})"
+
+
+def emit(use: Any) -> str:
+    """The call."""
+    if use.own:
+        return f"{use.own}({use.args[0]})"
+    x, weight, bias = use.args
+    return f"lib.layer_norm({x}, {weight}, {bias}, {use.attr('eps')!r}, zero_centred={use.attr('zero_centred')})"

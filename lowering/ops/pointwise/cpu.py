@@ -1,0 +1,42 @@
+"""CPU code of pointwise chains: one expression, with a fused function of the library where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"}
+CALLS = {
+    "exp": "torch.exp", "log": "torch.log", "sqrt": "torch.sqrt", "abs": "torch.abs", "sigmoid": "torch.sigmoid",
+    "silu": "F.silu", "relu": "F.relu", "relu2": "lib.relu2", "tanh": "torch.tanh", "softplus": "F.softplus",
+    "log_sigmoid": "F.logsigmoid", "sin": "torch.sin", "cos": "torch.cos", "gelu": "F.gelu",
+}  # fmt: skip
+
+
+def emit(use: Any) -> str:
+    """The expression."""
+    name, args = use.op, use.aligned
+    scalars = [use.literal(n) for n in ("x", "y")]
+    args = [a if a is not None else scalars[i] for i, a in enumerate(args)]
+    if name == "outer":
+        return f"{args[0]}[{', '.join(['...'] + ['None'] * use.result_width('B'))}] * {args[1]}"
+    if name == "neg":
+        return f"-{use.wrap(args[0])}"
+    if name == "gelu_tanh":
+        return f'F.gelu({args[0]}, approximate="tanh")'
+    if name == "clip":
+        return f"{args[0]}.clamp({use.attr('low')}, {use.attr('high')})"
+    if name in ("max", "min"):
+        return _extreme(name, args, scalars)
+    if name == "mul" and use.producer(1) == "silu":
+        return f"lib.silu_mul({args[0]}, {use.inner(1)})"
+    if name in INFIX:
+        return f"{use.wrap(args[0])} {INFIX[name]} {use.wrap(args[1])}"
+    return f"{CALLS[name]}({args[0]})"
+
+
+def _extreme(name: str, args: list[str], scalars: list[str | None]) -> str:
+    bound = next((s for s in scalars if s is not None), None)
+    if bound is None:
+        return f"torch.{'maximum' if name == 'max' else 'minimum'}({args[0]}, {args[1]})"
+    tensor = next(a for a, s in zip(args, scalars, strict=True) if s is None)
+    return f"{tensor}.clamp({'min' if name == 'max' else 'max'}={bound})"

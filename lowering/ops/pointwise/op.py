@@ -1,0 +1,90 @@
+"""Everything that is computed place by place: arithmetic and activations, one table.
+
+Operands align by name of dim: one operand must have all dims of the others, and the result has its dims.
+`outer` says that none has, and gives the dims of both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ....dsl.diagnostics import fail
+from ...op import Op, OpCall, Setting, Typing, shown, tensors_of
+
+UNARY = {
+    "neg": "-x",
+    "exp": "e to the x",
+    "log": "natural logarithm",
+    "sqrt": "square root",
+    "abs": "absolute value",
+    "sigmoid": "1 / (1 + exp(-x))",
+    "silu": "x * sigmoid(x)",
+    "relu": "max(x, 0)",
+    "relu2": "max(x, 0)^2 (So et al. 2021, Primer)",
+    "gelu": "x times the normal distribution function of x (Hendrycks and Gimpel 2016)",
+    "gelu_tanh": "gelu in its tanh approximation",
+    "tanh": "hyperbolic tangent",
+    "softplus": "log(1 + exp(x))",
+    "log_sigmoid": "log(sigmoid(x))",
+    "sin": "sine",
+    "cos": "cosine",
+}
+BINARY = {
+    "add": "x + y",
+    "sub": "x - y",
+    "mul": "x * y",
+    "div": "x / y",
+    "pow": "x to the y",
+    "max": "the larger",
+    "min": "the smaller",
+}
+LINEAR = {"neg": (("x",),), "add": (("x", "y"),), "sub": (("x", "y"),), "mul": (("x",), ("y",)), "div": (("x",),)}
+_KINDS = ("real", "coordinate", "index")
+
+
+def _infer(call: OpCall) -> Typing:
+    tensors = [t for name in call.tensors for t in tensors_of(call.tensors[name])]
+    for t in tensors:
+        if t.kind not in _KINDS:
+            raise fail("wrong-kind", f"`{call.op.name}` computes with numbers", call.span, f"this is {shown(t)}")
+    widest = max(tensors, key=lambda t: len(t.dims))
+    for t in tensors:
+        if not all(any(d is e for e in widest.dims) for d in t.dims):
+            raise fail("dim-mismatch", f"the operands of `{call.op.name}` have different dims, and neither has all "
+                       "dims of the other", call.span, f"{shown(widest)} and {shown(t)}",
+                       help="`outer(a, b)` gives the dims of both")
+    kind = "coordinate" if all(t.kind != "real" for t in tensors) and call.op.name in ("add", "sub", "mul") else "real"
+    return Typing({"D": tuple(widest.dims)}, tuple(call.tensors.values()), ((kind, tuple(widest.dims)),))
+
+
+def _outer(call: OpCall) -> Typing:
+    x, y = call.tensors["x"], call.tensors["y"]
+    both = [d.name for d in y.dims if any(d is e for e in x.dims)]
+    if both:
+        raise fail("dim-mismatch", f"both operands of `outer` have `{both[0]}`", call.span,
+                   help="`*` multiplies along dims that both have")
+    return Typing({"A": tuple(x.dims), "B": tuple(y.dims)}, (x, y), (("real", (*x.dims, *y.dims)),))
+
+
+def _flops(sizes: dict[str, int], attrs: dict[str, Any]) -> float:
+    return float(sizes["D"])
+
+
+_ANY = {"x": _KINDS, "y": _KINDS}
+OPS = (
+    *(
+        Op(name, "x[D] -> z[D]", meaning, infer_with=_infer, linear=LINEAR.get(name, ()), flops=_flops,
+           operand_kinds=_ANY, source="ours")
+        for name, meaning in UNARY.items()
+    ),
+    *(
+        Op(name, "x[D], y[D] -> z[D]", meaning, infer_with=_infer, linear=LINEAR.get(name, ()), flops=_flops,
+           operand_kinds=_ANY, source="ours")
+        for name, meaning in BINARY.items()
+    ),
+    Op("clip", "x[D] -> z[D]", "x, but at least `low` and at most `high`", infer_with=_infer, flops=_flops,
+       settings=(Setting("low", "number", None), Setting("high", "number", None)), operand_kinds=_ANY, source="ours"),
+    Op("outer", "x[A], y[B] -> z[A, B]", "the product of each place of x with each of y", infer_with=_outer,
+       linear=(("x",), ("y",)), operand_kinds=_ANY, flops=lambda sizes, attrs: float(sizes["A"] * sizes["B"]),
+       source="ours"),
+)  # fmt: skip

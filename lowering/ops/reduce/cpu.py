@@ -1,0 +1,13 @@
+"""CPU code of reductions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CALLS = {"sum": "sum", "mean": "mean", "max_over": "amax"}
+
+
+def emit(use: Any) -> str:
+    """The call."""
+    dims = tuple(range(-len(use.sizes("D")), 0))
+    return f"{use.args[0]}.{CALLS[use.op]}({dims if len(dims) > 1 else dims[0]})"

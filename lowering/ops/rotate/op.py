@@ -1,0 +1,37 @@
+"""Rotation of pairs of channels: rotary positions."""
+
+from __future__ import annotations
+
+from ....dsl.diagnostics import fail
+from ...op import Op, OpCall, Typing, _match, join_leading
+
+
+def _infer(call: OpCall) -> Typing:
+    bindings: dict = {}
+    op = call.op
+    op._check_kinds(call)
+    leading: tuple = ()
+    operands = []
+    for name in ("x", "cos", "sin"):
+        tensor = call.tensors[name]
+        operands.append(tensor)
+        leading = join_leading(leading, _match(call, op.signature.operand(name), tensor, bindings), call)
+    (width,), (pairs,) = bindings["D"], bindings["R"]
+    if 2 * pairs.size > width.size:
+        raise fail("out-of-range", f"{pairs.size} pairs of channels are rotated, `{width.name}` has only {width.size} "
+                   "channels", call.span)
+    dims = leading + bindings["S"] + bindings["H"] + bindings["D"]
+    return Typing(bindings, tuple(operands), (("real", dims),))
+
+
+OPS = (
+    Op(
+        name="rotate",
+        text="x[*, S, H, D], cos[*, S, R], sin[*, S, R] -> y[*, S, H, D]",
+        meaning="channel j and channel j + pairs turn by the angle of this cosine and sine; later channels pass",
+        linear=(("x",),),
+        infer_with=_infer,
+        flops=lambda sizes, attrs: 3.0 * sizes["H"] * sizes["D"],
+        source="Su et al. 2021, eq. 34, in the pairing of GPT-NeoX (j with j + pairs)",
+    ),
+)

@@ -1,0 +1,49 @@
+"""State space duality: a scan with a decay that the data choose (Mamba-2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ....dsl.diagnostics import fail
+from ....dsl.program import Init
+from ...op import Monoid, Op, OpCall, Setting, WeightRule, shown
+
+
+def _bind(call: OpCall) -> dict[str, tuple[Any, ...]]:
+    u, b = call.tensors["u"].dims, call.tensors["b"].dims
+    if len(u) < 3 or len(b) < 3:
+        short = "u" if len(u) < 3 else "b"
+        raise fail("too-few-dims", f"`{short}` of `ssd` needs a sequence dim and two more", call.span_of(short),
+                   f"this is {shown(call.tensors[short])}")
+    heads, groups = u[-2], b[-2]
+    if heads.size % groups.size:
+        raise fail("not-exact", f"`{heads.name}` = {heads.size} does not divide into `{groups.name}` = {groups.size}",
+                   call.span, f"{heads.size} divided by {groups.size} leaves {heads.size % groups.size}")
+    return {"S": (u[-3],), "H": (heads,), "P": (u[-1],), "G": (groups,), "N": (b[-1],)}
+
+
+def _flops(sizes: dict[str, int], attrs: dict[str, Any]) -> float:
+    """Facts sheet of Mamba-2: scores 2 Q N G, weighted sum 2 Q H P, states 4 H P N, for each row."""
+    chunk, inner = attrs["chunk"], sizes["H"] * sizes["P"]
+    return 2.0 * chunk * sizes["N"] * sizes["G"] + 2.0 * chunk * inner + 4.0 * inner * sizes["N"]
+
+
+OPS = (
+    Op(
+        name="ssd",
+        text="u[*, S>, H, P], dt[*, S>, H], b[*, S>, G, N], c[*, S>, G, N+], A_log[H], D[H], dt_bias[H] "
+        "-> y[*, S, H, P]",
+        meaning="state = exp(d A) state + d u b', y = state c + D u, with d = softplus(dt + dt_bias), A = -exp(A_log)",
+        settings=(Setting("chunk", "whole", 128, "rows that are computed as one product; does not change the result"),),
+        weights=(
+            WeightRule("A_log", Init("log_uniform", (1.0, 16.0)), keep=True),
+            WeightRule("D", Init("ones"), keep=True),
+            WeightRule("dt_bias", Init("softplus_inverse_log_uniform", (0.001, 0.1, 1e-4)), keep=True),
+        ),
+        bind=_bind,
+        coordinates=True,
+        monoid=Monoid("S", ("decay", "state"), peers="earlier", receiver_free=True),
+        flops=_flops,
+        source="Dao and Gu 2024, Transformers are SSMs, section 6; initial values of Megatron-LM's mixer",
+    ),
+)

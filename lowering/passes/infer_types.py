@@ -1,0 +1,107 @@
+"""Derive every type from the signatures again, and hold it against what stands on the nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...dsl.diagnostics import InternalError
+from ...dsl.program import Node
+from ...dsl.source import NOWHERE
+from ..graph import STRUCTURE, Graph, GraphProgram, op_of
+from ..op import OpCall, OwnedWeight
+from . import lowering_pass
+
+
+class GraphDim:
+    """A dim of a graph, for the op rooms: identity is identity."""
+
+    def __init__(self, name: str, size: int | None, sequence: bool):
+        self.name, self.size, self.sequence = name, size, sequence
+        self.lead: tuple[GraphDim, ...] = ()
+        self.span = None
+
+
+class GraphTensor:
+    """A value of a graph, for the op rooms."""
+
+    def __init__(self, name: str, kind: str, dims: tuple[GraphDim, ...]):
+        self.name, self.kind, self.dims = name, kind, dims
+
+
+@lowering_pass(requires={"built"}, ensures={"typed"})
+def infer_types(program: GraphProgram) -> GraphProgram:
+    """Check the type of every result against its op's signature.
+
+    Why here: passes that follow trust the types; the elaborator that wrote them shares nothing with this walk but the
+    op rooms. Raises: InternalError.
+    """
+    for graph in program.graphs.values():
+        graph.verify()
+        check_types(graph)
+    return program
+
+
+def check_types(graph: Graph) -> None:
+    """Raises `InternalError` where a node's results differ from what its op says."""
+    dims = {d.name: GraphDim(d.name, d.size, d.sequence) for d in graph.body.dims}
+    for d in graph.body.dims:
+        dims[d.name].lead = tuple(dims[x] for x in d.lead)
+    for node in graph.nodes:
+        if node.op in STRUCTURE:
+            continue
+        typing = infer(node, graph, dims)
+        found = tuple((kind, tuple(d.name for d in ds)) for kind, ds in typing.results)
+        written = tuple((r.type.kind, r.type.dims) for r in node.results)
+        if found != written:
+            raise InternalError(f"{graph.name}: `{node.name}` is written as {written}, its op says {found}")
+
+
+def infer(node: Node, graph: Graph, dims: dict[str, GraphDim]) -> Any:
+    """What a node's op says about it. The weights that it owns are checked, not made."""
+    op = op_of(node)
+    operands = list(node.operands)
+    tensors: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    given = [o for o in op.signature.operands if not o.repeated]
+    repeated = [o.name for o in op.inputs if o.repeated]
+    for operand in given:
+        name = operands.pop(0) if operands else None
+        tensor = None if name is None else _tensor(name, graph, dims)
+        (tensors if operand in op.inputs else weights)[operand.name] = tensor
+    for i, name in enumerate(repeated):
+        tensors[name] = [_tensor(o, graph, dims) for o in operands[i :: len(repeated)]]
+    settings = {s.name: _setting(node.attr(s.name, s.default), s.kind, dims) for s in op.settings}
+    for rule in op.weights:
+        if rule.when is not None:
+            settings[rule.when] = weights.get(rule.operand) is not None
+    made: dict[str, GraphDim] = {}
+    bound = dict(node.bindings)
+
+    def known_dim(name: str, size: int) -> GraphDim:
+        """Dims that an op makes (taps) are those that its weights have already."""
+        for formal_dims in bound.values():
+            for d in formal_dims:
+                if dims[d].size == size and d.split("_")[0] == name:
+                    return dims[d]
+        return made.setdefault(name, GraphDim(name, size, False))
+
+    typing = op.infer(OpCall(op, tensors, settings, node.spans[0] if node.spans else NOWHERE, {}, known_dim))
+    for operand, found in zip(op.signature.operands, typing.operands, strict=False):
+        if isinstance(found, OwnedWeight):
+            tensor = weights[operand.name]
+            if tensor is None or tensor.dims != found.dims:
+                raise InternalError(f"{graph.name}: weight `{operand.name}` of `{node.name}` does not fit its op")
+    return typing
+
+
+def _tensor(name: str, graph: Graph, dims: dict[str, GraphDim]) -> GraphTensor:
+    value = graph.values[name]
+    return GraphTensor(name, value.type.kind, tuple(dims[d] for d in value.type.dims))
+
+
+def _setting(value: Any, kind: str, dims: dict[str, GraphDim]) -> Any:
+    if kind == "dims" and value is not None:
+        return tuple(dims[d] for d in value)
+    if kind == "map":
+        return tuple(tuple(dims[d] for d in side) for side in value)
+    return value

@@ -1,0 +1,143 @@
+"""Derive what a step of a stream must remember, from roles: the state of decoding.
+
+The law: what is receiver-free and only grows is folded into one state; what a later receiver may still read is kept for
+as long as its mask allows; the rest is forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ...dsl.diagnostics import Diagnostic, Label, SpecError
+from ...dsl.program import Node
+from ...dsl.source import NOWHERE
+from ..graph import STRUCTURE, Graph, GraphProgram, State, op_of
+from ..masks import hull
+from . import lowering_pass
+
+
+@lowering_pass(requires={"stacked"}, ensures={"streamed"})
+def stream(program: GraphProgram) -> GraphProgram:
+    """Add to `states` what each node keeps; note what cannot be streamed.
+
+    before:  uc = causal_conv(u, taps = 4)
+    after:   uc = causal_conv(u, taps = 4)        # keeps 3 rows of u
+
+    Why here: fused ops keep one state for all their parts. Raises nothing: a model that cannot be streamed still trains;
+    `streaming_errors` says why, and `generate` asks.
+    """
+    return program.with_graphs(program.graphs, states={g.name: tuple(_states(g)) for g in program.graphs.values()})
+
+
+def _states(graph: Graph) -> list[State]:
+    found = []
+    for node in graph.nodes:
+        if node.op in STRUCTURE or op_of(node).monoid is None:
+            continue
+        monoid = op_of(node).monoid
+        assert monoid is not None
+        if not _along_stream(graph, node, monoid.formal):
+            continue
+        if monoid.peers == "earlier" and monoid.receiver_free:
+            found.append(_fold(graph, node))
+        elif monoid.peers == "neighbours":
+            found.append(_window(graph, node))
+        elif monoid.peers == "masked":
+            found.append(_cache(graph, node))
+    return found
+
+
+def _along_stream(graph: Graph, node: Node, formal: str) -> bool:
+    return any(graph.dims[d].sequence for d in dict(node.bindings).get(formal, ()))
+
+
+def _sizes(graph: Graph, dims: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(graph.size(d) or 0 for d in dims)
+
+
+def _fold(graph: Graph, node: Node) -> State:
+    """A scan: one state for all earlier rows."""
+    rows = tuple((f.lower(), _sizes(graph, node.bound(f))) for f in ("H", "P", "G", "N"))
+    return State(node.name, "fold", None, rows, "a scan: what is earlier is one state, whoever asks")
+
+
+def _window(graph: Graph, node: Node) -> State:
+    keep = node.attr("taps") - 1
+    return State(node.name, "window", keep, (("row", _sizes(graph, node.bound("C"))),), f"a window of {keep + 1} rows")
+
+
+def _cache(graph: Graph, node: Node) -> State:
+    bounds = [hull(mask) for mask in node.attr("masks")]
+    behind = None if any(b.behind is None for b in bounds) else max(b.behind for b in bounds if b.behind is not None)
+    (kv,), (d,), (e,) = node.bound("K"), node.bound("D"), node.bound("E")
+    rows = (("k", _sizes(graph, (kv, d))), ("v", _sizes(graph, (kv, e))))
+    why = "later queries may see every key" if behind is None else f"later queries see {behind} keys back"
+    return State(node.name, "cache", behind, rows, why)
+
+
+def state_bytes(program: GraphProgram, length: int, item_bytes: int = 2) -> int:
+    """Bytes that one sequence of `length` tokens keeps: rows in the compute dtype, folded states in fp32."""
+    return sum(_bytes(program, program.model, length, item_bytes).values())
+
+
+def _bytes(program: GraphProgram, graph: Graph, length: int, item_bytes: int) -> dict[str, int]:
+    total = {"rows": 0, "folds": 0}
+    for state in program.states[graph.name]:
+        if state.kind == "fold":
+            sizes = {name: math.prod(size) for name, size in state.rows}
+            total["folds"] += 4 * sizes["h"] * sizes["p"] * sizes["n"]
+        else:
+            rows = length if state.keep is None else min(state.keep, length) if state.kind == "cache" else state.keep
+            total["rows"] += rows * item_bytes * sum(math.prod(size) for _, size in state.rows)
+    for instance in graph.body.instances:
+        schedule = (0,) if instance.schedule is None else instance.schedule
+        each = [_bytes(program, program.graphs[b], length, item_bytes) for b in instance.bodies]
+        for which in schedule:
+            for key, value in each[which].items():
+                total[key] += value
+    return total
+
+
+def streaming_errors(program: GraphProgram) -> tuple[Diagnostic, ...]:
+    """Why a model cannot generate token by token: masks that look ahead, statistics along the stream."""
+    found: list[Diagnostic] = []
+    reached = _reached(program)
+    for graph in (g for g in program.graphs.values() if g.name in reached):
+        for node in graph.nodes:
+            if node.op in STRUCTURE or op_of(node).monoid is None:
+                continue
+            found.extend(_late(graph, node))
+    return tuple(found)
+
+
+def _reached(program: GraphProgram) -> set[str]:
+    names, waiting = set(), [program.program.root]
+    while waiting:
+        name = waiting.pop()
+        names.add(name)
+        waiting.extend(b for i in program.graphs[name].body.instances for b in i.bodies if b not in names)
+    return names
+
+
+def _late(graph: Graph, node: Node) -> list[Diagnostic]:
+    monoid, span = op_of(node).monoid, node.spans[0] if node.spans else NOWHERE
+    assert monoid is not None
+    if not _along_stream(graph, node, monoid.formal):
+        return []
+    if monoid.peers == "all":
+        return [Diagnostic("not-causal", f"`{node.op}` reads the whole sequence, so no row is ready before its end",
+                           Label(span, "here"), help="it can be trained, but not sampled from token by token")]
+    if monoid.peers == "masked":
+        ahead = [hull(mask).ahead for mask in node.attr("masks")]
+        if any(a is None or a > 0 for a in ahead):
+            far = "every later key" if None in ahead else f"{max(a for a in ahead if a is not None)} keys ahead"
+            return [Diagnostic("not-causal", f"a query sees {far}, so its row is late", Label(span, "this mask looks ahead"),
+                               help="a mask such as `causal` bounds key.position by query.position")]
+    return []
+
+
+def require_causal(program: GraphProgram) -> None:
+    """Raises `not-causal`, with the line of each op that looks ahead."""
+    errors = streaming_errors(program)
+    if errors:
+        raise SpecError(errors)

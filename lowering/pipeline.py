@@ -1,0 +1,53 @@
+"""The compiler on one page: the passes, in order, each order with its reason."""
+
+from __future__ import annotations
+
+from ..dsl.program import Program
+from .build import build
+from .graph import GraphProgram
+from .passes import Pass
+from .passes.drop_dead import drop_dead
+from .passes.fuse_parallel import fuse_parallel
+from .passes.hoist import hoist
+from .passes.infer_types import infer_types
+from .passes.stream import stream
+
+PASSES: tuple[Pass, ...] = (
+    infer_types,  # first: everything later trusts the types
+    drop_dead,  # before fusion, which must not see readers that are not there
+    hoist,  # before fusion, which must not mix constants with data
+    fuse_parallel,  # before state, which belongs to the fused op
+    stream,  # last: state of what is really computed
+)
+
+
+def check_order(passes: tuple[Pass, ...] = PASSES) -> None:
+    """Every pass finds the facts that it needs. Raises ValueError."""
+    known = frozenset({"built"})
+    for p in passes:
+        if not p.requires <= known:
+            raise ValueError(f"{p.name} needs {sorted(p.requires - known)}, which no pass before it gives")
+        known |= p.ensures
+
+
+check_order()
+
+
+def lower(program: Program, until: str | None = None) -> GraphProgram:
+    """Run the passes, verify behind each; stop behind the pass named `until`. Raises KeyError for an unknown name."""
+    names = [p.name for p in PASSES]
+    if until is not None and until not in ("build", *names):
+        raise KeyError(until)
+    graphs = build(program)
+    if until == "build":
+        return graphs
+    for step in PASSES:
+        before = sum(len(g.nodes) for g in graphs.graphs.values())
+        graphs = step(graphs)
+        for graph in graphs.graphs.values():
+            graph.verify()
+        history = (*graphs.history, (step.name, before))
+        graphs = graphs.with_graphs(graphs.graphs, facts=graphs.facts | step.ensures, history=history)
+        if step.name == until:
+            break
+    return graphs
