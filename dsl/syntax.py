@@ -212,6 +212,16 @@ class Assign(Syntax):
 
 
 @dataclass(frozen=True)
+class Typed(Syntax):
+    """A line of a graph dump: `q: real[seq, heads], k: real[seq, kv_heads] = value`, a kind and dims for each result."""
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    shapes: tuple[tuple[DimItem, ...], ...]
+    value: Expr
+
+
+@dataclass(frozen=True)
 class Coordinate(Syntax):
     """`seq.piece = seq.position // segment`."""
 
@@ -267,7 +277,7 @@ class For(Syntax):
     body: tuple[Statement, ...]
 
 
-Statement = Input | CoordinateInput | Assign | Coordinate | Declare | Emit | InitRule | Return | If | For
+Statement = Input | CoordinateInput | Assign | Typed | Coordinate | Declare | Emit | InitRule | Return | If | For
 
 
 @dataclass(frozen=True)

@@ -75,14 +75,13 @@ def infer(node: Node, graph: Graph, dims: dict[str, GraphDim]) -> Any:
         if rule.when is not None:
             settings[rule.when] = weights.get(rule.operand) is not None
     made: dict[str, GraphDim] = {}
-    bound = dict(node.bindings)
+    of_weights = [d for t in weights.values() if t is not None for d in t.dims]
 
     def known_dim(name: str, size: int) -> GraphDim:
-        """Dims that an op makes (taps) are those that its weights have already."""
-        for formal_dims in bound.values():
-            for d in formal_dims:
-                if dims[d].size == size and d.split("_")[0] == name:
-                    return dims[d]
+        """A dim that an op makes (taps) is one that its weights have already."""
+        for d in reversed(of_weights):
+            if d.size == size and d.name.rstrip("_0123456789") == name:
+                return d
         return made.setdefault(name, GraphDim(name, size, False))
 
     typing = op.infer(OpCall(op, tensors, settings, node.spans[0] if node.spans else NOWHERE, {}, known_dim))

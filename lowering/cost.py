@@ -1,0 +1,53 @@
+"""What a model costs: operations a token and bytes of state, from the signatures."""
+
+from __future__ import annotations
+
+from math import prod
+
+from .graph import STRUCTURE, Graph, GraphProgram, op_of
+from .masks import hull
+
+
+def flops_per_token(program: GraphProgram, length: int) -> float:
+    """Operations (a multiply-add is two) of a forward pass over `length` tokens, divided by `length`."""
+    return _graph_flops(program, program.model, length, {})
+
+
+def _graph_flops(program: GraphProgram, graph: Graph, length: int, known: dict[str, float]) -> float:
+    if graph.name in known:
+        return known[graph.name]
+    total = 0.0
+    for node in graph.nodes:
+        if node.op in STRUCTURE:
+            instance = graph.instance(node.attr("instance"))
+            each = [_graph_flops(program, program.graphs[b], length, known) for b in instance.bodies]
+            total += sum(each[i] for i in (instance.schedule or (0,))) if instance.schedule != () else 0.0
+        elif _has_rows(graph, node.results[0].type.dims):
+            total += _node_flops(graph, node, length)
+    known[graph.name] = total
+    return total
+
+
+def _has_rows(graph: Graph, dims: tuple[str, ...]) -> bool:
+    return any(graph.dims[d].sequence for d in dims)
+
+
+def _node_flops(graph: Graph, node, length: int) -> float:
+    op = op_of(node)
+    if node.op in ("parallel_linear",) or op.signature.operand(op.signature.operands[0].name) and node.attr("parts"):
+        return sum(2.0 * prod(graph.size(d) or 1 for d in graph.values[o].type.dims)
+                   for o in node.operands[1:] if o is not None)
+    sizes = {formal: prod(graph.size(d) or 1 for d in dims) for formal, dims in node.bindings}
+    attrs = {s.name: node.attr(s.name, s.default) for s in op.settings}
+    cost = op.cost(sizes, attrs)
+    if op.monoid is not None and op.monoid.peers == "masked":
+        cost *= sum(_keys_seen(mask, length) for mask in node.attr("masks"))
+    return cost
+
+
+def _keys_seen(mask, length: int) -> float:
+    """The mean number of keys that a query sees, by the hull of its mask."""
+    bounds = hull(mask)
+    behind = length if bounds.behind is None else bounds.behind
+    ahead = length if bounds.ahead is None else bounds.ahead
+    return sum(min(p, behind) + 1 + min(length - 1 - p, ahead) for p in range(length)) / length

@@ -1,0 +1,1 @@
+"""Running what was compiled: loading, training, generating, converting, and the command line."""

@@ -1,0 +1,74 @@
+"""Checking a spec: names, sizes, dims and types, without torch and without networkx."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..dsl.diagnostics import Diagnostic, SpecError, fail
+from ..dsl.elaborate import elaborate, entries
+from ..dsl.load import File, load, load_text
+from ..dsl.names import check_names
+from ..dsl.program import Program
+from ..dsl.source import Span
+from ..lowering import op as hooks
+from ..lowering.ops import table
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file whose names resolve, and its models that can be elaborated, by name."""
+
+    file: File
+    programs: dict[str, Program]
+
+
+def program_of(file: File, model: str | None = None, overrides: Mapping[str, Any] | None = None) -> Program:
+    """Elaborate one model of a file: the one named, else the last that needs no arguments. Raises `SpecError`."""
+    return elaborate(file, table(), hooks, model, overrides)
+
+
+def check_file(file: File) -> Checked:
+    """Check every declaration of a file and elaborate every model whose parameters are known.
+
+    Raises `SpecError` with all independent diagnostics.
+    """
+    if not file.declared:
+        raise fail("nothing-declared", f"`{file.source.name}` declares nothing", Span(file.source, 0, 0),
+                   help="a spec has at least one `block`, `model`, `layout`, `precision`, `recipe` or `pipeline`")
+    found: list[Diagnostic] = list(check_names(file))
+    if any(d.severity == "error" for d in found):
+        raise SpecError(found)
+    programs = {}
+    for name in entries(file):
+        if not _is_ready(file, name):
+            continue
+        try:
+            programs[name] = program_of(file, name)
+        except SpecError as error:
+            found.extend(d for d in error.diagnostics if d not in found)
+    if found:
+        raise SpecError(found)
+    return Checked(file, programs)
+
+
+def _is_ready(file: File, name: str) -> bool:
+    declaration = file.declared[name]
+    parameters = getattr(declaration, "parameters", ())
+    return all(p.default is not None for p in parameters)
+
+
+def check(path: str | Path, model: str | None = None) -> Program:
+    """Check a spec and give the program of one of its models, the last if none is named. Raises `SpecError`."""
+    file = load(Path(path))
+    checked = check_file(file)
+    if model is None and checked.programs:
+        return list(checked.programs.values())[-1]
+    return program_of(file, model)
+
+
+def check_text(text: str, name: str = "<string>", folder: Path | None = None) -> Checked:
+    """Check a spec that is given as text."""
+    return check_file(load_text(text, name, folder))

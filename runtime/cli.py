@@ -1,0 +1,330 @@
+"""The command line. Each command imports what it needs when it runs, so that `heddle check` starts fast.
+
+Exit codes: 0 fine, 2 the user's error (diagnostics on stderr), 1 ours.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..dsl.diagnostics import SpecError
+
+app = typer.Typer(
+    name="heddle",
+    help="A small language for models, and its compiler.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Spec = Annotated[str, typer.Argument(metavar="SPEC[:MODEL]", help="a spec file, and one of its models (the last if not named)")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="another value for a parameter of the model")]
+Json = Annotated[bool, typer.Option("--json", help="plain data for tools")]
+Format = Annotated[str, typer.Option("--format", metavar="text|json", help="how diagnostics are printed")]
+
+
+@contextmanager
+def reported(form: str = "text") -> Iterator[None]:
+    """Print what is wrong and leave with the exit code of the kind of error."""
+    from .errors import UserError
+
+    try:
+        yield
+    except SpecError as error:
+        _print_diagnostics(error, form)
+        raise typer.Exit(2) from None
+    except UserError as error:
+        _print_user_error(error, form)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise typer.Exit(0) from None
+
+
+def _print_diagnostics(error: SpecError, form: str) -> None:
+    from ..dsl.render import render_all
+
+    if form == "json":
+        typer.echo(json.dumps({"diagnostics": [d.to_json() for d in error.diagnostics]}, indent=1))
+    else:
+        typer.echo(render_all(error.diagnostics, color=sys.stderr.isatty()), err=True)
+
+
+def _print_user_error(error: Any, form: str) -> None:
+    if form == "json":
+        typer.echo(json.dumps({"diagnostics": [{"code": error.code, "message": error.message, "help": error.help}]}, indent=1))
+        return
+    typer.echo(f"error[{error.code}]: {error.message}", err=True)
+    if error.help:
+        typer.echo(f"  = help: {error.help}", err=True)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors are reported; `--format json` prints them as data."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with reported(kwargs.get("format", "text")):
+            function(*args, **kwargs)
+
+    return app.command()(run)
+
+
+def overrides(pairs: list[str] | None) -> dict[str, Any]:
+    """`["hidden=256", 'pattern="M*-"']` as values. Raises UserError `bad-override`."""
+    from ..dsl.diagnostics import SpecError as Wrong
+    from ..dsl.source import Source
+    from ..dsl.static import evaluate_text
+    from .errors import UserError
+
+    found = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise UserError("bad-override", f"`--set {pair}` is not NAME=VALUE", help="for example --set hidden=256")
+        try:
+            found[name.strip()] = evaluate_text(Source(f"--set {name.strip()}", text.strip()))
+        except Wrong as error:
+            raise UserError("bad-override", f"`{text}` is no value: {error.diagnostics[0].message}",
+                            help="strings stand in quotes: --set 'pattern=\"M*-\"'") from None
+    return found
+
+
+def program_at(spec: str, pairs: list[str] | None = None) -> Any:
+    """The program of `SPEC[:MODEL]` with overrides."""
+    from ..dsl.load import load
+    from .check import program_of
+    from .paths import split_entry
+
+    path, model = split_entry(spec)
+    return program_of(load(path), model, overrides(pairs))
+
+
+@command
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="spec files")],
+    format: Format = "text",  # noqa: A002
+    json: Json = False,
+) -> None:
+    """Check names, sizes, dims and types of every model of the files."""
+    from ..dsl.load import load
+    from .check import check_file
+
+    found, checked = [], []
+    for path in files:
+        try:
+            checked.append(check_file(load(path)))
+        except SpecError as error:
+            found.extend(d for d in error.diagnostics if d not in found)
+    if found:
+        raise SpecError(found)
+    if json or format == "json":
+        _echo_json({"files": [{"file": c.file.source.name, "models": {
+            n: {"parameters": p.num_parameters()} for n, p in c.programs.items()}} for c in checked]})
+        return
+    for c in checked:
+        models = ", ".join(f"{n} ({p.num_parameters():,} parameters)" for n, p in c.programs.items())
+        typer.echo(f"{c.file.source.name}: fine{': ' + models if models else ''}")
+
+
+def _echo_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1))
+
+
+@command
+def fmt(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="spec files")],
+    check: Annotated[bool, typer.Option("--check", help="change nothing; exit code 2 if a file would change")] = False,
+) -> None:
+    """Format spec files in place; comments are kept."""
+    from .formatting import format_files
+
+    changed = format_files(files, write=not check)
+    for path in changed:
+        typer.echo(f"{path}: {'would change' if check else 'formatted'}")
+    if check and changed:
+        raise typer.Exit(2)
+
+
+@command
+def show(
+    spec: Spec,
+    set: Set = None,  # noqa: A002
+    length: Annotated[int, typer.Option(help="tokens of a sequence, for operations and state", min=1)] = 4096,
+    paths: Annotated[bool, typer.Option("--paths", help="every weight with its dims")] = False,
+    json: Json = False,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Parameters by block, operations a token, bytes of state."""
+    from .show import summary, weights
+
+    program = program_at(spec, set)
+    data = summary(program, length)
+    if paths:
+        data["weights"] = weights(program)
+    if json:
+        _echo_json(data)
+    else:
+        from .tables import print_summary
+
+        print_summary(data)
+
+
+@command
+def explain(
+    what: Annotated[str, typer.Argument(metavar="CODE | SPEC[:MODEL]", help="an error code, or a spec")],
+    after: Annotated[str | None, typer.Option(metavar="PASS", help="print the graphs behind this pass")] = None,
+    set: Set = None,  # noqa: A002
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """The page of an error code, or a model's graphs behind a pass."""
+    from .explain import explain_code, explain_graphs
+
+    looks_like_file = ".spec" in what or after is not None
+    typer.echo(explain_graphs(program_at(what, set), after) if looks_like_file else explain_code(what), nl=False)
+
+
+@command
+def compile(  # noqa: A001
+    spec: Spec,
+    out: Annotated[Path, typer.Option("-o", "--out", help="where artifacts are kept")] = Path("build"),
+    target: Annotated[str, typer.Option(help="what to generate code for")] = "cpu",
+    set: Set = None,  # noqa: A002
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Write readable PyTorch source for a model; the same spec gives the same bytes."""
+    from .compile import build, write
+
+    typer.echo(str(write(build(program_at(spec, set), target), out) / "model.py"))
+
+
+@command
+def train(
+    spec: Spec,
+    data: Annotated[list[Path], typer.Option(help="text files or folders, .jsonl, or Megatron .bin/.idx")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="the run's folder: logs, checkpoints, the spec")],
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="rows of a step")] = 8,
+    seq: Annotated[int, typer.Option(min=2, help="tokens of a row")] = 512,
+    accumulate: Annotated[int, typer.Option(min=1, help="micro-batches a step")] = 1,
+    lr: Annotated[float, typer.Option(min=0.0)] = 1e-3,
+    min_lr: Annotated[float, typer.Option(min=0.0)] = 1e-4,
+    schedule: Annotated[str, typer.Option(help="cosine, wsd or constant")] = "cosine",
+    warmup: Annotated[int, typer.Option(min=0, help="steps")] = 50,
+    weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.1,
+    clip: Annotated[float, typer.Option(min=0.0, help="largest gradient norm")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 with fp32 masters")] = "fp32",
+    tokenizer: Annotated[str, typer.Option(help="`bytes`, or a tokenizer.json")] = "bytes",
+    held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="share of the files kept for evaluation")] = 0.05,
+    seed: Annotated[int, typer.Option()] = 0,
+    save_every: Annotated[int, typer.Option(min=1)] = 200,
+    eval_every: Annotated[int, typer.Option(min=0)] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the latest checkpoint, bit for bit")] = False,
+    set: Set = None,  # noqa: A002
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Train a model on text; Ctrl-C saves first, --resume goes on."""
+    from .running import train_model
+
+    settings = {k: v for k, v in locals().items() if k not in ("spec", "set", "format", "train_model")}
+    train_model(spec, overrides(set), **settings)
+
+
+@command
+def generate(
+    folder: Annotated[Path, typer.Argument(help="a model folder, or a run")],
+    prompt: Annotated[str, typer.Option(help="the text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=0)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Continue a prompt; the text is printed as it is produced."""
+    from .running import generate_text
+
+    generate_text(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="a folder with config.json and safetensors")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="the model folder to write")],
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Make a model folder (spec and weights) of a Hugging Face folder."""
+    with reported(format):
+        from .huggingface import import_folder
+
+        typer.echo(str(import_folder(source, out)))
+
+
+@command
+def export(
+    folder: Annotated[Path, typer.Argument(help="a model folder, or a run")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="the Hugging Face folder to write")],
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Write a model folder as a Hugging Face folder."""
+    from .huggingface import export_folder
+
+    typer.echo(str(export_folder(folder, out)))
+
+
+@command
+def bench(
+    spec: Spec,
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    seq: Annotated[int, typer.Option(min=1)] = 512,
+    set: Set = None,  # noqa: A002
+    json: Json = False,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Measure forward, training step and decoding of a model on this machine."""
+    from .bench import measure, print_measurements
+
+    rows = measure(program_at(spec, set), batch, seq)
+    if json:
+        _echo_json(rows)
+    else:
+        print_measurements(rows)
+
+
+@command
+def doctor(json: Json = False) -> None:
+    """What this machine has, and what works on it."""
+    from .doctor import examine, print_report
+
+    report = examine()
+    if json:
+        _echo_json(report)
+    else:
+        print_report(report)
+
+
+def main() -> None:
+    """The `heddle` command. A failure of ours is exit code 1 and names itself as ours."""
+    try:
+        app()
+    except SystemExit:
+        raise
+    except Exception as error:
+        typer.echo(f"internal error: {type(error).__name__}: {error}", err=True)
+        typer.echo("  = help: this is a fault of Heddle, not of your spec; please report it with the spec", err=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()
