@@ -86,7 +86,7 @@ class Use:
 
     def producer(self, operand: int) -> str | None:
         """The op whose expression was written in place of an operand."""
-        name = self.operands[operand]
+        name = self.operands[operand] if operand < len(self.operands) else None
         node = self.graph.producers.get(name) if name else None
         return node.op if node is not None and self.writer.is_inlined(node) else None
 

@@ -105,6 +105,12 @@ def load(path: str | Path, root: Path | None = None) -> File:
     return _Loader(_root_for(path.resolve(), root)).file(path.resolve(), Source(str(path), text))
 
 
+def read_source(path: str | Path) -> Source:
+    """The text of one file, not parsed. Raises `SpecError`: no-such-file, not-text."""
+    path = Path(path)
+    return Source(str(path), _read(path, str(path), Span(Source(str(path), ""), 0, 0)))
+
+
 def load_text(text: str, name: str = "<string>", folder: Path | None = None) -> File:
     """A file that is given as text; `use` looks from `folder`, the current one if not given."""
     base = (folder or Path.cwd()).resolve()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
+from ..dsl.program import Node
+from ..dsl.syntax import Expr
 from .graph import STRUCTURE, Graph, GraphProgram, op_of
 from .masks import hull
 
@@ -32,11 +34,11 @@ def _has_rows(graph: Graph, dims: tuple[str, ...]) -> bool:
     return any(graph.dims[d].sequence for d in dims)
 
 
-def _node_flops(graph: Graph, node, length: int) -> float:
+def _node_flops(graph: Graph, node: Node, length: int) -> float:
     op = op_of(node)
-    if node.op in ("parallel_linear",) or op.signature.operand(op.signature.operands[0].name) and node.attr("parts"):
-        return sum(2.0 * prod(graph.size(d) or 1 for d in graph.values[o].type.dims)
-                   for o in node.operands[1:] if o is not None)
+    if op.per_weight:
+        weights = (o for o in node.operands[1:] if o is not None and graph.values[o].type.kind == "real")
+        return op.per_weight * sum(prod(graph.size(d) or 1 for d in graph.values[w].type.dims) for w in weights)
     sizes = {formal: prod(graph.size(d) or 1 for d in dims) for formal, dims in node.bindings}
     attrs = {s.name: node.attr(s.name, s.default) for s in op.settings}
     cost = op.cost(sizes, attrs)
@@ -45,7 +47,7 @@ def _node_flops(graph: Graph, node, length: int) -> float:
     return cost
 
 
-def _keys_seen(mask, length: int) -> float:
+def _keys_seen(mask: Expr, length: int) -> float:
     """The mean number of keys that a query sees, by the hull of its mask."""
     bounds = hull(mask)
     behind = length if bounds.behind is None else bounds.behind

@@ -126,6 +126,7 @@ class Op:
     """An op. See the module's text.
 
     `linear` are the groups of operands that it is jointly linear in; `index` formals whose global index it reads;
+    `per_weight` are the operations a row for each element of its weights, where that is all an op does;
     `coordinates` is true if it reads position and document of its sequence. `stacked` names the op that does several
     of these side by side, `epilogues` are pointwise ops that it can apply to its result.
     """
@@ -144,6 +145,7 @@ class Op:
     monoid: Monoid | None = None
     flops: Callable[[Mapping[str, int], Mapping[str, Any]], float] | None = None
     source: str = ""
+    per_weight: float = 0.0
     stacked: str | None = None
     epilogues: tuple[str, ...] = ()
     infer_with: Callable[[OpCall], Typing] | None = None

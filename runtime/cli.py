@@ -83,9 +83,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 def overrides(pairs: list[str] | None) -> dict[str, Any]:
     """`["hidden=256", 'pattern="M*-"']` as values. Raises UserError `bad-override`."""
-    from ..dsl.diagnostics import SpecError as Wrong
-    from ..dsl.source import Source
-    from ..dsl.static import evaluate_text
+    from ..dsl.elaborate.constants import constant
     from .errors import UserError
 
     found = {}
@@ -94,8 +92,8 @@ def overrides(pairs: list[str] | None) -> dict[str, Any]:
         if not equals or not name.strip().isidentifier():
             raise UserError("bad-override", f"`--set {pair}` is not NAME=VALUE", help="for example --set hidden=256")
         try:
-            found[name.strip()] = evaluate_text(Source(f"--set {name.strip()}", text.strip()))
-        except Wrong as error:
+            found[name.strip()] = constant(name.strip(), text.strip())
+        except SpecError as error:
             raise UserError("bad-override", f"`{text}` is no value: {error.diagnostics[0].message}",
                             help="strings stand in quotes: --set 'pattern=\"M*-\"'") from None
     return found

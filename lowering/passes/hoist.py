@@ -115,6 +115,7 @@ def _fresh(base: str, taken: object) -> str:
 
 def _merge_equal(graph: Graph) -> Graph:
     """One of each: free nodes with the same op, operands and attributes."""
+    graph = _merge_index_dims(graph)
     swap: dict[str, str] = {}
     seen: dict[object, Node] = {}
     free = _free(graph)
@@ -129,6 +130,35 @@ def _merge_equal(graph: Graph) -> Graph:
             seen[key] = node
         nodes.append(node)
     return graph.with_nodes(tuple(nodes))
+
+
+def _merge_index_dims(graph: Graph) -> Graph:
+    """Dims that only number things (`index`) are one where their sizes agree: `pairs` of two rotations."""
+    rigid = {d for v in graph.body.inputs for d in v.type.dims} | {d for w in graph.body.weights for d in w.dims}
+    first: dict[int | None, str] = {}
+    swap: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op == "index":
+            (dim,) = node.attr("dim")
+            if dim not in rigid and first.setdefault(graph.size(dim), dim) != dim:
+                swap[dim] = first[graph.size(dim)]
+    return rename_dims(graph, swap) if swap else graph
+
+
+def rename_dims(graph: Graph, swap: dict[str, str]) -> Graph:
+    """The graph with dims replaced by others of their size."""
+
+    def dims(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(swap.get(d, d) for d in names)
+
+    nodes = []
+    for node in graph.nodes:
+        results = tuple(Value(r.name, replace(r.type, dims=dims(r.type.dims))) for r in node.results)
+        attrs = tuple((k, dims(v) if k in ("dim", "over") else v) for k, v in node.attrs)
+        bindings = tuple((f, dims(ds)) for f, ds in node.bindings)
+        nodes.append(replace(node, results=results, attrs=attrs, bindings=bindings))
+    kept = tuple(d for d in graph.body.dims if d.name not in swap)
+    return graph.with_nodes(tuple(nodes), dims=kept)
 
 
 def _align_loops(graphs: dict[str, Graph], moved: dict[str, _Moved]) -> None:

@@ -47,6 +47,7 @@ OPS = (
         flops=lambda sizes, attrs: 2.0 * sizes["C"] * sizes["J"],
         source="Gu and Dao 2023 (Mamba), section 3.4; weights start like torch's Conv1d",
         stacked="parallel_conv",
+        per_weight=2.0,
         epilogues=("silu",),
     ),
     Op(
@@ -58,6 +59,7 @@ OPS = (
         coordinates=True,
         monoid=Monoid("S", ("rows",), peers="neighbours", receiver_free=False),
         infer_with=_infer_stacked,
+        per_weight=2.0,
         epilogues=("silu",),
         source="ours: the conv1d over x, B and C together that the families ship, derived",
     ),

@@ -32,6 +32,7 @@ OPS = (
         linear=(("x", "bias"), ("weight", "bias")),
         source="ours: the product of Megatron-LM's column- and row-parallel layers, before any layout",
         stacked="parallel_linear",
+        per_weight=2.0,
     ),
     PARALLEL_LINEAR,
 )

@@ -39,5 +39,6 @@ OP = Op(
     ),
     linear=(("x", "biases"), ("weights", "biases")),
     infer_with=_infer,
+    per_weight=2.0,
     source="ours: the fused QKV and in_proj matrices that the families ship, derived",
 )

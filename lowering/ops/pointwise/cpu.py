@@ -27,8 +27,9 @@ def emit(use: Any) -> str:
         return f"{args[0]}.clamp({use.attr('low')}, {use.attr('high')})"
     if name in ("max", "min"):
         return _extreme(name, args, scalars)
-    if name == "mul" and use.producer(1) == "silu":
-        return f"lib.silu_mul({args[0]}, {use.inner(1)})"
+    if name == "mul" and "silu" in (use.producer(0), use.producer(1)):
+        gate = 0 if use.producer(0) == "silu" else 1
+        return f"lib.silu_mul({args[1 - gate]}, {use.inner(gate)})"
     if name in INFIX:
         return f"{use.wrap(args[0])} {INFIX[name]} {use.wrap(args[1])}"
     return f"{CALLS[name]}({args[0]})"

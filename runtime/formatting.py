@@ -1,0 +1,38 @@
+"""Formatting files in place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..dsl.diagnostics import Collector
+from ..dsl.format import format_source
+from ..dsl.load import read_source
+from .errors import UserError
+
+
+def format_files(paths: list[Path], write: bool) -> list[Path]:
+    """Format spec files; gives those that change. Nothing is written if any of them has a syntax error."""
+    collector = Collector()
+    texts: list[tuple[Path, str]] = []
+    for path in paths:
+        with collector.collecting():
+            source = read_source(path)
+            formatted = format_source(source)
+            if formatted != source.text:
+                texts.append((path, formatted))
+    collector.finish()
+    if write:
+        for path, text in texts:
+            _replace(path, text)
+    return [path for path, _ in texts]
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError("cannot-write", f"cannot write `{path}`: {error.strerror}") from None
