@@ -7,6 +7,7 @@ how often a layer is repeated. Everything is immutable plain data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,8 @@ class Init:
 class Weight:
     """A parameter that a body owns: `name` is `<instance>.<part>` or the name of a bare `param`.
 
-    `op` is the op whose room made it, `keep` is true where low precision would hurt (the room says so).
+    `op` is the op whose room made it, `keep` is true where low precision would hurt (the room says so). `layout` groups
+    its dims into the axes that published checkpoints store (an empty group is an axis of length one).
     """
 
     name: str
@@ -68,6 +70,7 @@ class Weight:
     init: Init
     op: str
     keep: bool = False
+    layout: tuple[tuple[str, ...], ...] = ()
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
 
@@ -169,6 +172,12 @@ class Parameter:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(size for _, size in self.dims)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Its shape in published checkpoints: the axes of its layout."""
+        sizes = dict(self.dims)
+        return tuple(math.prod(sizes[d] for d in axis) for axis in self.weight.layout)
 
     @property
     def count(self) -> int:

@@ -100,8 +100,9 @@ def _dim_call(dim: Dim) -> sx.Call:
 
 
 def _weight_line(weight: Weight) -> sx.Statement:
+    layout = _list(_names(axis) for axis in weight.layout)
     keep = {"keep": sx.Constant(True)} if weight.keep else {}
-    call = _call("weight", _names(weight.dims), _init_call(weight.init), sx.String(weight.op), **keep)
+    call = _call("weight", _names(weight.dims), _init_call(weight.init), sx.String(weight.op), layout=layout, **keep)
     owner, _, part = weight.name.rpartition(".")
     return sx.Coordinate(owner, part, call) if owner else _assign(weight.name, call)
 
@@ -283,7 +284,8 @@ def _instance_of(name: str, call: sx.Call) -> Instance:
 
 def _weight_of(name: str, call: sx.Call) -> Weight:
     (dims, init, op), named = _arguments(call)
-    return Weight(name, tuple(_dotted(v) for v in _values(dims)), _init_of(init), _value(op), "keep" in named)
+    return Weight(name, tuple(_dotted(v) for v in _values(dims)), _init_of(init), _value(op), "keep" in named,
+                  tuple(tuple(_dotted(v) for v in _values(axis)) for axis in _values(named["layout"])))
 
 
 def _init_of(expr: sx.Expr) -> Init:

@@ -55,13 +55,15 @@ class Setting:
 class WeightRule:
     """An operand of the signature that the op owns. It exists if `when` is not a setting or that setting is true.
 
-    `init` kind `free` is decided by the program's `init` rules. `keep`: stays in fp32 under a low compute dtype.
+    `init` kind `free` is decided by the program's `init` rules. `keep`: stays in fp32 under a low compute dtype. `axes`
+    are the axes of published checkpoints, one a formal if not given; "" is an axis of length one.
     """
 
     operand: str
     init: Init | Callable[[OpCall], Init]
     when: str | None = None
     keep: bool = False
+    axes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class OwnedWeight:
     dims: tuple[Any, ...]
     init: Init
     keep: bool
+    layout: tuple[tuple[Any, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -281,4 +284,6 @@ def _weight(call: OpCall, operand: Operand, rule: WeightRule, bindings: dict[str
             raise fail("weight-of-unknown-size", f"a weight of `{call.op.name}` would have the size of `{dim.name}`, "
                        "which the data decide", call.span, "weights may depend on parameters only")
     init = rule.init(call) if callable(rule.init) else rule.init
-    return OwnedWeight(operand.name, dims, init, rule.keep)
+    axes = tuple(f.name for f in operand.formals) if rule.axes is None else rule.axes
+    layout = tuple(tuple(bindings[a]) if a else () for a in axes)
+    return OwnedWeight(operand.name, dims, init, rule.keep, layout)

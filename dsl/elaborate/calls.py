@@ -271,7 +271,8 @@ class Calls:
                 if known is not None and known.dims != operand.dims:
                     raise fail("dim-mismatch", f"the shared weight `{name}` has other dims here than at its first use", span,
                                secondary=[Label(known.span, "first used here")])
-                made.append(known or builder.add_weight(name, operand.dims, operand.init, op.name, operand.keep, span))
+                made.append(known or builder.add_weight(
+                    name, operand.dims, operand.init, op.name, operand.keep, operand.layout, span))
             else:
                 made.append(operand if isinstance(operand, Tensor) else None)
         return tuple(made)

@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import program as pg
 from .. import syntax as sx
+from ..checkpoint.static import CallValue
 from ..diagnostics import Collector, SpecError, did_you_mean, fail
 from ..load import File, Found
 from ..source import NOWHERE, Span
@@ -15,7 +16,7 @@ from .calls import Calls, Elaborated, Given, inputs_of
 from .environment import Environment
 from .expressions import Expressions
 from .statements import Statements
-from .values import Dim, Tensor, Waiting
+from .values import Cell, Dim, Tensor, Waiting
 
 
 class Elaborator(Expressions, Calls, Statements):
@@ -99,7 +100,7 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: s
         objectives.update(_objective(machine, found, waiting, objective, tensors, builder, made))
     for elaborated in list(machine.finished.values()):
         machine.finish(elaborated)
-    arguments = {n: c.value for n, c in _parameters_of(declaration, made).items()}
+    arguments = {p.name: _plain(made.variables.get(p.name)) for p in declaration.parameters}
     return pg.Program(found.declaration.name, declaration.name, made.name, machine.bodies, objectives, arguments, span)
 
 
@@ -119,16 +120,17 @@ def _objective(
     return {objective: made.name}
 
 
-def _parameters_of(declaration: sx.Function, made: Elaborated) -> dict[str, Any]:
-    names = [p.name for p in declaration.parameters]
-    return {n: _Known(made.variables.get(n)) for n in names}
-
-
-class _Known:
-    """The value of a model's parameter as plain data: dims by their size."""
-
-    def __init__(self, value: Any):
-        self.value = value.size if isinstance(value, Dim) else value
+def _plain(value: Any) -> Any:
+    """The value of a model's parameter as plain data: dims by their size, waiting functions as named calls."""
+    if isinstance(value, Cell):
+        return _plain(value.value)
+    if isinstance(value, Dim):
+        return value.size
+    if isinstance(value, Waiting):
+        return CallValue(value.name, tuple((n, _plain(v)) for n, v in value.settings.items()))
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
 
 
 def _input(statement: sx.Input, builder: Builder, waiting: Waiting, machine: Elaborator) -> Tensor | None:

@@ -150,7 +150,8 @@ class Statements:
         dims = tuple(d for item in statement.shape for d in self._dims_of_shape(item, env))
         init = pg.Init("zeros") if statement.value is None else self.distribution(statement.value, env)
         env.builder.own(statement.name, statement.span)
-        tensor = env.builder.add_weight(statement.name, dims, init, "param", False, statement.span)
+        tensor = env.builder.add_weight(statement.name, dims, init, "param", False, tuple((d,) for d in dims),
+                                        statement.span)
         env.bind(statement.name, tensor, statement.span)
 
     def _dims_of_shape(self, item: sx.DimItem, env: Environment) -> tuple[Dim, ...]:

@@ -39,7 +39,7 @@ OPS = (
             Setting("bias", "flag", False, "whether a bias is added"),
             _ACT,
         ),
-        weights=(WeightRule("weight", _start), WeightRule("bias", _start, when="bias")),
+        weights=(WeightRule("weight", _start, axes=("C", "", "J")), WeightRule("bias", _start, when="bias")),
         bind=_bind,
         linear=(("x", "bias"), ("weight", "bias")),
         coordinates=True,

@@ -1,0 +1,128 @@
+"""Expressions of maps: numbers, strings, lists, tables, fields of a config, and calls that stay calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import syntax as sx
+from ..arithmetic import binary, kind, negate
+from ..diagnostics import did_you_mean, fail
+
+
+@dataclass(frozen=True)
+class CallValue:
+    """A waiting function as a value: `by_wavelength(factor = 8)`; without arguments a bare name."""
+
+    name: str
+    arguments: tuple[tuple[str | None, Any], ...] = ()
+
+
+class Missing:
+    """A field that a config does not have."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+    def __bool__(self) -> bool:
+        return False
+
+
+MISSING = Missing()
+
+
+class MissingField(Exception):
+    """An expression needs a field that the config does not have."""
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "length": len, "floor": math.floor, "ceil": math.ceil, "sqrt": math.sqrt, "max": max, "min": min, "abs": abs,
+}  # fmt: skip
+
+
+def evaluate(expr: sx.Expr, env: Mapping[str, Any]) -> Any:
+    """The value of an expression. A comparison with a missing field sees none; arithmetic with one raises `MissingField`.
+
+    Raises `SpecError`: unknown-name, wrong-type.
+    """
+    match expr:
+        case sx.Name(id=name):
+            return env[name] if name in env else CallValue(name)
+        case sx.Number(value=value) | sx.String(value=value) | sx.Constant(value=value):
+            return value
+        case sx.ListOf():
+            return [evaluate(a.value, env) for a in expr.items]
+        case sx.Table():
+            return {p.key: evaluate(p.value, env) for p in expr.pairs}
+        case sx.Member():
+            return _member(evaluate(expr.value, env), expr)
+        case sx.Unary(operator="not"):
+            return not evaluate(expr.value, env)
+        case sx.Unary():
+            return negate(_present(evaluate(expr.value, env)), expr.span)
+        case sx.Binary(operator="and"):
+            return evaluate(expr.left, env) and evaluate(expr.right, env)
+        case sx.Binary(operator="or"):
+            return evaluate(expr.left, env) or evaluate(expr.right, env)
+        case sx.Binary(operator="==" | "!=" as op):
+            left, right = (_or_none(evaluate(e, env)) for e in (expr.left, expr.right))
+            return (left == right) == (op == "==")
+        case sx.Binary():
+            left, right = (_present(evaluate(e, env)) for e in (expr.left, expr.right))
+            return binary(expr.operator, left, right, expr.span)
+        case sx.Choose():
+            return evaluate(expr.yes if evaluate(expr.condition, env) else expr.no, env)
+        case sx.Comprehension(names=(name,)):
+            items = evaluate(expr.source, env)
+            inner = [{**env, name: item} for item in items]
+            return [evaluate(expr.body, e) for e in inner if expr.condition is None or evaluate(expr.condition, e)]
+        case sx.Index():
+            return _index(expr, env)
+        case sx.Call():
+            return _call(expr, env)
+    raise fail("wrong-type", "a checkpoint map cannot compute this", expr.span)
+
+
+def _or_none(value: Any) -> Any:
+    return None if value is MISSING else value
+
+
+def _present(value: Any) -> Any:
+    if value is MISSING or value is None:
+        raise MissingField
+    return value
+
+
+def _member(base: Any, expr: sx.Member) -> Any:
+    if base is MISSING or base is None:
+        return MISSING
+    if isinstance(base, Mapping):
+        return base.get(expr.name, MISSING)
+    raise fail("no-such-member", f"{kind(base)} has no part named `{expr.name}`", expr.span)
+
+
+def _index(expr: sx.Index, env: Mapping[str, Any]) -> Any:
+    base = _present(evaluate(expr.value, env))
+    at = _present(evaluate(expr.arguments[0].value, env))
+    try:
+        return base[at]
+    except (KeyError, IndexError, TypeError):
+        help = did_you_mean(at, base, "an entry") if isinstance(at, str) and isinstance(base, dict) else None
+        raise fail("out-of-range", f"there is no entry {at!r}", expr.span, help=help) from None
+
+
+def _call(expr: sx.Call, env: Mapping[str, Any]) -> Any:
+    if not isinstance(expr.function, sx.Name):
+        raise fail("wrong-type", "a checkpoint map cannot call this", expr.span)
+    name = expr.function.id
+    values = [(a.name, evaluate(a.value, env)) for a in expr.arguments]
+    if name in FUNCTIONS:
+        try:
+            return FUNCTIONS[name](*(_present(v) for _, v in values))
+        except (TypeError, ValueError):
+            raise fail("wrong-type", f"`{name}` does not work on {', '.join(kind(v) for _, v in values)}", expr.span) from None
+    if any(v is MISSING or v is None for _, v in values):
+        raise MissingField
+    return CallValue(name, tuple(values))

@@ -1,0 +1,49 @@
+"""Attention (Vaswani et al. 2017, eq. 1) over several sources under one softmax; no key, no value: 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, Tensor, Tensor]
+
+
+def attend(q: Tensor, sources: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
+    """q[b, Q, H, D], each source k[b, S, K, D], v[b, S, K, E], seen bool[b, Q, S] -> o[b, Q, H, E]."""
+    state = identity(q, sources[0][1].shape[-1])
+    for k, v, seen in sources:
+        state = combine(state, lift(q, k, v, seen, scale))
+    return finish(state)
+
+
+def identity(q: Tensor, width: int) -> State:
+    """The state of no keys."""
+    b, n, h, _ = q.shape
+    return (torch.full((b, n, h), -torch.inf, dtype=q.dtype), torch.zeros(b, n, h, dtype=q.dtype),
+            torch.zeros(b, n, h, width, dtype=q.dtype))
+
+
+def lift(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> State:
+    """(max, sum, weighted values) of some keys, for every query; query head h uses key head h // (H / K)."""
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    score = scale * torch.einsum("bqhd,bshd->bqhs", q, k)
+    score = score.masked_fill(~seen[:, :, None], -torch.inf)
+    top = score.amax(-1) if score.shape[-1] else torch.full(score.shape[:-1], -torch.inf, dtype=q.dtype)
+    safe = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+    weight = torch.exp(score - safe[..., None])
+    return top, weight.sum(-1), torch.einsum("bqhs,bshe->bqhe", weight, v)
+
+
+def combine(a: State, b: State) -> State:
+    """Keys of both."""
+    top = torch.maximum(a[0], b[0])
+    scale = [torch.where(torch.isinf(s[0]), torch.zeros_like(top), torch.exp(s[0] - top)) for s in (a, b)]
+    total = a[1] * scale[0] + b[1] * scale[1]
+    return top, total, a[2] * scale[0][..., None] + b[2] * scale[1][..., None]
+
+
+def finish(state: State) -> Tensor:
+    """The weighted mean; 0 where no key was seen."""
+    _, total, values = state
+    return torch.where(total[..., None] > 0, values / total.clamp(min=1e-300)[..., None], torch.zeros_like(values))

@@ -1,0 +1,20 @@
+"""Depthwise causal convolution: y[t, c] = b[c] + sum_j w[c, j] x[t - J + 1 + j, c], x = 0 before the start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def causal_conv(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x[*, S, C], w[C, J], b[C] -> y[*, S, C]."""
+    return window(torch.zeros_like(x[..., :0, :]), x, w, b)
+
+
+def window(before: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Rows x behind the rows `before` (as many of them as there are; the rest is 0)."""
+    taps = w.shape[-1]
+    zeros = torch.zeros(*x.shape[:-2], max(0, taps - 1 - before.shape[-2]), x.shape[-1], dtype=x.dtype)
+    rows = torch.cat([zeros, before[..., max(0, before.shape[-2] - taps + 1) :, :], x], -2)
+    y = sum(w[:, j] * rows[..., j : j + x.shape[-2], :] for j in range(taps))
+    return y if b is None else y + b

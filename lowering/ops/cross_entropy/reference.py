@@ -1,0 +1,42 @@
+"""Cross entropy: sum over places of log sum_v exp(z_v) - z_target; places with target -1 do not count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..softmax.reference import combine as combine_sums
+from ..softmax.reference import identity as no_sum
+from ..softmax.reference import lift as lift_sums
+
+State = tuple[Tensor, Tensor, Tensor]
+
+
+def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
+    """z[*, V], target[*] -> total[]."""
+    known = target >= 0
+    log_p = z - torch.log(torch.exp(z - z.amax(-1, keepdim=True)).sum(-1, keepdim=True)) - z.amax(-1, keepdim=True)
+    picked = log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    return -(picked * known).sum()
+
+
+def identity(z: Tensor) -> State:
+    """The state of no columns."""
+    return (*no_sum(z), torch.zeros(z.shape[:-1], dtype=z.dtype))
+
+
+def lift(z: Tensor, target: Tensor, offset: int) -> State:
+    """(max, sum, the target's logit if it is here) of columns [offset, offset + z.shape[-1])."""
+    here = (target[..., None] == offset + torch.arange(z.shape[-1])).to(z.dtype)
+    return (*lift_sums(z), (here * z).sum(-1))
+
+
+def combine(a: State, b: State) -> State:
+    """Both parts."""
+    return (*combine_sums(a[:2], b[:2]), a[2] + b[2])
+
+
+def finish(state: State, target: Tensor) -> Tensor:
+    """The total."""
+    top, total, picked = state
+    return ((torch.log(total) + top - picked) * (target >= 0)).sum()

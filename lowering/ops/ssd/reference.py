@@ -1,0 +1,55 @@
+"""The selective scan (Dao and Gu 2024, section 6), one row at a time.
+
+    d_t = softplus(dt_t + dt_bias), A = -exp(A_log)
+    S_t = exp(d_t A) S_{t-1} + d_t u_t (outer) B_t,    y_t = S_t C_t + D u_t
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = tuple[Tensor, Tensor]
+
+
+def ssd(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
+        starts: Tensor | None = None) -> Tensor:
+    """u[b, S, H, P], dt[b, S, H], B and C[b, S, G, N] -> y[b, S, H, P]; `starts` bool[b, S] clear the state before a row."""
+    y, _ = run(identity(u, B), u, dt, B, C, A_log, D, dt_bias, starts)
+    return y
+
+
+def run(state: State, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
+        starts: Tensor | None = None) -> tuple[Tensor, State]:
+    """Rows behind a state: their results, and the state behind them."""
+    heads = u.shape[2] // B.shape[2]
+    B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)
+    d, A = F.softplus(dt + dt_bias), -torch.exp(A_log)
+    decay, S = state
+    rows = []
+    for t in range(u.shape[1]):
+        if starts is not None:
+            S = torch.where(starts[:, t, None, None, None], torch.zeros_like(S), S)
+        a = torch.exp(d[:, t] * A)
+        S = a[..., None, None] * S + (d[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None]
+        decay = decay * a
+        rows.append((S * C[:, t, :, None]).sum(-1) + D[:, None] * u[:, t])
+    y = torch.stack(rows, 1) if rows else torch.zeros_like(u)
+    return y, (decay, S)
+
+
+def identity(u: Tensor, B: Tensor) -> State:
+    """(decay, state) of no rows."""
+    b, _, h, p = u.shape
+    return torch.ones(b, h, dtype=u.dtype), torch.zeros(b, h, p, B.shape[-1], dtype=u.dtype)
+
+
+def lift(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor) -> State:
+    """(decay, state) of some rows, whoever asks."""
+    return run(identity(u, B), u, dt, B, C, A_log, D, dt_bias)[1]
+
+
+def combine(a: State, b: State) -> State:
+    """Rows of a, then rows of b: not commutative."""
+    return a[0] * b[0], b[0][..., None, None] * a[1] + b[1]

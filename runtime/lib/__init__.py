@@ -1,0 +1,47 @@
+"""What generated code may use: torch and the standard library, nothing of the compiler."""
+
+from .attend import attend
+from .buffers import STATELESS, Slots
+from .conv import Conv, ParallelConv, causal_conv
+from .initial import initialise
+from .linear import Embed, Linear, Parallel, Weights, named_logical_parameters
+from .loss import cross_entropy, known, linear_cross_entropy
+from .model import Model
+from .norm import LayerNorm, RmsNorm, layer_norm, rms_norm
+from .pointwise import angles, relu2, rotate, silu_mul
+from .rows import At, Coordinates, Mask, next_token
+from .ssd import ssd
+from .stream import Stream
+
+__all__ = [
+    "STATELESS",
+    "At",
+    "Conv",
+    "Coordinates",
+    "Embed",
+    "LayerNorm",
+    "Linear",
+    "Mask",
+    "Model",
+    "Parallel",
+    "ParallelConv",
+    "RmsNorm",
+    "Slots",
+    "Stream",
+    "Weights",
+    "angles",
+    "attend",
+    "causal_conv",
+    "cross_entropy",
+    "initialise",
+    "known",
+    "layer_norm",
+    "linear_cross_entropy",
+    "named_logical_parameters",
+    "next_token",
+    "relu2",
+    "rms_norm",
+    "rotate",
+    "silu_mul",
+    "ssd",
+]

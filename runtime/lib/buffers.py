@@ -1,0 +1,194 @@
+"""What decoding keeps: three buffers, each a few tensors whose rows are on dim -2 and whose size is fixed.
+
+Law (design/streaming.md): what no later row can tell apart is folded into a base, what a later row may still read is
+remembered, the rest is forgotten. Nothing is counted in a buffer: what it holds follows from the stream's coordinates,
+so a rollback that restores those restores all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .rows import At, Mask
+
+if TYPE_CHECKING:
+    from .stream import Stream
+
+
+class _Stateless:
+    """The state of a full forward pass: all its attributes and items are itself, and no op finds a past in it."""
+
+    def __getattr__(self, name: str) -> _Stateless:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __getitem__(self, index: Any) -> _Stateless:
+        return self
+
+    def __iter__(self) -> Iterator[_Stateless]:
+        while True:
+            yield self
+
+    def __repr__(self) -> str:
+        return "STATELESS"
+
+
+STATELESS = _Stateless()
+
+
+def is_past(past: Any) -> bool:
+    """Whether an op was given a buffer."""
+    return past is not None and past is not STATELESS
+
+
+class Slots:
+    """The buffers of a module by name, as a tree: values are buffers, other Slots, or lists of Slots."""
+
+    def __init__(self, **named: Any) -> None:
+        self.__dict__.update(named)
+
+    def __repr__(self) -> str:
+        return f"Slots({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
+
+
+class Buffer:
+    """Tensors {name: [batch, ...]} that belong to one stream."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.rows: dict[str, Tensor] = {}
+        stream.buffers.append(self)
+
+    def rollback(self, back: Tensor) -> None:
+        """Forget the last back[batch] rows; nothing to do where rows are found by their place in the stream."""
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, *lead, n, d] at index int64[b, r] of dim -2 -> [b, *lead, r, d]."""
+    index = index.view(len(index), *(1,) * (x.dim() - 3), index.shape[1], 1)
+    return x.gather(-2, index.expand(*x.shape[:-2], index.shape[-2], x.shape[-1]))
+
+
+class Tail(Buffer):
+    """The last `keep` rows and, for rollback, `stream.slack` more; right-aligned, so that they meet the new rows.
+
+    shapes: {name: (*lead, width)} of a row, stored as [batch, *lead, keep + slack, width].
+    """
+
+    def __init__(self, stream: Stream, keep: int, dtypes: dict[str, torch.dtype], **shapes: tuple[int, ...]) -> None:
+        super().__init__(stream)
+        self.keep, self.capacity = keep, keep + stream.slack
+        for name, shape in shapes.items():
+            full = (stream.batch, *shape[:-1], self.capacity, shape[-1])
+            self.rows[name] = torch.zeros(full, dtype=dtypes[name], device=stream.device)
+
+    def join(self, at: At, **new: Tensor) -> dict[str, Tensor]:
+        """Old rows (all `capacity`) and then new rows [batch, *lead, t, width]; remembers the last of them."""
+        joined = {}
+        for name, x in new.items():
+            old = self.rows[name]
+            joined[name] = both = torch.cat((old, x.to(old.dtype)), -2)
+            if not self.capacity:
+                continue
+            if at.step.uniform is not None:
+                old.copy_(both[..., both.shape[-2] - self.capacity :, :])
+            else:
+                self.rows[name] = take_rows(both, at.step.count[:, None] + self.stream.range(self.capacity))
+        return joined
+
+    def rollback(self, back: Tensor) -> None:
+        if self.capacity:
+            # Rows older than the horizon fall out on the left; what is read there instead is never visible again.
+            index = (self.stream.range(self.capacity) - back[:, None]).clamp_min(0)
+            self.rows = {name: take_rows(x, index) for name, x in self.rows.items()}
+
+
+class Window(Tail):
+    """The last taps - 1 rows of a convolution's input [batch, t, channels]."""
+
+    def __init__(self, stream: Stream, channels: int, taps: int) -> None:
+        super().__init__(stream, taps - 1, {"x": stream.dtype}, x=(channels,))
+
+    def extend(self, x: Tensor, at: At) -> Tensor:
+        """[batch, taps - 1 + t, channels]: the rows before, then these."""
+        if at.valid is not None:
+            x = torch.where(at.valid[:, :, None], x, 0)
+        return self.join(at, x=x)["x"][:, self.capacity - self.keep :]
+
+
+class Cache(Buffer):
+    """Keys and values of one attention source, as [batch, heads, rows, width].
+
+    keep None: every row of the stream, at its own place. keep n: for a causal window of n + 1, the last n rows.
+    """
+
+    def __init__(self, stream: Stream, keep: int | None, k: tuple[int, ...], v: tuple[int, ...]) -> None:
+        super().__init__(stream)
+        self.keep = keep
+        if keep is None:
+            # One place more than rows: what is not valid is written there and never read.
+            for name, (heads, width) in {"k": k, "v": v}.items():
+                full = (stream.batch, heads, stream.max_length + 1, width)
+                self.rows[name] = torch.zeros(full, dtype=stream.dtype, device=stream.device)
+        else:
+            self.tail = Tail(stream, keep, {"k": stream.dtype, "v": stream.dtype}, k=k, v=v)
+
+    def extend(self, k: Tensor, v: Tensor, at: At, mask: Mask) -> tuple[Tensor, Tensor, Tensor | str]:
+        """Remember k, v [b, t, V, D]; -> all keys and values [b, V, n, D] and what the new rows see of them."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if at.valid is not None:
+            k, v = (torch.where(at.valid[:, None, :, None], x, 0) for x in (k, v))
+        if self.keep is not None:
+            both = self.tail.join(at, k=k, v=v)
+            return both["k"], both["v"], self._seen(at, mask, both["k"].shape[2])
+        tick, t = at.step.uniform, at.seq
+        own_k, own_v = self.rows["k"], self.rows["v"]
+        if tick is not None:
+            own_k[:, :, tick : tick + t] = k
+            own_v[:, :, tick : tick + t] = v
+            end = tick + t
+        else:
+            place = self.stream.places(at)[:, None, :, None]
+            own_k.scatter_(2, place.expand(k.shape), k.to(own_k.dtype))
+            own_v.scatter_(2, place.expand(v.shape), v.to(own_v.dtype))
+            end = self.stream.end(at)
+        return own_k[:, :, :end], own_v[:, :, :end], self._seen(at, mask, end)
+
+    def _seen(self, at: At, mask: Mask, count: int) -> Tensor | str:
+        """What the new rows see of `count` keys, worked out once a step for all layers alike."""
+        name = (mask, self.keep)
+        if name not in at.memo:
+            at.memo[name] = self._see(at, mask, count)
+        return at.memo[name]
+
+    def _see(self, at: At, mask: Mask, count: int) -> Tensor | str:
+        tick, t = at.step.uniform, at.seq
+        if tick is not None and mask.interval and mask.ahead in (0, None):
+            first = 0 if self.keep is None else tick - self.keep
+            if t == 1 and first >= 0 and (mask.behind is None or mask.behind >= tick - first):
+                return "all"
+            if tick == 0 and self.keep is None and mask.behind is None:
+                return "all" if mask.ahead is None else "causal"
+        return mask.visible(at, self.stream.keys(at, self.keep, count))
+
+
+class Scan(Buffer):
+    """The state [batch, heads, head_dim, state] of a scan, and the inputs that may still be taken back.
+
+    The state is the fold of all rows older than `slack` ticks below the high-water mark: a fold has no inverse, so
+    younger rows stay in `pending` and are folded anew in every step.
+    """
+
+    def __init__(self, stream: Stream, heads: int, head_dim: int, groups: int, state: int) -> None:
+        super().__init__(stream)
+        self.wide = torch.float64 if stream.dtype == torch.float64 else torch.float32
+        shape = (stream.batch, heads, head_dim, state)
+        self.rows["state"] = torch.zeros(shape, dtype=self.wide, device=stream.device)
+        dtypes = {"u": stream.dtype, "b": stream.dtype, "dt": self.wide, "start": torch.bool}
+        widths = {"u": (heads * head_dim,), "b": (groups * state,), "dt": (heads,), "start": (1,)}
+        self.pending = Tail(stream, 0, dtypes, **widths) if stream.slack else None

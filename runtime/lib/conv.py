@@ -1,0 +1,209 @@
+"""Depthwise causal convolution over the rows of a document.
+
+Dims: B batch, T seq, C channels, k taps. Tap j reads the row k - 1 - j before; `lag` is that distance.
+
+Four shifted products beat torch's conv1d on a CPU by far (forward and backward at [4, 512, 3072], 4 taps, 2 threads:
+28 ms against 129), and the backward pass in blocks of rows that stay in a core's cache beats the same over whole
+tensors (20 ms against 48). Weights are stored [k, C], so that a tap is a contiguous row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .buffers import is_past
+from .linear import Fused
+from .norm import wide
+from .product import autocast
+from .rows import At
+
+# Numbers of one block of rows: a few such blocks fit the second-level cache.
+BLOCK = 1 << 17
+
+
+class ParallelConv(Fused):
+    """Convolutions side by side in one: x[B, T, sum of channels] -> a tensor [B, T, *channels] for each part."""
+
+    def __init__(self, parts: Mapping[str, tuple[int, ...]], taps: int, bias: bool = True) -> None:
+        super().__init__({name: (channels, bias) for name, channels in parts.items()}, (taps,), flip=True)
+
+    def forward(self, x: Tensor, at: At, past: Any = None, act: str | None = None) -> tuple[Tensor, ...]:
+        pieces = _convolve(x, self.weight, self.bias, at, past, act, self.sizes)
+        return tuple(
+            piece.unflatten(-1, dims) if len(dims) > 1 else piece
+            for piece, (dims, _) in zip(pieces, self.parts.values(), strict=True)
+        )
+
+
+class Conv(ParallelConv):
+    """x[B, T, *channels] -> the same shape; weight [*channels, taps], bias [*channels]."""
+
+    def __init__(self, channels: tuple[int, ...], taps: int, bias: bool = True) -> None:
+        super().__init__({"": channels}, taps, bias)
+
+    def forward(self, x: Tensor, at: At, past: Any = None, act: str | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x.flatten(2), at, past, act)[0]
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, at: At, past: Any = None, act: str | None = None
+) -> Tensor:
+    """y[t, C] = act(bias[C] + sum_j weight[C, j] x[t - k + 1 + j, C]), rows before the document's start read as 0.
+
+    x [B, T, C], weight [C, k], bias [C] or None, act None or "silu" -> [B, T, C] in x's dtype. The sum is at least
+    fp32. Padding rows read as 0.
+    """
+    return _convolve(x, weight.T, bias, at, past, act, [x.shape[2]])[0]
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, at: At, past: Any, act: str | None, widths: list[int]
+) -> tuple[Tensor, ...]:
+    """weight [k, C]; -> y in pieces of `widths`."""
+    if act not in (None, "silu"):
+        raise ValueError(f"causal_conv: act is None or 'silu', found {act!r}")
+    if is_past(past):
+        return _stream(past.extend(x, at), weight, bias, at, act).split(widths, -1)
+    if at.valid is not None:
+        # Selected, not multiplied by 0: padding may hold anything, even NaN.
+        x = torch.where(at.valid[:, :, None], x, 0)
+    since = None if at.starts is None else at.since
+    x, weight, bias = autocast(x, weight, bias)
+    return _Conv.apply(x, weight, bias, since, act, widths)
+
+
+def _stream(joined: Tensor, weight: Tensor, bias: Tensor | None, at: At, act: str | None) -> Tensor:
+    """Convolve joined [B, k - 1 + T, C]: the rows before, then the rows of this call."""
+    taps, seq = len(weight), at.seq
+    if seq == 1 and at.starts is None:
+        y = (joined * weight).sum(1, keepdim=True)
+        y = y if bias is None else y + bias
+        return F.silu(y, inplace=True) if act else y
+    y = torch.zeros_like(joined[:, :seq], dtype=wide(joined).dtype)
+    if bias is not None:
+        y += bias
+    for j in range(taps):
+        rows, lag = joined[:, j : j + seq], taps - 1 - j
+        if lag and at.starts is not None:
+            rows = torch.where((at.since >= lag)[:, :, None], rows, 0)
+        y.addcmul_(rows, weight[j])
+    y = F.silu(y, inplace=True) if act else y
+    return y.to(joined.dtype)
+
+
+def _blocks(shape: torch.Size, device: torch.device) -> list[tuple[int, int, int]]:
+    """(batch row, first row, end) of blocks, all rows of a sequence at once where there is no cache to fill."""
+    batch, seq, channels = shape
+    size = max(1, BLOCK // channels) if device.type == "cpu" else seq
+    return [(i, s, min(s + size, seq)) for i in range(batch) for s in range(0, seq, size)]
+
+
+def _far(since: Tensor | None, i: int, s: int, e: int, taps: int) -> Tensor | None:
+    """since[i, s:e] as a column, or None where every row has taps - 1 rows of its document before it."""
+    if since is None or e <= s:
+        return None
+    rows = since[i, s:e]
+    return None if bool((rows >= taps - 1).all()) else rows[:, None]
+
+
+def _sum_taps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, far: Tensor | None, i: int, s: int, e: int, out: Tensor
+) -> Tensor:
+    """The convolution before its activation, for rows s..e of batch row i, into out [e - s, C]."""
+    taps = len(weight)
+    low = max(0, s - taps + 1)
+    rows = wide(x[i, low:e])
+    now = rows[s - low :]
+    if bias is None:
+        torch.mul(now, weight[-1], out=out)
+    else:
+        torch.addcmul(bias, now, weight[-1], out=out)
+    for lag in range(1, taps):
+        skip = max(0, lag - s)
+        before = rows[max(0, s - lag) - low : max(0, e - lag - low)]
+        if far is not None:
+            before = before.masked_fill(far[skip:] < lag, 0)
+        out[skip:].addcmul_(before, weight[-1 - lag])
+    return out
+
+
+class _Conv(torch.autograd.Function):
+    """Keeps x alone; the sum before the activation is made again, block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        since: Tensor | None,
+        act: str | None,
+        widths: list[int],
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight, bias, since)
+        ctx.act, ctx.widths = act, widths
+        w, b = wide(weight), None if bias is None else wide(bias)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for i, s, e in _blocks(x.shape, x.device):
+            out = y[i, s:e] if y.dtype == w.dtype else w.new_empty(e - s, x.shape[2])
+            _sum_taps(x, w, b, _far(since, i, s, e, len(w)), i, s, e, out)
+            if act:
+                F.silu(out, inplace=True)
+            if out.dtype != y.dtype:
+                y[i, s:e] = out
+        return tuple(y.split(widths, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, since = ctx.saved_tensors
+        w, b = wide(weight), None if bias is None else wide(bias)
+        taps, channels = w.shape
+        blocks = _blocks(x.shape, x.device)
+        size = blocks[0][2]
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        # Products with the weights are summed over rows only at the end: one addition a number and block.
+        sums = w.new_zeros(taps, size, channels)
+        bias_sums = w.new_zeros(size, channels)
+        before, ahead = w.new_empty(size, channels), w.new_empty(size + taps - 1, channels)
+        for i, s, e in reversed(blocks):
+            # ahead[:n] are gradients of rows s..e before the activation, ahead[n:] those of the taps - 1 rows after.
+            n = e - s
+            if e == x.shape[1]:
+                ahead[n:] = 0
+            else:
+                ahead[n : n + taps - 1] = ahead[: taps - 1].clone()
+            g = ahead[:n]
+            if ctx.act:
+                _sum_taps(x, w, b, _far(since, i, s, e, taps), i, s, e, before[:n])
+            parts = zip(grads, *(t.split(ctx.widths, 1) for t in (before[:n], g)), strict=True)
+            for grad, y, grad_y in parts:
+                if ctx.act:
+                    torch.ops.aten.silu_backward.grad_input(wide(grad[i, s:e]), y, grad_input=grad_y)
+                else:
+                    grad_y.copy_(grad[i, s:e])
+            rows = wide(x[i, s:e])
+            bias_sums[:n] += g
+            sums[-1, :n].addcmul_(g, rows)
+            out = grad_x[i, s:e] if grad_x.dtype == w.dtype else torch.empty_like(rows)
+            torch.mul(g, w[-1], out=out)
+            far = _far(since, i, s, min(e + taps - 1, x.shape[1]), taps)
+            for lag in range(1, taps):
+                later = ahead[lag : lag + n]
+                if far is not None:
+                    # Rows lag later that belong to another document do not read these.
+                    own = far[lag : lag + n] >= lag
+                    later = torch.where(F.pad(own, (0, 0, 0, n - len(own))), later, 0)
+                out.addcmul_(later, w[-1 - lag])
+                sums[-1 - lag, :n].addcmul_(later, rows)
+            if out.dtype != grad_x.dtype:
+                grad_x[i, s:e] = out
+        grad_bias = None if bias is None else bias_sums.sum(0).to(bias.dtype)
+        return grad_x, sums.sum(1).to(weight.dtype), grad_bias, None, None, None
+

@@ -1,0 +1,193 @@
+"""The base of a generated model: what its users call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .buffers import STATELESS, Slots
+from .initial import initialise
+from .linear import Embed, named_logical_parameters, spec_paths
+from .rows import At
+from .sample import check_sampling, choose
+from .stream import Stream
+
+# Prompts are fed in pieces, so that the logits of a long prompt never exist at once.
+PREFILL_ROWS = 512
+
+
+class Model(nn.Module):
+    """A generated class gives `slots`, `run`, `losses_of`, `counts_of`, INIT and keep_fp32."""
+
+    INIT: Mapping[str, tuple[Any, ...]] = {}
+    keep_fp32: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_rename_saved)
+        self.register_load_state_dict_pre_hook(_rename_loaded)
+
+    def slots(self, stream: Stream) -> Slots:
+        """The buffers that decoding keeps."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be decoded: it has no slots")
+
+    def run(self, tokens: Tensor, at: At, state: Any) -> Tensor:
+        """tokens int64[batch, seq] -> logits [batch, seq, vocab]."""
+        raise NotImplementedError
+
+    def losses_of(self, tokens: Tensor, at: At) -> dict[str, Tensor]:
+        """{loss: sum over its scored tokens}."""
+        raise NotImplementedError(f"{type(self).__name__} has no losses")
+
+    def counts_of(self, tokens: Tensor, at: At) -> dict[str, Tensor]:
+        """{loss: number of scored tokens}."""
+        raise NotImplementedError(f"{type(self).__name__} has no losses")
+
+    # Whole documents.
+
+    def forward(
+        self,
+        tokens: Tensor,
+        document: Tensor | None = None,
+        position: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """tokens int64[batch, seq] -> logits [batch, seq, vocab]; document, position, valid as in `At`."""
+        return self.run(tokens, At(tokens.shape, tokens.device, position, document, valid), STATELESS)
+
+    def losses(self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """{loss: 0-d sum over scored tokens}. The total is the sum of losses[name] / counts[name]."""
+        return self.losses_of(tokens, At(tokens.shape, tokens.device, None, document, valid))
+
+    def counts(self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """{loss: 0-d number of scored tokens}: without weights, so that micro-batches can be added up first."""
+        return self.counts_of(tokens, At(tokens.shape, tokens.device, None, document, valid))
+
+    # Token by token.
+
+    def stream(self, batch: int, max_length: int, rollback: int = 0) -> Stream:
+        """An empty decoding state for `batch` sequences of at most max_length tokens."""
+        return Stream(self, batch, max_length, rollback, self.storage_dtype, next(self.parameters()).device)
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The dtype of the weights that `cast` changes."""
+        return next((parameter.dtype for parameter in self._castable()), torch.float32)
+
+    @torch.inference_mode()
+    def prefill(
+        self, tokens: Tensor, stream: Stream, count: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        """Feed tokens int64[batch, seq]; -> logits [batch, seq, vocab].
+
+        count int[batch]: how many tokens of each row are real; the rest change nothing and their logits mean nothing.
+        start bool[batch, seq]: tokens that start a new document.
+        """
+        if tokens.dim() != 2 or tokens.shape[0] != stream.batch or not tokens.shape[1]:
+            raise ValueError(f"stream: tokens are {list(tokens.shape)}, must be [{stream.batch}, at least 1]")
+        at = stream.begin(tokens.shape[1], count, start)
+        if at.valid is not None:
+            tokens = torch.where(at.valid, tokens, 0)
+        logits = self.run(tokens, at, stream.state)
+        stream.commit(at)
+        return logits
+
+    # The same step: what was fed at once and what was fed token by token leave the same state.
+    decode = prefill
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        on_token: Callable[[Tensor], Any] | None = None,
+    ) -> Tensor:
+        """Continue prompts int64[batch, seq]; -> int64[batch, seq + max_new_tokens].
+
+        temperature 0 is greedy; a seed makes sampling repeatable. on_token is given each new column int64[batch];
+        generation ends early where it returns True.
+        Raises ValueError for settings out of range, an empty prompt and tokens outside the vocabulary.
+        """
+        check_sampling(temperature, top_k, top_p)
+        self._check_prompt(tokens, max_new_tokens)
+        source = None
+        if temperature > 0:
+            source = torch.Generator(tokens.device)
+            source.seed() if seed is None else source.manual_seed(seed)
+        if not max_new_tokens:
+            return tokens.clone()
+        stream = self.stream(len(tokens), tokens.shape[1] + max_new_tokens)
+        for piece in tokens.split(PREFILL_ROWS, 1):
+            logits = self.prefill(piece, stream)
+        columns = [tokens]
+        for left in reversed(range(max_new_tokens)):
+            new = choose(logits[:, -1], temperature, top_k, top_p, source)
+            columns.append(new[:, None])
+            if (on_token is not None and on_token(new) is True) or not left:
+                break
+            logits = self.decode(new[:, None], stream)
+        return torch.cat(columns, 1)
+
+    def _check_prompt(self, tokens: Tensor, max_new_tokens: int) -> None:
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(f"generate: tokens are {tokens.dtype}{list(tokens.shape)}, must be int64[batch, seq]")
+        if not tokens.numel():
+            raise ValueError(f"generate: the prompt {list(tokens.shape)} is empty, it must hold at least one token")
+        if max_new_tokens < 0:
+            raise ValueError(f"generate: max_new_tokens is {max_new_tokens}, must be at least 0")
+        vocab = min((m.vocab for m in self.modules() if isinstance(m, Embed)), default=None)
+        low, high = int(tokens.min()), int(tokens.max())
+        if vocab is not None and (low < 0 or high >= vocab):
+            raise ValueError(f"generate: token {low if low < 0 else high} is outside the vocabulary of {vocab}")
+
+    # Weights.
+
+    def named_logical_parameters(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """(path in the spec, parameter that holds it, view with the spec's dims that shares its memory)."""
+        return named_logical_parameters(self)
+
+    def initialise(self, seed: int = 0, table: Mapping[str, tuple[Any, ...]] | None = None) -> Model:
+        """Draw every parameter from `table`, by default the one generated from the spec."""
+        initialise(self, self.INIT if table is None else table, seed)
+        return self
+
+    def cast(self, dtype: torch.dtype) -> Model:
+        """Store weights in `dtype`; those that `keep_fp32` names stay fp32 (or become fp64 with the others)."""
+        kept = torch.promote_types(dtype, torch.float32)
+        castable = set(self._castable())
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype if parameter in castable else kept)
+        return self
+
+    def _castable(self) -> list[nn.Parameter]:
+        """Parameters that no pattern of keep_fp32 names; one that holds several weights must be named as a whole."""
+        paths: dict[nn.Parameter, list[str]] = {}
+        for path, holder, _ in self.named_logical_parameters():
+            paths.setdefault(holder, []).append(path)
+        castable = []
+        for holder, names in paths.items():
+            kept = [any(fnmatchcase(name, pattern) for pattern in self.keep_fp32) for name in names]
+            if any(kept) and not all(kept):
+                raise ValueError(f"cast: {names} share a parameter, but keep_fp32 names only some of them")
+            if not any(kept):
+                castable.append(holder)
+        return castable
+
+
+def _rename_saved(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Weights of a fused module are saved beside it, by their paths in the spec."""
+    for key, path in spec_paths(module).items():
+        state_dict[prefix + path] = state_dict.pop(prefix + key)
+
+
+def _rename_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for key, path in spec_paths(module).items():
+        if prefix + path in state_dict:
+            state_dict[prefix + key] = state_dict.pop(prefix + path)

@@ -1,0 +1,109 @@
+"""Norms over compound dims. Statistics and the product with the weight are at least fp32; the result is as the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .linear import empty
+
+
+class RmsNorm(nn.Module):
+    """x[..., *over] * weight / rms(x), the rms over all of `over`, or over each of `groups` equal parts of it."""
+
+    def __init__(self, over: tuple[int, ...], eps: float, groups: int = 1) -> None:
+        super().__init__()
+        self.over, self.eps, self.groups = tuple(over), eps, groups
+        self.weight = empty(*self.over)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, self.groups)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias over `over`; a zero-centred weight is stored without its 1 (LayerNorm1p)."""
+
+    def __init__(self, over: tuple[int, ...], eps: float, zero_centred: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        self.over, self.eps, self.zero_centred = tuple(over), eps, zero_centred
+        self.weight = empty(*self.over)
+        self.bias = empty(*self.over) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, self.zero_centred)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in at least fp32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, groups: int = 1) -> Tensor:
+    """x[..., *over] -> the same shape and dtype. weight [*over] or None (1).
+
+    Source: Zhang and Sennrich 2019; grouped as in Mamba-2 (Dao and Gu 2024).
+    """
+    shape = x.shape
+    dims = 1 if weight is None else weight.dim()
+    if dims > 1 or groups > 1:
+        x = x.reshape(*shape[: len(shape) - dims], groups, -1)
+        weight = None if weight is None else weight.view(groups, -1)
+    y = _RmsNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normalise(x, weight, eps)[0]
+    return y.view(shape) if dims > 1 or groups > 1 else y
+
+
+def _normalise(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """x [..., d] * weight / rms and 1 / rms [..., 1]."""
+    wx = wide(x)
+    scale = torch.linalg.vector_norm(wx, dim=-1, keepdim=True)
+    scale = torch.addcmul(scale.new_full((), eps), scale, scale, value=1 / x.shape[-1]).rsqrt_()
+    y = wx * scale
+    if weight is not None:
+        y *= weight
+    return (y if y.dtype == x.dtype else y.to(x.dtype)), scale
+
+
+class _RmsNorm(torch.autograd.Function):
+    """x[..., d], weight[d], or [.., g, d] and [g, d]. Keeps x and a number a row, where autograd keeps x three times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        y, scale = _normalise(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        grad, unit = wide(grad), wide(x) * scale
+        product = grad * unit
+        grad_weight = None
+        if weight is None:
+            along = product.sum(-1, keepdim=True)
+        else:
+            if ctx.needs_input_grad[1]:
+                grad_weight = product.flatten(0, -1 - weight.dim()).sum(0).to(weight.dtype)
+            along = product.mul_(weight).sum(-1, keepdim=True)
+            grad = torch.mul(grad, weight, out=product)
+        # d y / d x of x / rms(x): what points along x does not change it.
+        return unit.mul_(along.div_(-x.shape[-1])).add_(grad).mul_(scale).to(x.dtype), grad_weight, None
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centred: bool = False) -> Tensor:
+    """x[..., *over] -> the same shape and dtype; weight, bias [*over] or None (1, 0). Source: Ba, Kiros, Hinton 2016."""
+    over = (x.shape[-1],) if weight is None else tuple(weight.shape)
+    gain = wide(weight) if weight is not None else None
+    if gain is not None and zero_centred:
+        gain = gain + 1
+    if x.dtype in (torch.float32, torch.float64):
+        return F.layer_norm(x, over, _like(gain, x), _like(bias, x), eps)
+    return F.layer_norm(wide(x), over, gain, None if bias is None else wide(bias), eps).to(x.dtype)
+
+
+def _like(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(x.dtype)

@@ -1,0 +1,114 @@
+"""The matrix product of linear maps: several weights at once, and low precision where a processor is slow at it.
+
+Dims: M rows, K columns of a weight, N rows of it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Rows converted at a time: their fp32 copies stay in the cache. Fewer rows in all are left to the native kernel, which
+# then reads half the bytes: at M = 32 both are equal, at M = 512, K = 512, N = 4112 7.6 ms against 13.
+BLOCK_ROWS = 512
+LEAST_ROWS = 64
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int]) -> tuple[Tensor, ...]:
+    """x [..., K], weight [N, K], bias [N] -> x weight^T + bias in pieces of `widths` columns, side by side in memory."""
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias).split(widths, -1)
+    x, weight, bias = autocast(x, weight, bias)
+    if len(widths) == 1 and not upcasts(x):
+        return (F.linear(x, weight, bias),)
+    return _Product.apply(x, weight, bias, widths)
+
+
+def autocast(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in the dtype that autocast asks for, if it is on: custom functions are unknown to it."""
+    kind = next(x for x in tensors if x is not None).device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+@cache
+def _has_tiles() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def upcasts(x: Tensor) -> bool:
+    """Whether products of x run in fp32: a bf16 product is one with fp32 sums, so only the result is rounded.
+
+    Without AMX the bf16 kernels of a processor with AVX512-BF16 reach half the speed of its fp32 ones (167 against
+    320 GFLOP/s on two cores).
+    """
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or _has_tiles():
+        return False
+    return x.numel() >= LEAST_ROWS * x.shape[-1]
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not upcasts(x):
+        return F.linear(x, weight, bias)
+    flat, w, b = x.reshape(-1, x.shape[-1]), weight.float().T, None if bias is None else bias.float()
+    y = x.new_empty(len(flat), len(weight))
+    room = torch.empty(min(BLOCK_ROWS, len(y)), len(weight), dtype=torch.float32)
+    for rows in _blocks(len(y)):
+        part = room[: rows.stop - rows.start]
+        torch.mm(flat[rows].float(), w, out=part) if b is None else torch.addmm(b, flat[rows].float(), w, out=part)
+        y[rows] = part
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _blocks(rows: int) -> list[slice]:
+    return [slice(s, min(s + BLOCK_ROWS, rows)) for s in range(0, rows, BLOCK_ROWS)]
+
+
+class _Product(torch.autograd.Function):
+    """Backward takes the gradient of each piece as it comes; autograd would first copy them all into one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        ctx.widths, ctx.has_bias = widths, bias is not None
+        ctx.set_materialize_grads(False)
+        return tuple(_forward(x, weight, bias).split(widths, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        kind = torch.float32 if upcasts(x) else x.dtype
+        flat, w = x.reshape(-1, x.shape[-1]), weight.to(kind)
+        blocks = _blocks(len(flat)) if upcasts(x) else [slice(0, len(flat))]
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(flat) if needs_x else None
+        grad_weight = torch.zeros_like(w) if needs_weight else None
+        grad_bias = w.new_zeros(len(w)) if ctx.has_bias else None
+        for rows in blocks:
+            x_now = flat[rows].to(kind)
+            sum_x = None
+            start = 0
+            for grad, width in zip(grads, ctx.widths, strict=True):
+                columns = slice(start, start + width)
+                start += width
+                if grad is None:
+                    continue
+                g = grad.reshape(-1, width)[rows].to(kind)
+                if needs_x:
+                    sum_x = g @ w[columns] if sum_x is None else sum_x.addmm_(g, w[columns])
+                if grad_weight is not None:
+                    grad_weight[columns].addmm_(g.T, x_now, beta=0 if rows.start == 0 else 1)
+                if grad_bias is not None:
+                    grad_bias[columns] += g.sum(0)
+            if grad_x is not None:
+                grad_x[rows] = 0 if sum_x is None else sum_x
+        found = (None if grad_x is None else grad_x.view(x.shape), grad_weight, grad_bias)
+        return *(None if g is None else g.to(x.dtype) for g in found), None

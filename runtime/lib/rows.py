@@ -1,0 +1,249 @@
+"""Where rows are: the coordinates that masks, resets, rotations and losses read.
+
+Dims: b batch, t seq (rows of this call), k keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Coordinates(NamedTuple):
+    """What a mask may ask about queries (int64 [b, t, 1]) or keys (int64 [b, 1, k]); `b` may be 1."""
+
+    position: Tensor
+    document: Tensor
+
+
+class Keys(NamedTuple):
+    """Coordinates of stored rows: position, document int64 [b, k]; valid bool [b, k], or None where all count."""
+
+    position: Tensor
+    document: Tensor
+    valid: Tensor | None
+
+
+class Step(NamedTuple):
+    """One step of a stream. `uniform`: ticks before it when all rows agree and no rollback is kept, else None.
+
+    tick, high, count: int64 [b]: rows stored before the step, the most ever stored, rows that arrive.
+    """
+
+    stream: Any
+    uniform: int | None
+    tick: Tensor
+    high: Tensor
+    count: Tensor
+
+
+class At:
+    """Coordinates of the rows [batch, seq] of one call.
+
+    position: int64 [seq] or [batch, seq]; None counts rows from 0, or from the start of each document.
+    document: int64 [batch, seq], equal on the rows of one document, which are neighbours; None is one document.
+    valid:    bool [batch, seq]; rows that are False are padding: they see and change nothing.
+    starts:   bool [batch, seq], rows that start a document; None where only row 0 of each batch row does.
+    step:     the stream's `Step` in prefill and decode, else None.
+    """
+
+    def __init__(
+        self,
+        tokens_shape: tuple[int, ...] | torch.Size,
+        device: torch.device | str | None = None,
+        position: Tensor | None = None,
+        document: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> None:
+        batch, seq = tokens_shape
+        self.batch, self.seq, self.device = batch, seq, device
+        self.starts: Tensor | None = None
+        self.step: Step | None = None
+        self.first = 0
+        self.memo: dict[Any, Any] = {}
+        self._position = None if position is None else position.expand(batch, seq)
+        if document is not None:
+            document = document.expand(batch, seq)
+            self.starts = torch.ones(batch, seq, dtype=torch.bool, device=document.device)
+            self.starts[:, 1:] = document[:, 1:] != document[:, :-1]
+        self.document, self.valid = document, valid
+        self.plain = position is None and document is None and valid is None
+
+    @classmethod
+    def uniform(cls, shape: tuple[int, int], device: torch.device, step: Step) -> At:
+        """Rows of a stream whose batch rows all hold `step.uniform` rows of one document."""
+        at = cls(shape, device)
+        at.step, at.first = step, step.uniform or 0
+        return at
+
+    @classmethod
+    def ragged(cls, shape: tuple[int, int], step: Step, keys: Keys, starts: Tensor) -> At:
+        """Rows of a stream in its general form; `keys` are their own coordinates."""
+        at = cls(shape, keys.position.device, keys.position, None, keys.valid)
+        at.document, at.starts, at.step = keys.document, starts, step
+        return at
+
+    @property
+    def position(self) -> Tensor:
+        """int64 [batch, seq]."""
+        if self._position is None:
+            self._position = self.since if self.starts is not None else self.row.expand(self.batch, self.seq)
+        return self._position
+
+    @property
+    def row(self) -> Tensor:
+        """int64 [1, seq]: place in the call, or in the stream where batch rows agree."""
+        return torch.arange(self.first, self.first + self.seq, device=self.device)[None]
+
+    @property
+    def since(self) -> Tensor:
+        """int64 [batch, seq]: rows since the document started, 0 on its first row."""
+        if "since" not in self.memo:
+            if self.step is not None or self.starts is None:
+                since = self.position if self.step is not None else self.row.expand(self.batch, self.seq)
+            else:
+                since = self.row - torch.where(self.starts, self.row, 0).cummax(1).values
+            self.memo["since"] = since
+        return self.memo["since"]
+
+    @property
+    def segment(self) -> Tensor:
+        """int64 [batch, seq]: 0, 1, .. for the documents of this call; needs `starts`."""
+        if "segment" not in self.memo:
+            self.memo["segment"] = self.starts.cumsum(1)
+        return self.memo["segment"]
+
+    def keys(self) -> Keys:
+        """This call's own rows, as keys."""
+        document = self.document if self.document is not None else torch.zeros_like(self.position)
+        return Keys(self.position, document, self.valid)
+
+
+class Mask:
+    """Which keys a query sees, from coordinates alone; documents and padding are added by `attend`.
+
+    predicate: (query, key) -> bool, broadcast from [b, t, 1] and [b, 1, k]; None sees everything.
+    behind, ahead: its hull, keys in [query - behind, query + ahead]; None is unbounded.
+    interval: True where the predicate is proved to be exactly its hull, so that fast kernels may serve it.
+    Raises ValueError where the predicate provably has another hull.
+    """
+
+    def __init__(self, predicate: Callable[[Any, Any], Any] | None, behind: int | None, ahead: int | None) -> None:
+        self.predicate, self.behind, self.ahead = predicate, behind, ahead
+        proved = _Interval(None, None) if predicate is None else _prove(predicate)
+        self.interval = proved is not None
+        if proved is not None and proved != _Interval(None if behind is None else -behind, ahead):
+            raise ValueError(
+                f"mask: the predicate sees keys from {proved.low} to {proved.high} relative to the query,"
+                f" but behind = {behind}, ahead = {ahead} were given"
+            )
+
+    def sees(self, query: Coordinates, key: Coordinates) -> Tensor:
+        """bool [b, t, k], or what broadcasts to it."""
+        if self.predicate is None:
+            return torch.ones((), dtype=torch.bool, device=query.position.device)
+        return self.predicate(query, key)
+
+    def visible(self, at: At, keys: Keys) -> Tensor:
+        """bool [b, 1, t, k]: the predicate, the document and the validity of keys together."""
+        own = at.keys()
+        query = Coordinates(own.position[:, :, None], own.document[:, :, None])
+        key = Coordinates(keys.position[:, None], keys.document[:, None])
+        seen = self.sees(query, key) & (query.document == key.document)
+        if keys.valid is not None:
+            seen = seen & keys.valid[:, None]
+        return seen[:, None]
+
+
+class _Interval(NamedTuple):
+    """Offsets key - query in [low, high]; None is unbounded."""
+
+    low: int | None
+    high: int | None
+
+    def __and__(self, other: _Interval) -> _Interval:
+        low = [x for x in (self.low, other.low) if x is not None]
+        high = [x for x in (self.high, other.high) if x is not None]
+        return _Interval(max(low, default=None), min(high, default=None))
+
+
+class _Line:
+    """query * a + key * b + c, compared with another such line. Supports no more than intervals need."""
+
+    def __init__(self, a: int, b: int, c: int) -> None:
+        self.a, self.b, self.c = a, b, c
+
+    def _of(self, other: _Line | int) -> _Line:
+        if isinstance(other, int):
+            return _Line(0, 0, other)
+        if isinstance(other, _Line):
+            return other
+        raise TypeError("not a line")
+
+    def __add__(self, other: _Line | int) -> _Line:
+        o = self._of(other)
+        return _Line(self.a + o.a, self.b + o.b, self.c + o.c)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> _Line:
+        return _Line(-self.a, -self.b, -self.c)
+
+    def __sub__(self, other: _Line | int) -> _Line:
+        return self + -self._of(other)
+
+    def __rsub__(self, other: int) -> _Line:
+        return -self + other
+
+    def _positive(self) -> _Interval:
+        """Offsets where this line is >= 0."""
+        if (self.a, self.b) == (1, -1):
+            return _Interval(None, self.c)
+        if (self.a, self.b) == (-1, 1):
+            return _Interval(-self.c, None)
+        raise TypeError("not a comparison of a query with a key")
+
+    def __ge__(self, other: _Line | int) -> _Interval:
+        return (self - other)._positive()
+
+    def __le__(self, other: _Line | int) -> _Interval:
+        return (-self + other)._positive()
+
+    def __gt__(self, other: _Line | int) -> _Interval:
+        return (self - other - 1)._positive()
+
+    def __lt__(self, other: _Line | int) -> _Interval:
+        return (-self + other - 1)._positive()
+
+
+def _prove(predicate: Callable[[Any, Any], Any]) -> _Interval | None:
+    """The interval that the predicate is, found by running it on symbols; None where it is not one.
+
+    A probe of sizes would prove less: a window and a piece of equal width differ only past their width.
+    """
+
+    class Symbol(NamedTuple):
+        position: _Line
+
+    try:
+        found = predicate(Symbol(_Line(1, 0, 0)), Symbol(_Line(0, 1, 0)))
+    except (TypeError, AttributeError):
+        return None
+    return found if isinstance(found, _Interval) else None
+
+
+def next_token(tokens: Tensor, at: At, by: int = 1) -> Tensor:
+    """The token `by` rows later, int64 [batch, seq]; -1 where the document or the padding-free part ends before."""
+    target = torch.full_like(tokens, -1)
+    if by >= tokens.shape[1]:
+        return target
+    ahead = tokens[:, by:]
+    if at.starts is not None:
+        ahead = ahead.masked_fill(at.segment[:, by:] != at.segment[:, :-by], -1)
+    if at.valid is not None:
+        ahead = ahead.masked_fill(~(at.valid[:, by:] & at.valid[:, :-by]), -1)
+    target[:, :-by] = ahead
+    return target
