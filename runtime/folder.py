@@ -20,14 +20,17 @@ RECORD = "model.json"
 
 
 def write_spec(out: Path, file: File, model: str, overrides: dict[str, Any] | None = None) -> None:
-    """Copy a spec and the files of the project that it uses into `out/spec/`, and note which model is meant."""
-    sources = [f for f in file.all_files() if not f.path.is_relative_to(shipped_folder())]
-    base = _common_folder([f.path for f in sources])
-    for f in sources:
-        target = out / "spec" / f.path.relative_to(base)
+    """Copy a spec and the files that it uses into `out/spec/`, and note which model is meant. The standard library is not
+    copied; other shipped specs are, so that a later version of Heddle does not change what the model is."""
+    files = file.all_files()
+    shipped = shipped_folder()
+    own = [f.path for f in files if not f.path.is_relative_to(shipped)]
+    base = _common_folder(own) if own else shipped
+    for f in files:
+        target = out / "spec" / f.path.relative_to(shipped if f.path.is_relative_to(shipped) else base)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(f.path, target)
-    entry = Path("spec") / file.path.relative_to(base)
+    entry = Path("spec") / file.path.relative_to(shipped if file.path.is_relative_to(shipped) else base)
     record = {"entry": entry.as_posix(), "model": model, "overrides": overrides or {}}
     (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -1,0 +1,118 @@
+"""Checkpoints of a run: folders that appear whole or not at all.
+
+`checkpoints/step-00000123/` has `model.safetensors` (weights by their paths in the spec), `optimizer.safetensors`,
+`state.json` (step, data position, settings) and `manifest.json`, which is written last and has every file's size and hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import UserError
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+MANIFEST = "manifest.json"
+
+
+def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
+         ) -> Path:  # fmt: skip
+    """Write a checkpoint, then remove all but the newest `keep`. If it cannot be written, older ones are as they were.
+
+    Raises UserError `cannot-write`.
+    """
+    out = folder / f"step-{step:08d}"
+    partial = folder / f".step-{step:08d}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _save_tensors(model, partial / FILES[0])
+        _save_tensors(optimizer, partial / FILES[1])
+        (partial / FILES[2]).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        manifest = {name: _about(partial / name) for name in FILES}
+        _write_through(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(partial, out)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError("cannot-write", f"cannot save `{out}`: {error.strerror or error}",
+                        help="older checkpoints are as they were") from None
+    for old in whole(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return out
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_through(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def whole(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; one that is damaged is named in a warning and left out."""
+    found = []
+    for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            sizes = all((path / name).stat().st_size == manifest[name]["bytes"] for name in FILES)
+        except (OSError, ValueError, KeyError, TypeError):
+            sizes = False
+        if sizes:
+            found.append(path)
+        else:
+            warnings.warn(f"the checkpoint `{path}` is damaged and is not used", stacklevel=2)
+    return found
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    found = whole(folder)
+    return found[-1] if found else None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """(weights, optimizer, state) of a checkpoint; its files are held against their hashes. Raises `damaged-weights`."""
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    for name in FILES:
+        if _about(path / name) != manifest[name]:
+            raise UserError("damaged-weights", f"`{path / name}` is not what was saved: its hash differs")
+    state = json.loads((path / FILES[2]).read_text(encoding="utf-8"))
+    return load_file(path / FILES[0]), load_file(path / FILES[1]), state

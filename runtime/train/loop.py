@@ -1,0 +1,200 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from ..data import Batch, Cursor, Packed
+from ..errors import UserError
+from . import checkpoint
+from .config import TrainConfig
+from .optimizer import Optimizer
+from .progress import Bar, Board, Log
+from .signals import Stop
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a run ended: its last step, whether it was stopped before its end, the last checkpoint, the held-out loss in
+    nats a token (None without held-out data)."""
+
+    step: int
+    stopped: bool
+    checkpoint: Path
+    held_out: float | None
+    seconds: float
+
+
+def train(
+    model: nn.Module, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None = None, resume: bool = False,
+    console: Console | None = None,
+) -> Report:  # fmt: skip
+    """Train a model in place. `out` gets `log.jsonl`, `board/` and `checkpoints/`.
+
+    `resume` goes on from the newest whole checkpoint, bit for bit: weights, moments, data position. Ctrl-C and SIGTERM
+    save first. Raises UserError: already-there, nothing-to-resume, other-run, not-finite, cannot-write.
+    """
+    run = _Run(model, data, config, out, held_out, console)
+    run.open(resume)
+    with Stop() as stop:
+        try:
+            return run.go(stop)
+        finally:
+            run.close()
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Module, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None,
+        console: Console | None,
+    ):  # fmt: skip
+        self.model, self.data, self.config, self.out, self.held_out = model, data, config, out, held_out
+        self.console = console
+        self.folder = out / "checkpoints"
+        self.step, self.cursor = 0, Cursor()
+        model.cast(DTYPES[config.dtype])
+        self.optimizer = Optimizer(model, config)
+
+    # --- beginning and end ------------------------------------------------------------------------
+
+    def open(self, resume: bool) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError("cannot-write", f"cannot write to `{self.out}`: {error.strerror}") from None
+        found = checkpoint.latest(self.folder)
+        if resume:
+            if found is None:
+                raise UserError("nothing-to-resume", f"`{self.folder}` has no checkpoint", help="start without --resume")
+            self._take_up(found)
+        elif found is not None:
+            raise UserError("already-there", f"`{self.out}` has a run already",
+                            help="go on with --resume, or choose another folder with -o")
+        try:
+            self.log = Log(self.out / "log.jsonl", self.step)
+        except OSError as error:
+            raise UserError("cannot-write", f"cannot write to `{self.out}`: {error.strerror}") from None
+        self.board = Board(self.out / "board", self.step)
+        self.bar = Bar(self.config.steps, self.step, self.console)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.board.close()
+        self.log.close()
+
+    def _take_up(self, path: Path) -> None:
+        weights, moments, state = checkpoint.load(path)
+        differing = [k for k, v in self._identity().items() if state["run"].get(k) != v]
+        if differing:
+            raise UserError("other-run", f"`{path}` is of a run with another {' and '.join(differing)}",
+                            help="resume with the settings that it was started with")
+        self.model.load_state_dict(weights)
+        try:
+            self.optimizer.load(moments)
+        except KeyError as error:
+            raise UserError("damaged-weights", f"`{path}` lacks {error} for the optimizer") from None
+        self.step, self.cursor = state["step"], Cursor(state["row"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a run to go on as if it had never stopped."""
+        c = self.config
+        tokens = hashlib.sha256(self.data.corpus.tokens.tobytes()).hexdigest()
+        return {"data": tokens, "batch": c.batch * c.accumulate, "seq": c.seq, "seed": c.seed, "dtype": c.dtype}
+
+    def save(self) -> Path:
+        weights = self.model.state_dict()
+        state = {"step": self.step, "row": self.cursor.row, "run": self._identity(), "config": self.config.model_dump()}
+        return checkpoint.save(self.folder, self.step, weights, self.optimizer.state(), state, self.config.keep)
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def go(self, stop: Stop) -> Report:
+        begun = time.perf_counter()
+        saved: Path | None = None
+        self.model.train()
+        while self.step < self.config.steps and not stop.asked:
+            self._one_step()
+            saved = None
+            if self.config.eval_every and self.step % self.config.eval_every == 0 and self.step < self.config.steps:
+                self._evaluate()
+            if self.step % self.config.save_every == 0:
+                saved = self.save()
+        saved = saved or self.save()
+        stopped = self.step < self.config.steps
+        loss = None if stopped else self._evaluate()
+        if stopped:
+            self.bar.say(f"stopped behind step {self.step} and saved; --resume goes on from there")
+        return Report(self.step, stopped, saved, loss, time.perf_counter() - begun)
+
+    def _one_step(self) -> None:
+        begun = time.perf_counter()
+        batches = []
+        for _ in range(self.config.accumulate):
+            batch, self.cursor = self.data.batch(self.cursor, self.config.batch)
+            batches.append(batch)
+        total = self._gradient(batches)
+        norm = float(self.optimizer.clip(self.config.clip))
+        self.step += 1
+        loss = float(total)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError("not-finite", f"the loss of step {self.step} is {loss}, its gradient's norm {norm}",
+                            help="the last checkpoint is from before; a smaller --lr or more --warmup may cure it")
+        rate = self.config.learning_rate(self.step)
+        self.optimizer.step(rate)
+        record = {"step": self.step, "loss": loss, "norm": norm, "lr": rate,
+                  "tokens": self.step * self.config.batch * self.config.accumulate * self.config.seq}
+        self.log.write(record)
+        self.board.write(record)
+        tokens = self.config.batch * self.config.accumulate * self.config.seq
+        self.bar.show(self.step, loss, norm, rate, tokens / (time.perf_counter() - begun))
+
+    def _gradient(self, batches: list[Batch]) -> Tensor:
+        """Losses over all micro-batches, each sum divided by the count of all: as if they were one batch."""
+        counts: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, count in self.model.counts(batch.tokens, batch.document).items():
+                counts[name] = counts.get(name, torch.zeros(())) + count
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            sums = self.model.losses(batch.tokens, batch.document)
+            loss = sum(s / counts[n].clamp(min=1) for n, s in sums.items())
+            loss.backward()
+            self.optimizer.gather()
+            total += loss.detach().double()
+        return total
+
+    def _evaluate(self) -> float | None:
+        if self.held_out is None:
+            return None
+        loss = evaluate(self.model, self.held_out, self.config.batch, self.config.eval_rows)
+        record = {"step": self.step, "held_out": loss}
+        self.log.write(record)
+        self.board.write(record)
+        self.bar.say(f"held-out loss {loss:.4f} nats a token, {loss / math.log(2):.4f} bits")
+        return loss
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Packed, batch: int, rows: int | None = None) -> float:
+    """Mean loss in nats a scored token over the first `rows` rows (all if None)."""
+    was_training = model.training
+    model.eval()
+    count = min(data.num_rows, rows or data.num_rows)
+    total, scored = 0.0, 0
+    for start in range(0, count, batch):
+        piece = data.rows(list(range(start, min(start + batch, count))))
+        total += sum(float(v) for v in model.losses(piece.tokens, piece.document).values())
+        scored += sum(int(v) for v in model.counts(piece.tokens, piece.document).values())
+    model.train(was_training)
+    return total / max(1, scored)
