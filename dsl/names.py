@@ -137,13 +137,15 @@ class _Checker:
 
     def _duplicates(self, d: sx.Function, inputs: list[sx.Input]) -> None:
         seen: dict[str, tuple[str, Span]] = {}
-        for what, item in [*(("parameter", p) for p in d.parameters), *(("input", i) for i in inputs)]:
+        items: list[tuple[str, sx.Parameter | sx.Input]] = [("parameter", p) for p in d.parameters]
+        items += [("input", i) for i in inputs]
+        for what, item in items:
             span = _head(item.span, item.name)
             if item.name in seen:
                 before, first = seen[item.name]
                 kinds = f"two {what}s are" if before == what else f"a {before} and an {what} are"
-                self.found.append(Diagnostic("duplicate-name", f"{kinds} named `{item.name}`", Label(span, "the second"),
-                                             (Label(first, "the first"),)))
+                self.found.append(Diagnostic("duplicate-name", f"{kinds} named `{item.name}`",
+                                             Label(span, "the second"), (Label(first, "the first"),)))
             seen.setdefault(item.name, (what, span))
 
     def _shadows(self, name: str, span: Span) -> None:
@@ -193,10 +195,12 @@ class _Checker:
             self.unknown(name.id, name.span, KINDS, "a kind of input")
 
     def _assign(self, s: sx.Assign, scope: _Scope) -> None:
-        self.later([*((self.expr, v, scope) for v in s.values), *self._sizes(s.shape or (), scope), (self._bound, s, scope)])
+        values = ((self.expr, v, scope) for v in s.values)
+        self.later([*values, *self._sizes(s.shape or (), scope), (self._bound, s, scope)])
 
     def _typed(self, s: sx.Typed, scope: _Scope) -> None:
-        self.later([(self.expr, s.value, scope), *((self._dims, shape, scope) for shape in s.shapes), (self._bound, s, scope)])
+        dims = ((self._dims, shape, scope) for shape in s.shapes)
+        self.later([(self.expr, s.value, scope), *dims, (self._bound, s, scope)])
 
     def _bound(self, s: sx.Assign | sx.Typed, scope: _Scope) -> None:
         if isinstance(s, sx.Assign):
@@ -311,14 +315,17 @@ class _Checker:
         for a in e.arguments:
             if a.name is not None and not a.given and a.name not in names:
                 span = _head(a.span, a.name)
-                self.found.append(Diagnostic("no-such-parameter", f"`{name}` has no parameter or input named `{a.name}`",
-                                             Label(span, "not declared"), (declared,), did_you_mean(a.name, names, "a parameter")))
+                message = f"`{name}` has no parameter or input named `{a.name}`"
+                self.found.append(Diagnostic("no-such-parameter", message, Label(span, "not declared"), (declared,),
+                                             did_you_mean(a.name, names, "a parameter")))
         if any(isinstance(s.kind, sx.Name) and s.kind.id == "keys" for s in inputs):
             return
         given = [a for a in e.arguments if a.name is None]
         if len(given) > len(names):
-            takes = f"`{name}` takes at most {len(names)} argument{'s' * (len(names) != 1)}, this call gives {len(given)}"
-            self.found.append(Diagnostic("too-many-arguments", takes, Label(given[len(names)].span, "one too many"), (declared,)))
+            most = f"{len(names)} argument{'s' * (len(names) != 1)}"
+            message = f"`{name}` takes at most {most}, this call gives {len(given)}"
+            surplus = Label(given[len(names)].span, "one too many")
+            self.found.append(Diagnostic("too-many-arguments", message, surplus, (declared,)))
 
     def _holes(self, e: sx.String, scope: _Scope, part: bool = False) -> None:
         """The names in `{...}` of a text, where texts are filled in: pipelines, recipes, checkpoint maps."""
@@ -363,8 +370,7 @@ class _Checker:
         self.later((self.rule, r, scope) for r in rules)
 
     def rule(self, r: sx.Rule, scope: _Scope) -> None:
-        """A sheet meets its model later, so its selectors wait for that; `with:` of a model meets only what is in reach."""
-        value = self.part if self.keyword == "layout" else self.expr
+        """The selectors of a sheet wait for its model; those of a model's `with:` meet only what is in reach."""
         if isinstance(r, (sx.Apply, sx.Scoped)) and self.keyword not in ("precision", "layout"):
             self.later((self.part, s.value, scope) for s in r.selectors)
         if isinstance(r, sx.Scoped):
@@ -375,7 +381,7 @@ class _Checker:
             if self.keyword == "layout" and isinstance(r.value, sx.Call):
                 self.later([(self.expr, r.value.function, scope)])
             elif self.keyword != "layout":
-                self.later([(value, r.value, scope)])
+                self.expr(r.value, scope)
         elif isinstance(r, sx.Mesh):
             self.later((self.expr, a.value, scope) for a in r.axes)
         elif isinstance(r, sx.Stages):
@@ -444,7 +450,8 @@ def _bound_names(module: sx.Module) -> set[str]:
         elif isinstance(node, sx.Syntax) and not isinstance(node, sx.Checkpoint):
             if isinstance(node, sx.Arrow):
                 items = node.target.items if isinstance(node.target, sx.ListOf) else (sx.Argument(node.target),)
-                names.update(a.name or a.value.id for a in items if a.name or isinstance(a.value, sx.Name))
+                names.update(a.name for a in items if a.name is not None)
+                names.update(a.value.id for a in items if isinstance(a.value, sx.Name))
             elif isinstance(node, (sx.Assign, sx.Typed, sx.For)):
                 names.update(node.names)
             elif isinstance(node, (sx.Function, sx.Variant, sx.Parameter, sx.Input, sx.Declare, sx.Coordinate,
@@ -480,4 +487,5 @@ def _head(span: Span, name: str) -> Span:
 def _inside(span: Span, name: str) -> Span:
     """The place of a name somewhere in a node: its first occurrence as a word."""
     match = re.search(rf"\b{re.escape(name)}\b", span.text)
-    return _head(span, name) if match is None else Span(span.source, span.start + match.start(), span.start + match.end())
+    start = span.start + (match.start() if match else 0)
+    return Span(span.source, start, start + len(name))

@@ -296,33 +296,32 @@ _PIECES = re.compile(r'"""(?:.|\n)*?"""|"[^"\n]*"|#[^\n]*|[\[({})\],]')
 def broken(line: str) -> str:
     """A line of at most 120 columns, or several: broken at the outermost comma that fits, aligned behind the bracket.
 
-    What has no comma in brackets stays as long as it is.
+    What has no comma in brackets stays as long as it is, and so does a line with a string of several lines.
     """
     done: list[str] = []
+    columns: list[int] = []
     while len(line) > WIDTH and "\n" not in line:
-        cut = _best_comma(line, done)
+        cut = _cut(line, columns)
         if cut is None:
             break
-        end, column = cut
+        end, columns = cut
         done.append(line[:end])
-        line = " " * column + line[end:].lstrip(" ")
+        line = " " * columns[-1] + line[end:].lstrip(" ")
     return "\n".join([*done, line])
 
 
-def _best_comma(line: str, above: list[str]) -> tuple[int, int] | None:
-    """Where to break a line, and the column to go on in."""
-    text = "\n".join([*above, line])
-    start = len(text) - len(line)
-    opened: list[int] = []
-    best: tuple[int, int, int] | None = None
-    for match in _PIECES.finditer(text):
+def _cut(line: str, columns: list[int]) -> tuple[int, list[int]] | None:
+    """Where to break a line, and the columns behind the brackets that are open there; `columns` are those open before."""
+    opened = list(columns)
+    best: tuple[int, list[int]] | None = None
+    for match in _PIECES.finditer(line):
         piece, at = match[0], match.start()
+        if at >= WIDTH:
+            break
         if piece in "([{":
-            opened.append(at + 1 - (text.rfind("\n", 0, at) + 1))
+            opened.append(at + 1)
         elif piece in ")]}" and opened:
             opened.pop()
-        elif piece == "," and opened and start <= at < start + WIDTH and text[at + 1 : at + 2] == " ":
-            column = opened[-1]
-            if column + 1 < at - start and (best is None or len(opened) <= best[0]):
-                best = (len(opened), at + 1 - start, column)
-    return best and best[1:]
+        elif piece == "," and opened and opened[-1] + 1 < at and (best is None or len(opened) <= len(best[1])):
+            best = (at + 1, list(opened))
+    return best

@@ -130,7 +130,8 @@ def _windows(marks: list[_Mark]) -> Iterator[tuple[str, list[tuple[_Mark, int, i
     if line_end - line_start <= WIDEST:
         cells = _cells(first.source.text[line_start:line_end])
         if sum(map(len_shown, cells)) <= WIDEST:
-            yield "".join(cells).rstrip(), [(m, *_extent(cells, m.start - line_start, m.end - line_start)) for m in marks]
+            rows = [(m, *_extent(cells, m.start - line_start, m.end - line_start)) for m in marks]
+            yield "".join(cells).rstrip(), rows
             return
     left = list(marks)
     while left:

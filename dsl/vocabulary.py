@@ -92,6 +92,7 @@ _WORDS: dict[str, dict[str, str]] = {
     "function": {
         "identity": "the layer that changes nothing",
         "length": "the number of items, or of layers of a pattern",
+        "spell": "the letters of a pattern as a list of words, in checkpoint maps",
         "floor": "the next lower whole number",
         "ceil": "the next higher whole number",
         "round": "the nearest whole number",

@@ -63,6 +63,7 @@ class _Rename:
     span: Span
     index: str | None = None
     group: _Group | None = None
+    optional: bool = False
     used: bool = False
 
 
@@ -102,7 +103,7 @@ def tensor_map(
         with collector.collecting():
             _move_in(home, theirs, group, parameter, checkpoint)
     for rename in renames:
-        if not rename.used and not _may_be_absent(rename, kinds):
+        if not (rename.used or rename.optional or _may_be_absent(rename, kinds)):
             collector.add(fail("map-unused-line", f"no weight of the model is at `{'.'.join(rename.path)}`", rename.span))
     entries = []
     for theirs, home in homes.items():
@@ -134,21 +135,22 @@ def _lines(checkpoint: sx.Checkpoint, values: Mapping[str, Any], collector: Coll
 
 def _renames(line: sx.Equation) -> list[_Rename]:
     assert isinstance(line.theirs, sx.String)
+    text, span = line.theirs.value, line.span
     made = []
     for selector in line.ours:
-        expr = selector.value
+        expr, optional = selector.value, selector.optional
         if isinstance(expr, sx.Members):
             before = _dotted(expr.value)
             members = tuple(a.value.id for a in expr.items if isinstance(a.value, sx.Name))
-            group = _Group(members, line.form, line.span) if line.form is not None else None
-            made += [_Rename((*before, m), line.theirs.value, line.span, group=group) for m in members]
+            group = _Group(members, line.form, span) if line.form is not None else None
+            made += [_Rename((*before, m), text, span, group=group, optional=optional) for m in members]
         elif isinstance(expr, sx.Index):
             (argument,) = expr.arguments
             index = argument.value.id if isinstance(argument.value, sx.Name) else None
-            made.append(_Rename(_dotted(expr.value), line.theirs.value, line.span, index=index))
+            made.append(_Rename(_dotted(expr.value), text, span, index=index, optional=optional))
         else:
-            group = _Group((_dotted(expr)[-1],), line.form, line.span) if line.form is not None else None
-            made.append(_Rename(_dotted(expr), line.theirs.value, line.span, group=group))
+            group = _Group((_dotted(expr)[-1],), line.form, span) if line.form is not None else None
+            made.append(_Rename(_dotted(expr), text, span, group=group, optional=optional))
     return made
 
 

@@ -4,7 +4,7 @@ from .attend import attend
 from .buffers import STATELESS, Slots
 from .conv import Conv, ParallelConv, causal_conv
 from .initial import initialise
-from .linear import Embed, Linear, Parallel, Weights, named_logical_parameters
+from .linear import Embed, Linear, Parallel, Weights, empty, named_logical_parameters
 from .loss import cross_entropy, known, linear_cross_entropy
 from .model import Model
 from .norm import LayerNorm, RmsNorm, layer_norm, rms_norm
@@ -33,6 +33,7 @@ __all__ = [
     "attend",
     "causal_conv",
     "cross_entropy",
+    "empty",
     "initialise",
     "known",
     "layer_norm",

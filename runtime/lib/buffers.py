@@ -92,11 +92,11 @@ class Tail(Buffer):
         joined = {}
         for name, x in new.items():
             old = self.rows[name]
-            joined[name] = both = torch.cat((old, x.to(old.dtype)), -2)
+            joined[name] = both = torch.cat((old, x if x.dtype == old.dtype else x.to(old.dtype)), -2)
             if not self.capacity:
                 continue
             if at.step.uniform is not None:
-                old.copy_(both[..., both.shape[-2] - self.capacity :, :])
+                old.copy_(both.narrow(-2, both.shape[-2] - self.capacity, self.capacity))
             else:
                 self.rows[name] = take_rows(both, at.step.count[:, None] + self.stream.range(self.capacity))
         return joined
@@ -118,7 +118,8 @@ class Window(Tail):
         """[batch, taps - 1 + t, channels]: the rows before, then these."""
         if at.valid is not None:
             x = torch.where(at.valid[:, :, None], x, 0)
-        return self.join(at, x=x)["x"][:, self.capacity - self.keep :]
+        joined = self.join(at, x=x)["x"]
+        return joined[:, self.stream.slack :] if self.stream.slack else joined
 
 
 class Cache(Buffer):

@@ -35,10 +35,8 @@ class ParallelConv(Fused):
 
     def forward(self, x: Tensor, at: At, past: Any = None, act: str | None = None) -> tuple[Tensor, ...]:
         pieces = _convolve(x, self.weight, self.bias, at, past, act, self.sizes)
-        return tuple(
-            piece.unflatten(-1, dims) if len(dims) > 1 else piece
-            for piece, (dims, _) in zip(pieces, self.parts.values(), strict=True)
-        )
+        lead = tuple(x.shape[:2])
+        return tuple([y.view(lead + dims) for y, (dims, _) in zip(pieces, self.parts.values(), strict=True)])
 
 
 class Conv(ParallelConv):
@@ -69,7 +67,8 @@ def _convolve(
     if act not in (None, "silu"):
         raise ValueError(f"causal_conv: act is None or 'silu', found {act!r}")
     if is_past(past):
-        return _stream(past.extend(x, at), weight, bias, at, act).split(widths, -1)
+        y = _stream(past.extend(x, at), weight, bias, at, act)
+        return (y,) if len(widths) == 1 else torch.split_with_sizes(y, widths, -1)
     if at.valid is not None:
         # Selected, not multiplied by 0: padding may hold anything, even NaN.
         x = torch.where(at.valid[:, :, None], x, 0)
@@ -82,9 +81,13 @@ def _stream(joined: Tensor, weight: Tensor, bias: Tensor | None, at: At, act: st
     """Convolve joined [B, k - 1 + T, C]: the rows before, then the rows of this call."""
     taps, seq = len(weight), at.seq
     if seq == 1 and at.starts is None:
-        y = (joined * weight).sum(1, keepdim=True)
-        y = y if bias is None else y + bias
-        return F.silu(y, inplace=True) if act else y
+        # The everyday step: one product and one sum, in place.
+        y = (wide(joined) * weight).sum(1, keepdim=True)
+        if bias is not None:
+            y += bias
+        if act:
+            F.silu(y, inplace=True)
+        return y if y.dtype == joined.dtype else y.to(joined.dtype)
     y = torch.zeros_like(joined[:, :seq], dtype=wide(joined).dtype)
     if bias is not None:
         y += bias

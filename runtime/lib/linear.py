@@ -38,15 +38,16 @@ class Linear(nn.Module):
         self.ins, self.outs = tuple(ins), tuple(outs)
         self.weight = empty(*self.outs, *self.ins)
         self.bias = empty(*self.outs) if bias else None
+        self.rows, self.columns = prod(self.outs), prod(self.ins)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         if len(self.ins) > 1:
             x = x.flatten(-len(self.ins))
-        if weight.dim() > 2:
-            weight = weight.view(prod(self.outs), prod(self.ins))
-        (y,) = product(x, weight, None if bias is None else bias.view(-1), [len(weight)])
-        return y.unflatten(-1, self.outs) if len(self.outs) > 1 else y
+        if len(self.ins) + len(self.outs) > 2:
+            weight = weight.view(self.rows, self.columns)
+        (y,) = product(x, weight, None if bias is None else bias.view(-1), [self.rows])
+        return y.view(*x.shape[:-1], *self.outs) if len(self.outs) > 1 else y
 
 
 class Fused(nn.Module):
@@ -147,16 +148,15 @@ class Parallel(Fused):
             raise ValueError(f"give {groups} does not list the parts {tuple(self.parts)} in their order")
         size = dict(zip(self.parts, self.sizes, strict=True))
         self.widths = [sum(size[name] for name in group) for group in groups]
-        self.dims = [self.parts[group[0]][0] if len(group) == 1 else None for group in groups]
+        compound = [len(group) == 1 and len(self.parts[group[0]][0]) > 1 for group in groups]
+        self.dims = [self.parts[group[0]][0] if c else None for group, c in zip(groups, compound, strict=True)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if len(self.columns) > 1:
             x = x.flatten(-len(self.columns))
         pieces = product(x, self.weight, self.full_bias(), self.widths)
-        return tuple(
-            piece if dims is None or len(dims) == 1 else piece.unflatten(-1, dims)
-            for piece, dims in zip(pieces, self.dims, strict=True)
-        )
+        lead = tuple(x.shape[:-1])
+        return tuple([y if dims is None else y.view(lead + dims) for y, dims in zip(pieces, self.dims, strict=True)])
 
 
 class Embed(nn.Module):

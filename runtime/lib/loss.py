@@ -17,7 +17,7 @@ from .norm import wide
 from .product import autocast, upcasts
 
 # Numbers of one block of logits.
-BLOCK = 1 << 20
+BLOCK = 1 << 21
 
 
 def known(target: Tensor) -> Tensor:
@@ -48,19 +48,23 @@ def _blocks(rows: int, vocab: int) -> Iterator[slice]:
     return (slice(s, min(s + size, rows)) for s in range(0, rows, size))
 
 
-def _score(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [n, V] -> log sum exp [n, 1] and the block's loss."""
-    total = logits.logsumexp(1, keepdim=True)
+def _score(logits: Tensor, target: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [n, V] -> log sum exp [n, 1], sum exp(. - max) [n, 1], and the block's loss.
+
+    room [n, V], which may be the logits, is left holding exp(logits - max).
+    """
+    most = logits.amax(1, keepdim=True)
     picked = logits.gather(1, target.clamp_min(0)[:, None])
-    return total, torch.where((target >= 0)[:, None], total - picked, 0).sum()
+    shares = torch.sub(logits, most, out=room).exp_().sum(1, keepdim=True)
+    total = shares.log().add_(most)
+    return total, shares, torch.where((target >= 0)[:, None], total - picked, 0).sum()
 
 
-def _slope(logits: Tensor, total: Tensor, target: Tensor, out: Tensor) -> Tensor:
-    """d loss / d logits = softmax - one hot, into out [n, V] (which may be the logits)."""
-    torch.sub(logits, total, out=out).exp_()
-    out.scatter_add_(1, target.clamp_min(0)[:, None], out.new_full((len(out), 1), -1.0))
+def _slope(softmax: Tensor, target: Tensor) -> Tensor:
+    """d loss / d logits = softmax - one hot, in place."""
+    softmax.scatter_add_(1, target.clamp_min(0)[:, None], softmax.new_full((len(softmax), 1), -1.0))
     # Selected, not multiplied by 0: a row that is not scored may hold anything, even NaN.
-    return out.masked_fill_((target < 0)[:, None], 0)
+    return softmax.masked_fill_((target < 0)[:, None], 0)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -69,8 +73,11 @@ class _CrossEntropy(torch.autograd.Function):
         kind = wide(logits[:0]).dtype
         totals = logits.new_empty(len(logits), 1, dtype=kind)
         loss = totals.new_zeros(())
+        room: Tensor | None = None
         for part in _blocks(*logits.shape):
-            totals[part], block = _score(wide(logits[part]), target[part])
+            rows = wide(logits[part])
+            room = torch.empty_like(rows) if room is None else room[: len(rows)]
+            totals[part], _, block = _score(rows, target[part], room)
             loss += block
         ctx.save_for_backward(logits, target, totals)
         return loss
@@ -83,7 +90,7 @@ class _CrossEntropy(torch.autograd.Function):
         for part in _blocks(*logits.shape):
             rows = wide(logits[part])
             room = out[part] if out.dtype == rows.dtype else torch.empty_like(rows)
-            _slope(rows, totals[part], target[part], room).mul_(grad)
+            _slope(torch.sub(rows, totals[part], out=room).exp_(), target[part]).mul_(grad)
             if room.dtype != out.dtype:
                 out[part] = room
         return out, None
@@ -101,15 +108,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         if upcasts(x):
             x, weight = x.float(), weight.float()
+        room: Tensor | None = None
         for part in _blocks(len(x), len(weight)):
-            logits = wide(x[part] @ weight.T)
+            rows = x[part]
+            room = x.new_empty(len(rows), len(weight)) if room is None else room[: len(rows)]
+            logits = wide(torch.mm(rows, weight.T, out=room))
             if bias is not None:
                 logits += bias
-            total, block = _score(logits, target[part])
+            _, shares, block = _score(logits, target[part], logits)
             loss += block
             if not (needs_x or needs_weight or needs_bias):
                 continue
-            slope = _slope(logits, total, target[part], logits)
+            slope = _slope(logits.div_(shares), target[part])
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             slope = slope.to(x.dtype)

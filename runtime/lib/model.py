@@ -25,6 +25,8 @@ class Model(nn.Module):
 
     INIT: Mapping[str, tuple[Any, ...]] = {}
     keep_fp32: tuple[str, ...] = ()
+    # Why the model cannot be decoded token by token, where it cannot.
+    late: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +72,12 @@ class Model(nn.Module):
     # Token by token.
 
     def stream(self, batch: int, max_length: int, rollback: int = 0) -> Stream:
-        """An empty decoding state for `batch` sequences of at most max_length tokens."""
+        """An empty decoding state for `batch` sequences of at most max_length tokens.
+
+        Raises ValueError for a model whose logits wait for later tokens.
+        """
+        if self.late is not None:
+            raise ValueError(f"{type(self).__name__} cannot be decoded: {self.late}")
         return Stream(self, batch, max_length, rollback, self.storage_dtype, next(self.parameters()).device)
 
     @property

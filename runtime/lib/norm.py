@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,11 +57,18 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, groups: int = 1) -> T
     return y.view(shape) if dims > 1 or groups > 1 else y
 
 
+@cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-d tensor, made once: a step of decoding is so short that making it shows."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+
 def _normalise(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """x [..., d] * weight / rms and 1 / rms [..., 1]."""
     wx = wide(x)
-    scale = torch.linalg.vector_norm(wx, dim=-1, keepdim=True)
-    scale = torch.addcmul(scale.new_full((), eps), scale, scale, value=1 / x.shape[-1]).rsqrt_()
+    length = torch.linalg.vector_norm(wx, 2, -1, True)
+    scale = torch.addcmul(_constant(eps, wx.dtype, wx.device), length, length, value=1 / x.shape[-1]).rsqrt_()
     y = wx * scale
     if weight is not None:
         y *= weight

@@ -22,7 +22,8 @@ LEAST_ROWS = 64
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int]) -> tuple[Tensor, ...]:
     """x [..., K], weight [N, K], bias [N] -> x weight^T + bias in pieces of `widths` columns, side by side in memory."""
     if not torch.is_grad_enabled():
-        return _forward(x, weight, bias).split(widths, -1)
+        y = _forward(x, weight, bias)
+        return (y,) if len(widths) == 1 else torch.split_with_sizes(y, widths, -1)
     x, weight, bias = autocast(x, weight, bias)
     if len(widths) == 1 and not upcasts(x):
         return (F.linear(x, weight, bias),)

@@ -339,8 +339,8 @@ def _decode(
     past: Scan,
 ) -> Tensor:
     """Rows of a stream: continue from the past's state, and leave it the new one."""
-    dt = F.softplus(dt.to(past.wide) + dt_bias)
-    A = -A_log.to(past.wide).exp()
+    dt = F.softplus(_as(dt, past.wide) + dt_bias)
+    A = _as(A_log, past.wide).exp().neg_()
     if at.step.uniform is not None and at.seq == 1:
         return _one(u, dt, b, c, A, D, past.rows["state"])
     if at.valid is not None:
@@ -366,11 +366,18 @@ def _one(u: Tensor, dt: Tensor, b: Tensor, c: Tensor, A: Tensor, D: Tensor, stat
     """One row of each sequence; the state is updated in place. No more than seven calls touch more than [H]."""
     batch, _, heads, width = u.shape
     groups, n = b.shape[2:]
-    x = (u.to(state.dtype) * dt[..., None]).reshape(batch * groups, -1, 1)
+    kind, out = state.dtype, u.dtype
+    u, b, c = _as(u, kind), _as(b, kind), _as(c, kind)
+    x = (u * dt[..., None]).view(batch * groups, -1, 1)
     tall = state.mul_((dt * A).exp_().view(batch, heads, 1, 1)).view(batch * groups, -1, n)
-    tall.baddbmm_(x, b.to(state.dtype).reshape(batch * groups, 1, n))
-    y = torch.bmm(tall, c.to(state.dtype).reshape(batch * groups, n, 1)).view(batch, 1, heads, width)
-    return torch.addcmul(y, u.to(state.dtype), D.to(state.dtype)[:, None]).to(u.dtype)
+    tall.baddbmm_(x, b.reshape(batch * groups, 1, n))
+    y = torch.bmm(tall, c.reshape(batch * groups, n, 1)).view(batch, 1, heads, width)
+    return _as(y.addcmul_(u, _as(D, kind)[:, None]), out)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`to`, without the call where nothing changes: a step makes many of them."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _replay(u: Tensor, dt: Tensor, b: Tensor, at: At, past: Scan) -> tuple[Tensor, ...]:

@@ -1,0 +1,52 @@
+# Everything a developer types. `make demo` and `make test` do all set-up on a machine with Python >= 3.11 and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+# Two processes: the suite is many short tests, and two cores are the least that a developer or CI has.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
+# What to test: `make test TESTS=tests/dsl`, `make test TESTS="tests/lowering -k shapes"`.
+TESTS ?= tests
+ROUNDS ?= 10
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test soak check bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; \
+		do printf '%-14s %s\n' "$$target" "$$text"; done
+
+env: $(READY)  ## make .venv with everything; does nothing where it is up to date
+
+demo: $(READY)  ## a model from a ten-line spec: checked, trained for a moment, sampled
+	@$(BIN)/python examples/demo.py
+
+test: $(READY)  ## all tests; TESTS="..." for some
+	$(PYTEST) $(TESTS)
+
+soak: $(READY)  ## the same properties on new random examples, ROUNDS times
+	@for round in $$(seq $(ROUNDS)); do echo "round $$round of $(ROUNDS)"; \
+		$(PYTEST) --quiet --hypothesis-profile=soak $(TESTS) || exit 1; done
+
+check: $(READY)  ## what needs no running: ruff and mypy
+	$(BIN)/ruff check .
+	@mkdir -p .venv/typed && ln -sfn ../.. .venv/typed/heddle
+	MYPYPATH=.venv/typed $(BIN)/mypy -m heddle -p heddle.dsl -p heddle.lowering -p heddle.codegen -p heddle.runtime
+
+bench: $(READY)  ## time the generated code on this CPU
+	$(BIN)/python benchmarks/cpu.py
+
+clean:  ## remove .venv, build and the caches of the tools
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# setuptools comes first and is not isolated: so the pinned one builds the package, and it is fetched once.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Heddle needs Python 3.11 or newer; if one has another name: make PYTHON=python3.12' >&2; exit 1; }
+	@echo 'setting up .venv: the first time this fetches torch and takes a few minutes'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-build-isolation --editable '.[test]'
+	@touch $@

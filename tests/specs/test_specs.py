@@ -1,0 +1,222 @@
+"""Every shipped spec: sizes, length, bytes; every tiny twin: what trains is what generates, and documents do not leak."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heddle.dsl.load import load, shipped_folder
+from heddle.runtime.check import check_file, program_of
+from heddle.runtime.compile import build, instantiate
+
+from .published import PARAMETERS, ROUNDED, TWINS
+
+SPECS = sorted(p for p in shipped_folder().glob("*/*.spec") if p.parent.name != "std")
+
+
+def name_of(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+@functools.cache
+def program(name):
+    return program_of(load(shipped_folder() / f"{name}.spec"))
+
+
+@functools.cache
+def twin(family):
+    """The tiny twin in fp64, with weights large enough to see every path."""
+    model = instantiate(build(program(f"{family}/tiny")), seed=3).cast(torch.float64)
+    source = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=source, dtype=p.dtype))
+    return model
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_parameter_counts(name):
+    assert program(name).num_parameters() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_parameter_counts(name):
+    assert abs(program(name).num_parameters() / ROUNDED[name] - 1) < 5e-5
+
+
+@pytest.mark.parametrize("name", ["nemotron_h/nemotron_h_56b", "nemotron4/nemotron4_340b"])
+def test_the_module_on_the_meta_device_has_these_parameters(name):
+    model = instantiate(build(program(name)), seed=None, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == program(name).num_parameters()
+    assert set(model.state_dict()) == {p.name for p in program(name).parameters()}
+
+
+@pytest.mark.parametrize("path", SPECS, ids=name_of)
+def test_specs_check_and_are_short(path):
+    check_file(load(path))
+    text = path.read_text()
+    models = text.split("checkpoint huggingface")[0]
+    is_family = path.stem == path.parent.name
+    assert len(models.splitlines()) <= (80 if is_family else 20)
+    assert len(text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("path", SPECS, ids=name_of)
+def test_same_spec_same_bytes(path):
+    file = load(path)
+    for name, p in check_file(file).programs.items():
+        assert build(p).source == build(program_of(load(path), name)).source
+
+
+def test_compile_time_does_not_grow_with_depth():
+    """The number of graphs and nodes of the 118-layer model is that of a five-layer one."""
+    from heddle.lowering.pipeline import lower
+
+    deep, shallow = lower(program("nemotron_h/nemotron_h_56b")), lower(program("nemotron_h/tiny"))
+    assert len(deep.graphs) == len(shallow.graphs)
+    assert [len(g.nodes) for g in deep.graphs.values()] == [len(g.nodes) for g in shallow.graphs.values()]
+
+
+# --- streaming -----------------------------------------------------------------------------------
+
+
+@st.composite
+def streams(draw):
+    """Documents of one to three rows: lengths, and how the rows are fed."""
+    rows = draw(st.integers(1, 3))
+    documents = [draw(st.lists(st.integers(1, 11), min_size=1, max_size=4)) for _ in range(rows)]
+    return documents, draw(st.integers(0, 2**31 - 1))
+
+
+def packed(documents, generator):
+    """(tokens, document) of each row of documents, as lists of whole documents."""
+    return [[torch.randint(0, 256, (n,), generator=generator) for n in row] for row in documents]
+
+
+def whole_logits(model, row):
+    """Each document run alone, then side by side."""
+    with torch.no_grad():
+        return torch.cat([model(d[None])[0] for d in row])
+
+
+@pytest.mark.parametrize("family", TWINS)
+@settings(max_examples=25, deadline=None)
+@given(case=streams())
+def test_any_feeding_equals_each_document_alone(family, case):
+    """Ragged counts, changing widths, wrong tokens that are fed and rolled back, poison behind the count."""
+    documents, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    model = twin(family)
+    rows = packed(documents, generator)
+    wanted = [whole_logits(model, row) for row in rows]
+    tokens = [torch.cat(row) for row in rows]
+    starts = [torch.cat([torch.arange(len(d)) == 0 for d in row]) for row in rows]
+    slack = 3
+    total = max(len(t) for t in tokens)
+    stream = model.stream(len(rows), 4 * total + 64, rollback=slack)
+    fed = [0] * len(rows)
+    got = [[] for _ in rows]
+    while any(f < len(t) for f, t in zip(fed, tokens)):
+        width = [1, 2, 5, 9][int(torch.randint(0, 4, (), generator=generator))]
+        wrong = int(torch.randint(0, slack + 1, (), generator=generator))
+        if wrong:
+            junk = torch.randint(0, 256, (len(rows), wrong), generator=generator)
+            begin = torch.rand(len(rows), wrong, generator=generator) < 0.3
+            model.prefill(junk, stream, start=begin)
+            stream.rollback(wrong)
+        count = [int(torch.randint(0, min(width, len(t) - f) + 1, (), generator=generator)) for f, t in zip(fed, tokens)]
+        chunk = torch.full((len(rows), width), 10**9)  # poison: no such token
+        begin = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, n in enumerate(count):
+            chunk[i, :n] = tokens[i][fed[i] : fed[i] + n]
+            begin[i, :n] = starts[i][fed[i] : fed[i] + n]
+        logits = model.prefill(chunk, stream, count=torch.tensor(count), start=begin)
+        for i, n in enumerate(count):
+            got[i].append(logits[i, :n])
+            fed[i] += n
+    for mine, theirs in zip(got, wanted):
+        torch.testing.assert_close(torch.cat(mine), theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", TWINS)
+@settings(max_examples=10, deadline=None)
+@given(length=st.integers(2, 24), seed=st.integers(0, 2**31 - 1))
+def test_token_by_token_and_prefix(family, length, seed):
+    """Decode = forward, and forward(T)[:t] = forward(t)."""
+    model = twin(family)
+    tokens = torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        full = model(tokens)
+        stream = model.stream(2, length)
+        steps = torch.cat([model.decode(tokens[:, i : i + 1], stream) for i in range(length)], 1)
+        torch.testing.assert_close(steps, full, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(tokens[:, : length // 2 + 1]), full[:, : length // 2 + 1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_restore_one_row_while_others_go_on(family):
+    model = twin(family)
+    tokens = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        full = model(tokens)
+        stream = model.stream(3, 64)
+        model.prefill(tokens[:, :7], stream)
+        snapshot = stream.snapshot()
+        model.prefill(tokens[:, 7:12], stream)
+        stream.restore(snapshot, rows=[1])
+        count = torch.tensor([0, 5, 0])
+        again = model.prefill(tokens[:, 7:12], stream, count=count)
+        torch.testing.assert_close(again[1], full[1, 7:12], rtol=0, atol=1e-10)
+        rest = model.prefill(tokens[:, 12:], stream)
+        torch.testing.assert_close(rest, full[:, 12:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", TWINS)
+@settings(max_examples=10, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4), which=st.integers(0, 3), seed=st.integers(0, 2**31 - 1))
+def test_a_document_never_sees_another(family, lengths, which, seed):
+    """Perturbing one packed document leaves the others' logits and the gradients of their losses bit-identical."""
+    model = twin(family)
+    which %= len(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    document = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    tokens = torch.randint(0, 256, document.shape, generator=generator)
+    other = torch.where(document == which, torch.randint(0, 256, document.shape, generator=generator), tokens)
+    kept = (document != which)[0]
+
+    def run(ids):
+        model.zero_grad(set_to_none=True)
+        logits = model(ids, document=document)
+        (logits[0, kept] ** 2).sum().backward()
+        return logits[0, kept].detach(), [p.grad.clone() for n, p in model.named_parameters() if "embedding" not in n]
+
+    first, second = run(tokens), run(other)
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_state_bytes_are_what_is_allocated_whatever_the_width(family):
+    from heddle.lowering.passes.stream import state_bytes
+    from heddle.lowering.pipeline import lower
+
+    model = twin(family)
+    a, b = model.stream(1, 40), model.stream(1, 40)
+    model.prefill(torch.zeros(1, 9, dtype=torch.int64), a)
+    model.prefill(torch.zeros(1, 1, dtype=torch.int64), b)
+    assert a.bytes() == b.bytes() if callable(a.bytes) else a.bytes == b.bytes
+    assert state_bytes(lower(program(f"{family}/tiny")), 40) > 0
+
+
+def test_decoding_state_grows_with_the_window_not_the_text():
+    """A sliding window keeps its span; full attention keeps every key."""
+    from heddle.lowering.passes.stream import state_bytes
+    from heddle.lowering.pipeline import lower
+
+    windowed, full = lower(program("mistral/tiny")), lower(program("llama/tiny"))
+    assert state_bytes(windowed, 100) == state_bytes(windowed, 1000)
+    assert state_bytes(full, 1000) == 10 * state_bytes(full, 100)
