@@ -209,4 +209,3 @@ class _Conv(torch.autograd.Function):
                 grad_x[i, s:e] = out
         grad_bias = None if bias is None else bias_sums.sum(0).to(bias.dtype)
         return grad_x, sums.sum(1).to(weight.dtype), grad_bias, None, None, None
-

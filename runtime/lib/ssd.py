@@ -400,4 +400,3 @@ def _replay(u: Tensor, dt: Tensor, b: Tensor, at: At, past: Scan) -> tuple[Tenso
     starts = old["start"][..., 0] & live
     u, b = (old[name].to(x.dtype).unflatten(-1, x.shape[2:]) for name, x in (("u", u), ("b", b)))
     return u, dt, b, starts, fold
-

@@ -11,7 +11,6 @@ from heddle.runtime.lib import conv
 from .tiny import convolve, pieces
 
 
-
 @pytest.fixture(autouse=True)
 def _default_block(monkeypatch):
     monkeypatch.setattr(conv, "BLOCK", conv.BLOCK)
