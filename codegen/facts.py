@@ -50,6 +50,13 @@ class Use:
         """Sizes of the dims that a formal stands for."""
         return self.dim_sizes(self.node.bound(formal))
 
+    def bound(self, formal: str) -> tuple[str, ...]:
+        """The dims that a formal stands for."""
+        return self.node.bound(formal)
+
+    def operand_dims(self, place: int) -> tuple[str, ...]:
+        return self.graph.values[self.operands[place] or ""].type.dims
+
     def weight_sizes(self, weight: str | None) -> tuple[int, ...]:
         return self.dim_sizes(self.graph.values[weight or ""].type.dims)
 

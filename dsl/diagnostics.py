@@ -112,5 +112,6 @@ def did_you_mean(name: str, candidates: Iterable[str], what: str) -> str | None:
     near = nearest(name, candidates)
     if not near:
         return None
-    listed = ", ".join(f"`{n}`" for n in near)
-    return f"{what} named {listed} exists" if len(near) == 1 else f"{what}s named {listed} exist"
+    if len(near) == 1:
+        return f"{what} `{near[0]}` exists"
+    return f"names that look like it: {', '.join(f'`{n}`' for n in near)}"

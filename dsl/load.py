@@ -139,7 +139,7 @@ def _read(path: Path, shown: str, span: Span) -> str:
         source = Source(shown, data[: error.start].decode("utf-8", "replace"))
         at = len(source.text)
         raise fail("not-text", f"byte {error.start} of `{shown}` is 0x{data[error.start]:02x}, which is not UTF-8",
-                   Span(source, max(at - 1, 0), at), help="specs are UTF-8 text") from None
+                   Span(source, at, at), help="specs are UTF-8 text") from None
 
 
 def _nearby(path: Path) -> str | None:
@@ -180,7 +180,7 @@ class _Loader:
                 first = file.declared[d.name]
                 collector.add(fail("duplicate-name", f"`{d.name}` is declared twice", d.name_span, "the second",
                                    [Label(first.name_span, "the first")]))
-            elif d.name in standard_index():
+            elif d.name in standard_index() and standard_index()[d.name] != file.path:
                 where = f"std/{standard_index()[d.name].name}"
                 collector.add(fail("duplicate-name", f"`{d.name}` is a name of the standard library ({where})", d.name_span,
                                    help="choose another name: files that use both would misread one of them"))

@@ -94,6 +94,13 @@ class OpCall:
     def span_of(self, name: str) -> Span:
         return self.spans.get(name, self.span)
 
+    def known(self, dim: Any, name: str) -> int:
+        """The size of a dim that an op must know. Raises `size-unknown`."""
+        if dim.size is None:
+            raise fail("size-unknown", f"`{self.op.name}` must know the size of `{dim.name}`, which the data decide",
+                       self.span_of(name), f"this is {shown(first_of(self.tensors[name]))}")
+        return dim.size
+
     def sequence(self, name: str) -> int:
         """Position of the innermost sequence dim of an operand. Raises `no-sequence`."""
         dims = self.tensors[name].dims
@@ -211,6 +218,10 @@ def shown(tensor: TensorLike) -> str:
     """`real[batch, seq, hidden = 4096]`, as messages show it."""
     dims = (d.name if d.size is None else f"{d.name} = {d.size}" for d in tensor.dims)
     return f"{tensor.kind}[{', '.join(dims)}]"
+
+
+def first_of(value: Any) -> Any:
+    return value[0] if isinstance(value, (list, tuple)) else value
 
 
 def tensors_of(value: Any) -> list[Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import program as pg
 from .. import syntax as sx
 from ..arithmetic import as_float, is_number, kind, whole
-from ..diagnostics import Label, SpecError, did_you_mean, fail
+from ..diagnostics import Diagnostic, Label, SpecError, did_you_mean, fail
 from ..load import Found
 from ..source import Span
 from .builder import Builder
@@ -191,7 +191,12 @@ class Calls:
             return self._arrow(expr, env, None)
         if setting.kind == "dims":
             cell = env.cell(expr.id) if isinstance(expr, sx.Name) else None
-            return None if cell is not None and cell.value is None else self.dims(expr, env)
+            if cell is not None and cell.value is None:
+                return None
+            dims = self.dims(expr, env)
+            if not dims:
+                raise fail("too-few-dims", f"`{setting.name}` names at least one dim", argument.span)
+            return dims
         value = self.value(expr, env)
         if setting.kind == "flag":
             if value is not None and not isinstance(value, bool):
@@ -301,9 +306,9 @@ class Calls:
             raise fail("not-built-yet", f"{declaration.keyword}s are not built yet", span)
         if declaration.rules:
             raise fail("not-built-yet", "`with:` on a model is not built yet", declaration.rules[0].span)
-        if found.declaration.name in self.resolving:
-            raise fail("cyclic-definition", f"`{declaration.name}` is defined by itself", declaration.name_span)
-        self.resolving.append(declaration.name)
+        if found in self.resolving:
+            raise _cycle(self.resolving[self.resolving.index(found) :])
+        self.resolving.append(found)
         try:
             value = self.value(declaration.value, Environment(found.file, Builder(declaration.name)))
         finally:
@@ -459,6 +464,7 @@ class Calls:
         """Bind inputs and parameters, run the statements; gives the returned values."""
         declaration = found.declaration
         self.running.append(declaration.name)
+        before = len(self.collector.found)
         try:
             for parameter in declaration.parameters:
                 if parameter.name in given.settings:
@@ -469,6 +475,10 @@ class Calls:
                 if parameter.name not in given.settings:
                     self._default(declaration, parameter, env, span)
             return self.run_body(declaration, env, hint)
+        except SpecError as error:
+            where = Label(span, f"in this call of `{declaration.name}`")
+            self.collector.found[before:] = [_called_from(d, where) for d in self.collector.found[before:]]
+            raise SpecError(_called_from(d, where) for d in error.diagnostics) from None
         finally:
             self.running.pop()
 
@@ -562,6 +572,23 @@ class _Run:
                 return tensor
         raise fail("not-built-yet", f"`{name}` is not what `{self.made.builder.block}` returns; other variables of a run "
                    "cannot be used yet", span)
+
+
+def _called_from(diagnostic: Diagnostic, where: Label) -> Diagnostic:
+    """What went wrong in another file also shows the call that led there: the first one in a file not shown yet."""
+    shown = {label.span.source for label in (diagnostic.primary, *diagnostic.secondary)}
+    if where.span.source in shown or not where.span.source.text:
+        return diagnostic
+    return replace(diagnostic, secondary=(*diagnostic.secondary, where))
+
+
+def _cycle(chain: list[Found]) -> SpecError:
+    """One error for a circle of definitions, whichever of them was asked for."""
+    first = min(range(len(chain)), key=lambda i: (chain[i].declaration.name_span.start, chain[i].declaration.name))
+    turned = chain[first:] + chain[:first]
+    names = [f.declaration.name for f in turned]
+    what = f"`{names[0]}` is defined by itself" if len(names) == 1 else f"{' and '.join(f'`{n}`' for n in names)} are defined by each other"
+    return fail("cyclic-definition", f"{what}: {' -> '.join([*names, names[0]])}", turned[0].declaration.name_span)
 
 
 def _fresh(dim: Dim) -> Dim:

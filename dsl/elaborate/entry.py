@@ -8,6 +8,7 @@ from typing import Any
 from .. import program as pg
 from .. import syntax as sx
 from ..checkpoint.static import CallValue
+from ..arithmetic import kind
 from ..diagnostics import Collector, SpecError, did_you_mean, fail
 from ..load import File, Found
 from ..source import NOWHERE, Span
@@ -30,7 +31,7 @@ class Elaborator(Expressions, Calls, Statements):
         self.finished: dict[str, Any] = {}
         self.bodies: dict[str, pg.Body] = {}
         self.running: list[str] = []
-        self.resolving: list[str] = []
+        self.resolving: list[Found] = []
         self._names: set[str] = set()
 
     def op_call(self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any) -> Any:
@@ -76,7 +77,7 @@ def elaborate(
     found = _choose(file, model)
     machine = Elaborator(ops, hooks.REQUIRED, hooks.OpCall, hooks.OwnedWeight)
     try:
-        waiting = machine.declared(found, found.declaration.name_span)
+        waiting = _waiting(machine, found)
         settings = {**waiting.settings, **(overrides or {})}
         _check_overrides(waiting, overrides or {}, found)
         program = _elaborate(machine, found, Waiting(found=waiting.found, settings=settings, spans=waiting.spans), objective)
@@ -88,6 +89,13 @@ def elaborate(
     return program
 
 
+def _waiting(machine: Elaborator, found: Found) -> Waiting:
+    """A model as a function that waits for its inputs, also where it has none."""
+    if isinstance(found.declaration, sx.Function):
+        return Waiting(found=found, span=found.declaration.name_span)
+    return machine.variant(found, found.declaration.name_span)
+
+
 def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: str | None) -> pg.Program:
     declaration = waiting.found.declaration
     span = found.declaration.name_span
@@ -95,6 +103,9 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: s
     tensors = {i.name: _input(i, builder, waiting, machine) for i in inputs_of(declaration)}
     given = Given(tensors, waiting.settings, waiting.spans)
     made = machine.body_of(waiting, given, Environment(found.file, builder), span)
+    for value in made.returned:
+        if not isinstance(value, Tensor):
+            raise fail("wrong-type", f"a model returns tensors, `{declaration.name}` returns {kind(value)}", declaration.name_span)
     objectives: dict[str, str] = {}
     if objective is not None:
         objectives.update(_objective(machine, found, waiting, objective, tensors, builder, made))
@@ -136,9 +147,9 @@ def _plain(value: Any) -> Any:
 def _input(statement: sx.Input, builder: Builder, waiting: Waiting, machine: Elaborator) -> Tensor | None:
     if statement.optional or statement.default is not None:
         return None
-    kind = statement.kind.id if isinstance(statement.kind, sx.Name) else "real"
-    if kind not in ("real", "token", "index", "mask", "coordinate"):
-        raise fail("not-built-yet", f"inputs of kind `{kind}` are not built yet", statement.span)
+    word = statement.kind.id if isinstance(statement.kind, sx.Name) else "real"
+    if word not in ("real", "token", "index", "mask", "coordinate"):
+        raise fail("not-built-yet", f"inputs of kind `{word}` are not built yet", statement.span)
     dims: list[Dim] = []
     for item in statement.shape or ():
         size = None
@@ -146,9 +157,9 @@ def _input(statement: sx.Input, builder: Builder, waiting: Waiting, machine: Ela
         if isinstance(given, int):
             size = given
         dims.append(Dim(item.name or "dim", size, span=item.span))
-    if kind == "token" and dims:
+    if word == "token" and dims:
         dims[-1].sequence, dims[-1].lead = True, tuple(dims[:-1])
-    return builder.add_input(statement.name, kind, tuple(dims), statement.span)
+    return builder.add_input(statement.name, word, tuple(dims), statement.span)
 
 
 def _choose(file: File, model: str | None) -> Found:

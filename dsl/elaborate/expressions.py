@@ -13,7 +13,7 @@ from ..program import Init
 from ..source import Span
 from ..vocabulary import BUILTINS
 from .environment import Environment
-from .values import Cell, Dim, Lazy, Poison, SequenceName, Symbolic, TableOf, Tensor, Waiting
+from .values import POISON, Cell, Dim, Lazy, Poison, SequenceName, Symbolic, TableOf, Tensor, Waiting
 
 OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "^": "pow"}
 CONSTANTS: dict[str, Any] = {"pi": math.pi, "query": SequenceName("query"), "key": SequenceName("key")}
@@ -96,7 +96,7 @@ class Expressions:
             return fail("not-built-yet", f"`{name}` ({what[1]}) cannot run yet", span, "known, but not built yet")
         names = env.names() | set(self.ops) | set(BUILTINS) | set(env.file.declared)
         return fail("unknown-name", f"nothing is named `{name}` here", span, "not found",
-                    help=did_you_mean(name, names, "something"))
+                    help=did_you_mean(name, names, "a name"))
 
     def _number(self, expr: sx.Number, env: Environment, hint: str | None) -> Any:
         return expr.value
@@ -247,7 +247,13 @@ class Expressions:
         return self.value(expr.yes if truth(self.value(expr.condition, env)) else expr.no, env, hint)
 
     def _arrow(self, expr: sx.Arrow, env: Environment, hint: str | None) -> Any:
-        return self.dims(expr.source, env), self.dims(expr.target, env)
+        return tuple(self._side(side, env) for side in (expr.source, expr.target))
+
+    def _side(self, expr: sx.Expr, env: Environment) -> tuple[Dim, ...]:
+        dims = self.dims(expr, env)
+        if not dims:
+            raise fail("too-few-dims", "a side of an arrow names at least one dim", expr.span)
+        return dims
 
     def pointwise(self, name: str, values: list[Any], env: Environment, span: Span, hint: str | None) -> Any:
         """Apply an elementwise op to tensors and numbers."""
@@ -346,20 +352,24 @@ class Expressions:
         if cell is None:
             names = [n for n in env.names()]
             raise fail("unknown-dim", f"no dim or parameter is named `{expr.id}` here", expr.span, "not found",
-                       help=did_you_mean(expr.id, names, "a name"))
+                       help=did_you_mean(expr.id, names, "a dim or parameter"))
         return self.promote(cell, expr.span)
 
     def promote(self, cell: Cell, span: Span) -> tuple[Dim, ...]:
         """The dims that a name stands for: a number's name becomes a dim, once."""
         if isinstance(cell.value, Poison):
             raise SpecError([])
-        if isinstance(cell.value, (list, tuple)) and all(isinstance(v, Dim) for v in cell.value):
+        if isinstance(cell.value, (list, tuple)) and cell.value and all(isinstance(v, Dim) for v in cell.value):
             return tuple(cell.value)
         if not isinstance(cell.value, Dim):
-            if cell.value is None or isinstance(cell.value, (Tensor, Waiting, str)):
+            if cell.value is None or isinstance(cell.value, (Tensor, Waiting, str, list, tuple)):
                 raise fail("wrong-type", f"`{cell.name}` is used as a dim, but it is {kind(cell.value)}", span,
                            help=f"give `{cell.name}` a size" if cell.value is None else None)
-            size = whole(cell.value, f"the size of `{cell.name}`", span)
+            try:
+                size = whole(cell.value, f"the size of `{cell.name}`", span)
+            except SpecError:
+                cell.value = POISON  # said once is enough
+                raise
             cell.value = Dim(cell.name, size, span=cell.span)
         return (cell.value,)
 

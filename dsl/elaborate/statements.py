@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import program as pg
 from .. import syntax as sx
-from ..arithmetic import kind
+from ..arithmetic import kind, whole
 from ..diagnostics import Label, SpecError, fail
 from ..load import Found
 from ..source import Span
@@ -156,8 +156,13 @@ class Statements:
 
     def _dims_of_shape(self, item: sx.DimItem, env: Environment) -> tuple[Dim, ...]:
         if item.name is None:
-            return (Dim("one", int(self.number(item.size, env)), span=item.span),)
-        return self.dims(sx.Name(item.name, span=item.span), env)
+            return (Dim("one", whole(self.number(item.size, env), "the size of a dim", item.span), span=item.span),)
+        dims = self.dims(sx.Name(item.name, span=item.span), env)
+        for dim in dims:
+            if dim.size is None:
+                raise fail("weight-of-unknown-size", f"a weight would have the size of `{dim.name}`, which the data decide",
+                           item.span, "weights may depend on parameters only")
+        return dims
 
     # --- loops ------------------------------------------------------------------------------------
 

@@ -22,8 +22,9 @@ def generator(seed: int, path: str) -> torch.Generator:
 def draw(kind: str, values: tuple[float, ...], shape: torch.Size, source: torch.Generator) -> Tensor:
     """fp32 values of one parameter.
 
-    zeros; ones; constant v; normal std; uniform a, b; uniform_fan bound: U(-bound, bound); log_uniform a, b: ln U(a, b);
-    softplus_inverse_log_uniform lo, hi, floor: the inverse softplus of max(exp U(ln lo, ln hi), floor)
+    zeros; ones; constant v; normal std; uniform a, b; uniform_fan bound: U(-bound, bound);
+    log_uniform a, b: ln U(a, b); softplus_inverse_log_uniform lo, hi, floor: the inverse softplus of
+    max(exp U(ln lo, ln hi), floor)
     (Mamba's dt_bias). Raises ValueError for another kind.
     """
     match kind, values:
@@ -56,12 +57,12 @@ def initialise(module: nn.Module, table: Mapping[str, tuple[Any, ...]], seed: in
     Raises ValueError for paths without a parameter and parameters without an entry.
     """
     views: dict[str, Tensor] = {}
-    holders: dict[int, str] = {}
+    holders: set[tuple[int, torch.Size]] = set()
     for path, _, view in named_logical_parameters(module):
         # A weight used at two paths is drawn once, by the path that the table names.
         if _entry(path, table) in table or (view.data_ptr(), view.shape) not in holders:
             views[path] = view
-        holders[view.data_ptr(), view.shape] = path
+        holders.add((view.data_ptr(), view.shape))
     entries = {path: _entry(path, table) for path in views}
     missing = [path for path, entry in entries.items() if entry not in table]
     unknown = sorted(set(table) - set(entries.values()))

@@ -41,7 +41,8 @@ class Linear(nn.Module):
         self.rows, self.columns = prod(self.outs), prod(self.ins)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias = self.bias
         if len(self.ins) > 1:
             x = x.flatten(-len(self.ins))
         if len(self.ins) + len(self.outs) > 2:

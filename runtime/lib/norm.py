@@ -1,4 +1,4 @@
-"""Norms over compound dims. Statistics and the product with the weight are at least fp32; the result is as the input."""
+"""Norms over compound dims. Statistics and the product with the weight are at least fp32, the result as the input."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _normalise(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Te
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x[..., d], weight[d], or [.., g, d] and [g, d]. Keeps x and a number a row, where autograd keeps x three times."""
+    """x[.., d] and weight[d], or [.., g, d] and [g, d]. Keeps x and a number a row; autograd keeps x three times."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -103,7 +103,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centred: bool = False) -> Tensor:
-    """x[..., *over] -> the same shape and dtype; weight, bias [*over] or None (1, 0). Source: Ba, Kiros, Hinton 2016."""
+    """x[..., *over] -> the same shape and dtype; weight, bias [*over] or None (1, 0). Source: Ba et al. 2016."""
     over = (x.shape[-1],) if weight is None else tuple(weight.shape)
     gain = wide(weight) if weight is not None else None
     if gain is not None and zero_centred:

@@ -6,6 +6,7 @@ Dims: b batch, t seq (rows of this call), k keys.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class Keys(NamedTuple):
     valid: Tensor | None
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Step:
     """One step of a stream. `uniform`: ticks before it when all rows agree and no rollback is kept, else None.
 
     tick, high, count: int64 [b]: rows stored before the step, the most ever stored, rows that arrive.
@@ -47,7 +49,7 @@ class At:
     document: int64 [batch, seq], equal on the rows of one document, which are neighbours; None is one document.
     valid:    bool [batch, seq]; rows that are False are padding: they see and change nothing.
     starts:   bool [batch, seq], rows that start a document; None where only row 0 of each batch row does.
-    step:     the stream's `Step` in prefill and decode, else None.
+    step:     the stream's `Step`, in prefill and decode only.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class At:
         batch, seq = tokens_shape
         self.batch, self.seq, self.device = batch, seq, device
         self.starts: Tensor | None = None
-        self.step: Step | None = None
+        self._step: Step | None = None
         self.first = 0
         self.memo: dict[Any, Any] = {}
         self._position = None if position is None else position.expand(batch, seq)
@@ -76,15 +78,22 @@ class At:
     def uniform(cls, shape: tuple[int, int], device: torch.device, step: Step) -> At:
         """Rows of a stream whose batch rows all hold `step.uniform` rows of one document."""
         at = cls(shape, device)
-        at.step, at.first = step, step.uniform or 0
+        at._step, at.first = step, step.uniform or 0
         return at
 
     @classmethod
     def ragged(cls, shape: tuple[int, int], step: Step, keys: Keys, starts: Tensor) -> At:
         """Rows of a stream in its general form; `keys` are their own coordinates."""
         at = cls(shape, keys.position.device, keys.position, None, keys.valid)
-        at.document, at.starts, at.step = keys.document, starts, step
+        at.document, at.starts, at._step = keys.document, starts, step
         return at
+
+    @property
+    def step(self) -> Step:
+        """What the stream says of these rows; an error where there is no stream."""
+        if self._step is None:
+            raise RuntimeError("rows of a full forward pass were given to a stream")
+        return self._step
 
     @property
     def position(self) -> Tensor:
@@ -102,8 +111,10 @@ class At:
     def since(self) -> Tensor:
         """int64 [batch, seq]: rows since the document started, 0 on its first row."""
         if "since" not in self.memo:
-            if self.step is not None or self.starts is None:
-                since = self.position if self.step is not None else self.row.expand(self.batch, self.seq)
+            if self._step is not None:
+                since = self.position
+            elif self.starts is None:
+                since = self.row.expand(self.batch, self.seq)
             else:
                 since = self.row - torch.where(self.starts, self.row, 0).cummax(1).values
             self.memo["since"] = since
@@ -113,6 +124,7 @@ class At:
     def segment(self) -> Tensor:
         """int64 [batch, seq]: 0, 1, .. for the documents of this call; needs `starts`."""
         if "segment" not in self.memo:
+            assert self.starts is not None
             self.memo["segment"] = self.starts.cumsum(1)
         return self.memo["segment"]
 

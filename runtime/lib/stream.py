@@ -27,7 +27,7 @@ class Snapshot(NamedTuple):
 class Stream:
     """State of `batch` sequences of at most `max_length` tokens, of which the last `rollback` can be taken back.
 
-    dtype: of what buffers keep (scan states are at least fp32). A token fed is a tick; a tick is one row of each buffer.
+    dtype: of what buffers keep (scan states are at least fp32). A token fed is a tick, one row of each buffer.
     """
 
     def __init__(
@@ -47,13 +47,15 @@ class Stream:
         self.buffers: list[Buffer] = []
         self.uniform: int | None = 0 if rollback == 0 else None
         self.running = False
-        counts = {"dtype": torch.int64, "device": self.device}
         # `tick`: rows stored; `high`: the most ever stored; per place its position and document, one place for waste.
         self.own = {
-            "tick": torch.zeros(batch, **counts),
-            "high": torch.zeros(batch, **counts),
-            "position": torch.zeros(batch, max_length + 1, **counts),
-            "document": torch.zeros(batch, max_length + 1, **counts),
+            name: torch.zeros(shape, dtype=torch.int64, device=self.device)
+            for name, shape in {
+                "tick": (batch,),
+                "high": (batch,),
+                "position": (batch, max_length + 1),
+                "document": (batch, max_length + 1),
+            }.items()
         }
         self.state = model.slots(self)
 
@@ -173,6 +175,7 @@ class Stream:
         place = at.step.tick[:, None] + self.range(count - at.seq) - (count - at.seq)
         index = place.clamp_min(0)
         new = at.keys()
+        assert new.valid is not None
         return Keys(
             torch.cat((self.own["position"].gather(1, index), new.position), 1),
             torch.cat((self.own["document"].gather(1, index), new.document), 1),

@@ -27,7 +27,8 @@ def _infer(call: OpCall) -> Typing:
                 raise mismatch(call, "k", mine[formal], bindings[formal])
         bindings["S" if i == 0 else f"S{i + 1}"] = mine["S"]
     (heads,), (kv_heads,) = bindings["H"], bindings["K"]
-    if heads.size % kv_heads.size:
+    call.known(bindings["D"][0], "q")
+    if call.known(heads, "q") % call.known(kv_heads, "k"):
         raise fail("indivisible-heads", f"`{heads.name}` = {heads.size} query heads cannot share "
                    f"`{kv_heads.name}` = {kv_heads.size} key heads evenly", call.span,
                    f"{heads.size} divided by {kv_heads.size} leaves {heads.size % kv_heads.size}")

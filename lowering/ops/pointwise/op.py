@@ -39,6 +39,7 @@ BINARY = {
     "min": "the smaller",
 }
 LINEAR = {"neg": (("x",),), "add": (("x", "y"),), "sub": (("x", "y"),), "mul": (("x",), ("y",)), "div": (("x",),)}
+SIGNS = {"neg": "-", "add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "^"}
 _KINDS = ("real", "coordinate", "index")
 
 
@@ -46,11 +47,11 @@ def _infer(call: OpCall) -> Typing:
     tensors = [t for name in call.tensors for t in tensors_of(call.tensors[name])]
     for t in tensors:
         if t.kind not in _KINDS:
-            raise fail("wrong-kind", f"`{call.op.name}` computes with numbers", call.span, f"this is {shown(t)}")
+            raise fail("wrong-kind", f"`{SIGNS.get(call.op.name, call.op.name)}` needs numbers", call.span, f"this is {shown(t)}")
     widest = max(tensors, key=lambda t: len(t.dims))
     for t in tensors:
         if not all(any(d is e for e in widest.dims) for d in t.dims):
-            raise fail("dim-mismatch", f"the operands of `{call.op.name}` have different dims, and neither has all "
+            raise fail("dim-mismatch", f"the operands of `{SIGNS.get(call.op.name, call.op.name)}` have different dims, and neither has all "
                        "dims of the other", call.span, f"{shown(widest)} and {shown(t)}",
                        help="`outer(a, b)` gives the dims of both")
     kind = "coordinate" if all(t.kind != "real" for t in tensors) and call.op.name in ("add", "sub", "mul") else "real"

@@ -9,5 +9,6 @@ CALLS = {"sum": "sum", "mean": "mean", "max_over": "amax"}
 
 def emit(use: Any) -> str:
     """The call."""
-    dims = tuple(range(-len(use.sizes("D")), 0))
+    have = use.operand_dims(0)
+    dims = tuple(have.index(d) - len(have) for d in use.bound("D"))
     return f"{use.args[0]}.{CALLS[use.op]}({dims if len(dims) > 1 else dims[0]})"

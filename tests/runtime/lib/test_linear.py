@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from heddle.runtime import lib
+from heddle.runtime.lib import product
 
 law = settings(deadline=None, max_examples=25)
 dims = st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple)
@@ -103,6 +104,50 @@ def test_loading_names_what_is_wrong():
     wrapped = nn.Sequential(one)
     wrapped.load_state_dict({f"0.{name}": x + 1 for name, x in good.items()})
     assert torch.equal(one.state_dict()["q.weight"], wrapped.state_dict()["0.q.weight"])
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_low_precision_products_are_no_worse_than_plain_torch(monkeypatch, tiles, rows):
+    """Whichever kernel serves bf16, in any blocks: value and gradients against the same bf16 numbers in fp64."""
+    monkeypatch.setattr(product, "_has_tiles", lambda: tiles)
+    monkeypatch.setattr(product, "LEAST_ROWS", 2)
+    monkeypatch.setattr(product, "BLOCK_ROWS", 3)
+    parts = {"a": ((4, 2), True), "b": ((5,), False)}
+    make = torch.Generator().manual_seed(rows)
+    low = Together(parts, (6,)).initialise(1, {f"{n}.weight": ("normal", 1) for n in "ab"} | {"a.bias": ("normal", 1)})
+    low.cast(torch.bfloat16)
+    x = torch.randn(rows, 6, generator=make).bfloat16()
+    weight, bias = low.all.weight.detach(), torch.cat([low.all.bias.detach(), torch.zeros(5).bfloat16()])
+    up = torch.randn(rows, 13, generator=make).bfloat16()
+
+    def results(kind):
+        a, w, b = (t.to(kind).requires_grad_() for t in (x, weight, bias))
+        y = torch.nn.functional.linear(a, w, b)
+        return [y, *torch.autograd.grad(y, [a, w], up.to(kind))]
+
+    own = x.clone().requires_grad_()
+    pieces = low.all(own)
+    y = torch.cat([piece.flatten(1) for piece in pieces], 1)
+    ours = [y, *torch.autograd.grad(y, [own, low.all.weight], up)]
+    for got, plain, truth in zip(ours, results(torch.bfloat16), results(torch.float64), strict=True):
+        assert got.dtype == torch.bfloat16
+        floor = 2**-9 * truth.norm()
+        assert (got.double() - truth).norm() <= 2 * (plain.double() - truth).norm() + floor
+    with torch.inference_mode():
+        again = torch.cat([piece.flatten(1) for piece in low.all(x)], 1)
+    assert torch.equal(again, y)
+
+
+def test_parts_that_no_one_uses_get_no_gradient():
+    one, many = pair({"a": ((2,), False), "b": ((3,), True)}, (4,))
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    got = torch.autograd.grad(one.all(x)[1].pow(2).sum(), [x, *one.parameters()])
+    wanted = torch.autograd.grad(many.b(x).pow(2).sum(), [x, *many.b.parameters()])
+    assert torch.allclose(got[0], wanted[0], atol=1e-12)
+    assert torch.allclose(got[1][2:], wanted[1], atol=1e-12)
+    assert not bool(got[1][:2].any())
+    assert torch.allclose(got[2], wanted[2], atol=1e-12)
 
 
 def test_a_fresh_module_is_seen_to_be_fresh():

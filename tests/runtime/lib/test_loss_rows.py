@@ -1,11 +1,13 @@
 """Losses and coordinates: what is scored, where documents start, and what the next token is."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heddle.runtime import lib
+from heddle.runtime.lib import loss
 
 law = settings(deadline=None, max_examples=25)
 
@@ -17,21 +19,43 @@ def test_cross_entropy_is_the_sum_over_known_targets(target, seed):
     logits = (5 * torch.randn(1, len(target), 5, generator=make, dtype=torch.float64)).requires_grad_()
     target = torch.tensor([target])
     expected = F.cross_entropy(logits[0], target[0], ignore_index=-1, reduction="sum")
-    loss = lib.cross_entropy(logits, target)
+    got = lib.cross_entropy(logits, target)
     assert lib.known(target) == (target != -1).sum()
-    assert abs(loss - expected) < 1e-10
-    a, b = (torch.autograd.grad(3 * x, logits)[0] for x in (loss, expected))
+    assert abs(got - expected) < 1e-10
+    a, b = (torch.autograd.grad(3 * x, logits)[0] for x in (got, expected))
     assert (a - b).abs().max() < 1e-10
     assert torch.autograd.gradcheck(lambda x: lib.cross_entropy(x, target), (logits,))
+
+
+@law
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=8), st.booleans(), st.integers(1, 40))
+def test_fused_with_the_last_product_it_is_the_same(target, has_bias, block):
+    """Value and gradients of linear_cross_entropy, in any blocks of rows, are those of the two in turn."""
+    make = torch.Generator().manual_seed(len(target))
+    x, weight, bias = (
+        torch.randn(shape, generator=make, dtype=torch.float64).requires_grad_()
+        for shape in ((1, len(target), 3), (5, 3), (5,))
+    )
+    target = torch.tensor([target])
+    wrt = [x, weight, bias] if has_bias else [x, weight]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "BLOCK", block)
+        patch.setattr(loss, "LEAST_ROWS", 1)
+        fused = lib.linear_cross_entropy(x, weight, target, bias if has_bias else None)
+        plain = lib.cross_entropy(F.linear(x, weight, bias if has_bias else None), target)
+        grads = [torch.autograd.grad(3 * y, wrt) for y in (fused, plain)]
+    assert abs(fused - plain) < 1e-10
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).abs().max() < 1e-10
 
 
 def test_rows_that_are_not_scored_may_hold_anything():
     logits = torch.randn(3, 4)
     logits[1] = float("nan")
     logits.requires_grad_()
-    loss = lib.cross_entropy(logits, torch.tensor([0, -1, 2]))
-    (grad,) = torch.autograd.grad(loss, logits)
-    assert bool(loss.isfinite())
+    got = lib.cross_entropy(logits, torch.tensor([0, -1, 2]))
+    (grad,) = torch.autograd.grad(got, logits)
+    assert bool(got.isfinite())
     assert torch.equal(grad[1], torch.zeros(4))
     assert bool(grad.isfinite().all())
 
@@ -39,10 +63,10 @@ def test_rows_that_are_not_scored_may_hold_anything():
 def test_bf16_logits_are_summed_in_fp32():
     logits = torch.randn(50, 7).bfloat16()
     target = torch.randint(0, 7, (50,))
-    loss = lib.cross_entropy(logits, target)
+    got = lib.cross_entropy(logits, target)
     truth = F.cross_entropy(logits.double(), target, reduction="sum")
-    assert loss.dtype == torch.float32
-    assert abs(loss - truth) < 1e-5 * truth
+    assert got.dtype == torch.float32
+    assert abs(got - truth) < 1e-5 * truth
 
 
 @law
