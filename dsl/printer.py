@@ -262,7 +262,7 @@ def _kind(kind: sx.Expr | None, optional: bool, default: sx.Expr | None) -> str:
 def _rules(rules: Iterable[sx.Rule], indent: int) -> Iterator[str]:
     for rule in rules:
         if isinstance(rule, sx.Scoped):
-            yield " " * indent + f"in {_selectors(rule.selectors)}:"
+            yield broken(" " * indent + f"in {_selectors(rule.selectors)}:")
             yield from _rules(rule.rules, indent + INDENT)
         else:
             yield broken(" " * indent + _rule(rule))

@@ -32,6 +32,7 @@ class Builder:
     shared: dict[str, Any] = field(default_factory=dict)
     aliases: dict[int, str] = field(default_factory=dict)
     coordinates: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    _spelled: list[Dim] = field(default_factory=list)
     _dims: dict[int, Dim] = field(default_factory=dict)
     _dim_names: dict[str, int] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
@@ -63,6 +64,11 @@ class Builder:
             for lead in dim.lead:
                 self.dim_name(lead)
         return self.aliases[id(dim)]
+
+    def call_dim(self, dim: Dim, name: str) -> None:
+        """Say how this body spells a dim, if it has no name for it yet."""
+        self._spelled.append(dim)  # keeps it alive: spellings are kept by identity
+        self.aliases.setdefault(id(dim), name)
 
     def knows(self, dim: Dim) -> bool:
         """Whether this body, or one around it, has a name for a dim."""

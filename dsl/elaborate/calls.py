@@ -453,7 +453,7 @@ class Calls:
 
     def _run_inline(self, callee: Waiting, given: Given, env: Environment | None, span: Span, hint: str | None) -> Any:
         builder = env.builder if env is not None else Builder(callee.name)
-        inner = Environment(callee.found.file, builder)
+        inner = Environment(callee.found.file, builder, is_inline=True)
         tensors = {n: None if t is None else builder.local(t) for n, t in given.tensors.items()}
         returned = self.run_function(callee.found, Given(tensors, given.settings, given.spans), inner, span, hint)
         return returned[0] if len(returned) == 1 else tuple(returned)
@@ -530,7 +530,8 @@ class Calls:
                 raise fail("dim-mismatch", f"`{item.name}` is {first or 'one dim'} in one place and {dim.size or 'another'} "
                            f"in `{statement.name}`", where, f"`{dim.name}` = {dim.size or '?'}", labels)
         env.bind(item.name, dim, where)
-        env.builder.aliases.setdefault(id(dim), item.name)
+        if not env.is_inline:
+            env.builder.call_dim(dim, item.name)
 
     # --- keys -------------------------------------------------------------------------------------
 

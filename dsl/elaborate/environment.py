@@ -11,12 +11,15 @@ from .values import Cell
 
 
 class Environment:
-    """Variables of one block or loop iteration; `parent` are those around a loop. Declarations come from `file`."""
+    """Variables of one block or loop iteration; `parent` are those around a loop. Declarations come from `file`.
 
-    def __init__(self, file: File, builder: Builder, parent: Environment | None = None):
+    `is_inline` is true for a block whose statements go into its caller's body: it does not name that body's dims."""
+
+    def __init__(self, file: File, builder: Builder, parent: Environment | None = None, is_inline: bool = False):
         self.file = file
         self.builder = builder
         self.parent = parent
+        self.is_inline = is_inline
         self.cells: dict[str, Cell] = {}
 
     def cell(self, name: str) -> Cell | None:

@@ -69,7 +69,7 @@ def infer(node: Node, graph: Graph, dims: dict[str, GraphDim]) -> Any:
         tensor = None if name is None else _tensor(name, graph, dims)
         (tensors if operand in op.inputs else weights)[operand.name] = tensor
     for i, name in enumerate(repeated):
-        tensors[name] = [_tensor(o, graph, dims) for o in operands[i :: len(repeated)]]
+        tensors[name] = [None if o is None else _tensor(o, graph, dims) for o in operands[i :: len(repeated)]]
     settings = {s.name: _setting(node.attr(s.name, s.default), s.kind, dims) for s in op.settings}
     for rule in op.weights:
         if rule.when is not None:

@@ -1,0 +1,141 @@
+"""Heddle against transformers on this CPU: the same weights, one process, in turn.
+
+A 17 M hybrid (hidden 512, eight layers) runs forward, a training step (fp32, and bf16 compute with fp32 masters) and greedy
+decoding on both sides. Ratios are transformers' time over ours, pair by pair; printed are median, minimum and maximum.
+Run by `make bench`; `--json FILE` also writes the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+
+from heddle.runtime.folder import load
+from heddle.runtime.huggingface import import_folder
+from heddle.runtime.train import TrainConfig
+from heddle.runtime.train.optimizer import Optimizer
+
+TARGETS = {"forward": 1.2, "train step, fp32": 1.4, "train step, bf16 compute": 2.5, "greedy decode": 3.0}
+
+
+def peers(folder: Path) -> tuple[torch.nn.Module, Callable[[], torch.nn.Module]]:
+    """The class of transformers with random weights, and a function that loads ours from the same weights."""
+    config = transformers.NemotronHConfig(
+        vocab_size=4096, hidden_size=512, intermediate_size=1664, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        layers_block_type=["linear_attention", "mlp", "linear_attention", "full_attention", "mlp", "linear_attention", "mlp",
+                           "linear_attention"],
+        mamba_num_heads=16, mamba_head_dim=64, ssm_state_size=64, n_groups=2, chunk_size=128, time_step_min=1e-30,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.NemotronHForCausalLM(config).eval()
+    theirs.save_pretrained(folder / "hf")
+    import_folder(folder / "hf", folder / "ours")
+    return theirs, lambda: load(folder / "ours")
+
+
+def pairs(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
+    """Times of both sides in turn, behind one uncounted round."""
+    found = []
+    for i in range(rounds + 1):
+        times = []
+        for side in (ours, theirs):
+            begun = time.perf_counter()
+            side()
+            times.append(time.perf_counter() - begun)
+        if i:
+            found.append((times[0], times[1]))
+    return found
+
+
+def their_step(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        model(tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+
+    return step
+
+
+def our_step(model: torch.nn.Module, tokens: torch.Tensor, config: TrainConfig) -> Callable[[], None]:
+    optimizer = Optimizer(model, config)
+
+    def step() -> None:
+        counts = model.counts(tokens)
+        sum(s / counts[n] for n, s in model.losses(tokens).items()).backward()
+        optimizer.gather()
+        optimizer.clip(1.0)
+        optimizer.step(1e-4)
+
+    return step
+
+
+def measure(rounds: int, batch: int, seq: int, new: int) -> dict[str, list[tuple[float, float]]]:
+    """Pairs of times by job."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, make = peers(Path(folder))
+        ours = make()
+        tokens = torch.randint(0, 4096, (batch, seq), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            a, b = ours(tokens), theirs(tokens).logits
+            print(f"{sum(p.numel() for p in ours.parameters()) / 1e6:.1f} M parameters; "
+                  f"largest relative difference of logits {float((a - b).abs().max() / b.abs().max()):.1e}")
+                found["forward"] = pairs(lambda: ours(tokens), lambda: theirs(tokens), rounds)
+        prompt = tokens[:1, :16]
+        mask = torch.ones_like(prompt)
+        found["greedy decode"] = pairs(
+            lambda: ours.generate(prompt, new),
+            lambda: theirs.generate(prompt, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False),
+            max(2, rounds // 2),
+        )
+        theirs.train()
+        step = their_step(theirs, tokens)
+        found["train step, fp32"] = pairs(our_step(make().train(), tokens, TrainConfig()), step, rounds)
+        low = make().train().cast(torch.bfloat16)
+        found["train step, bf16 compute"] = pairs(our_step(low, tokens, TrainConfig(dtype="bf16")), step, rounds)
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--batch", type=int, default=4)
+    options.add_argument("--seq", type=int, default=512)
+    options.add_argument("--new", type=int, default=64)
+    options.add_argument("--json", type=Path)
+    given = options.parse_args()
+    transformers.logging.set_verbosity_error()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
+          f"{platform.machine()}")
+    found = measure(given.rounds, given.batch, given.seq, given.new)
+    print(f"{'job':28}{'heddle':>10}{'transformers':>14}{'ratio':>8}  (min - max)   target")
+    rows = {}
+    for job, target in TARGETS.items():
+        ratios = sorted(b / a for a, b in found[job])
+        mine, other = (statistics.median(p[i] for p in found[job]) for i in (0, 1))
+        ratio = statistics.median(ratios)
+        rows[job] = {"heddle_s": mine, "transformers_s": other, "ratio": ratio, "min": ratios[0], "max": ratios[-1]}
+        print(f"{job:28}{mine:>9.3f}s{other:>13.3f}s{ratio:>7.2f}x  ({ratios[0]:.2f} - {ratios[-1]:.2f})   >= {target}x")
+    if given.json:
+        given.json.write_text(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__,
+                                          "threads": torch.get_num_threads(), "jobs": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
