@@ -18,7 +18,7 @@ help:  ## list the targets
 
 env: $(READY)  ## make .venv with everything; does nothing where it is up to date
 
-demo: $(READY)  ## a model from a ten-line spec: checked, trained for a moment, sampled
+demo: $(READY)  ## from a spec to a model that was trained here, for a few minutes, and writes
 	@$(BIN)/python examples/demo.py
 
 test: $(READY)  ## all tests; TESTS="..." for some
@@ -33,7 +33,7 @@ check: $(READY)  ## what needs no running: ruff and mypy
 	@mkdir -p .venv/typed && ln -sfn ../.. .venv/typed/heddle
 	MYPYPATH=.venv/typed $(BIN)/mypy -m heddle -p heddle.dsl -p heddle.lowering -p heddle.codegen -p heddle.runtime
 
-bench: $(READY)  ## time the generated code on this CPU
+bench: $(READY)  ## time Heddle and transformers on this CPU, the same weights
 	$(BIN)/python benchmarks/cpu.py
 
 clean:  ## remove .venv, build and the caches of the tools

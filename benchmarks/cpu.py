@@ -95,7 +95,7 @@ def measure(rounds: int, batch: int, seq: int, new: int) -> dict[str, list[tuple
             a, b = ours(tokens), theirs(tokens).logits
             print(f"{sum(p.numel() for p in ours.parameters()) / 1e6:.1f} M parameters; "
                   f"largest relative difference of logits {float((a - b).abs().max() / b.abs().max()):.1e}")
-                found["forward"] = pairs(lambda: ours(tokens), lambda: theirs(tokens), rounds)
+            found["forward"] = pairs(lambda: ours(tokens), lambda: theirs(tokens), rounds)
         prompt = tokens[:1, :16]
         mask = torch.ones_like(prompt)
         found["greedy decode"] = pairs(

@@ -255,7 +255,7 @@ def _python_mask(mask: sx.Expr) -> str:
 
 
 def spec_line(spans: tuple[Span, ...]) -> str:
-    """`nemotron_h.spec:18  x = x + layer(rms_norm(x))`: the file's name without its folder, and the whole line."""
+    """`model.spec:18  x = x + layer(rms_norm(x))`: the file's name without its folder, and the whole line."""
     real = [s for s in spans if s.source.text]
     if not real:
         return ""

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .diagnostics import InternalError
+from .diagnostics import InternalError, SpecError
 from .parse import parse, parse_with_tokens
 from .printer import INDENT, WIDTH, print_expr, print_module
 from .source import Source
@@ -32,10 +32,14 @@ _SUITES = frozenset({"IF", "ELIF", "ELSE", "FOR"})
 
 
 def format_source(source: Source) -> str:
-    """The text of a file in canonical form; formatting it again changes nothing. Raises `SpecError` for syntax errors."""
+    """The text of a file in canonical form; formatting it again changes nothing. Raises `SpecError`: syntax errors."""
     module, found = parse_with_tokens(source)
     text = _Layout(source.text, found).text()
-    if parse(Source(source.name, text)) != module:
+    try:
+        same = parse(Source(source.name, text)) == module
+    except SpecError:
+        same = False
+    if not same:
         raise InternalError(f"formatting would change the meaning of {source.name}")
     return text
 
@@ -59,7 +63,7 @@ class _Row:
 
 @dataclass
 class _Line:
-    """A logical line: `level` counts bodies around it, `margin` is where it stood, `key` the token that may be aligned."""
+    """A logical line: `level` counts bodies around it, `margin` is where it stood, `key` is what may be aligned."""
 
     rows: list[_Row]
     level: int
@@ -130,7 +134,9 @@ class _Layout:
         offset = start
         for i, piece in enumerate(gap.split("\n")):
             stripped = piece.strip()
-            comment = _Comment(_tidy(stripped), self.column(offset) + piece.find("#")) if stripped.startswith("#") else None
+            comment = (
+                _Comment(_tidy(stripped), self.column(offset) + piece.find("#")) if stripped.startswith("#") else None
+            )
             if i == 0 and before is not None:
                 before.comment = comment
             elif comment is not None:
@@ -197,6 +203,7 @@ class _Layout:
         brackets: list[_Bracket] = []
         indent = line.level * INDENT
         for number, row in enumerate(line.rows):
+            breakable = not any("\n" in token.text for token in row.tokens)
             at = 0
             while at < len(row.tokens):
                 if number or at:
@@ -206,7 +213,7 @@ class _Layout:
                             yield _Written(" " * comments + comment.text)
                 head = line if not number and not at else None
                 tokens = row.tokens[at : at + WIDTH]  # more cannot fit on a line
-                cut = _break_at(tokens, self._row_text(tokens, head, indent)[1], brackets)
+                cut = _break_at(tokens, self._row_text(tokens, head, indent)[1], brackets) if breakable else None
                 tokens = row.tokens[at:] if cut is None else tokens[:cut]
                 text, ends = self._row_text(tokens, head, indent)
                 self._track(tokens, ends, brackets, indent)
@@ -290,6 +297,8 @@ def _find_key(line: _Line) -> None:
     tokens = line.rows[0].tokens
     suite = tokens[0].type in _SUITES
     for i, token in enumerate(tokens):
+        if "\n" in token.text:
+            return
         depth += (token.type in _OPENING) - (token.type in _CLOSING)
         if depth == 0 and i and token.type == "EQUAL" and not suite:
             line.key, line.key_kind = i, "equal"
@@ -300,7 +309,7 @@ def _find_key(line: _Line) -> None:
 
 
 def _level(column: int, line: _Line | None, margins: list[int]) -> int:
-    """The level of a comment on a line of its own: of the next line, unless it stands further right at the end of a body."""
+    """The level of a comment of its own: that of the next line, unless it stands further right where a body ends."""
     least = line.level if line else 0
     if line is not None and (column <= line.margin or line.level >= len(margins) - 1):
         return least
@@ -310,7 +319,7 @@ def _level(column: int, line: _Line | None, margins: list[int]) -> int:
 
 def _break_at(tokens: list[Token], ends: list[int], brackets: list[_Bracket]) -> int | None:
     """The token before which a row that is too long is broken: behind the outermost comma that fits."""
-    if ends[-1] <= WIDTH or any("\n" in token.text for token in tokens):
+    if ends[-1] <= WIDTH:
         return None
     columns = [b.base + INDENT if b.hanging else b.column for b in brackets]
     best: tuple[int, int] | None = None
@@ -321,7 +330,12 @@ def _break_at(tokens: list[Token], ends: list[int], brackets: list[_Bracket]) ->
             columns.append(ends[i])
         elif token.type in _CLOSING:
             columns.pop()
-        elif token.type == "COMMA" and columns and columns[-1] + 1 < ends[i] and (best is None or len(columns) <= best[0]):
+        elif (
+            token.type == "COMMA"
+            and columns
+            and columns[-1] < ends[i] - 1
+            and (best is None or len(columns) <= best[0])
+        ):
             best = (len(columns), i + 1)
     return best and best[1]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import stat
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from . import syntax as sx
 from .diagnostics import Collector, Label, SpecError, did_you_mean, fail, nearest
-from .parse import parse
+from .parse import MOST_CHARACTERS, parse
 from .source import Source, Span
 
 _DECLARED = re.compile(r"^(?:block|model|pipeline|recipe|precision|layout)[ ]+([A-Za-z_]\w*)", re.MULTILINE)
@@ -89,7 +89,7 @@ def standard_file(name: str) -> File | None:
 def _standard(path: Path) -> File:
     source = Source(f"std/{path.name}", path.read_text(encoding="utf-8"))
     module = parse(source)
-    declared = {d.name: d for d in module.declarations if not isinstance(d, sx.Checkpoint)}
+    declared: dict[str, sx.Declaration] = {d.name: d for d in module.declarations if not isinstance(d, sx.Checkpoint)}
     return File(source, path, module, declared, is_standard=True)
 
 
@@ -126,20 +126,28 @@ def _root_for(path: Path, root: Path | None) -> Path:
 
 def _read(path: Path, shown: str, span: Span) -> str:
     try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            what = "a folder" if stat.S_ISDIR(info.st_mode) else "a device"
+            raise fail("no-such-file", f"`{shown}` is {what}, not a spec file", span)
+        if info.st_size > MOST_CHARACTERS:
+            raise fail("too-large", f"`{shown}` has {info.st_size} bytes, at most {MOST_CHARACTERS} are read", span)
         data = path.read_bytes()
-    except IsADirectoryError:
-        raise fail("no-such-file", f"`{shown}` is a folder, not a spec file", span) from None
-    except OSError as error:
-        if path.exists():
-            raise fail("no-such-file", f"`{shown}` cannot be read: {error.strerror}", span) from None
+    except (FileNotFoundError, NotADirectoryError):
         raise fail("no-such-file", f"there is no file `{shown}`", span, help=_nearby(path)) from None
+    except OSError as error:
+        raise fail("no-such-file", f"`{shown}` cannot be read: {error.strerror}", span) from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         source = Source(shown, data[: error.start].decode("utf-8", "replace"))
         at = len(source.text)
-        raise fail("not-text", f"byte {error.start} of `{shown}` is 0x{data[error.start]:02x}, which is not UTF-8",
-                   Span(source, at, at), help="specs are UTF-8 text") from None
+        raise fail(
+            "not-text",
+            f"byte {error.start} of `{shown}` is 0x{data[error.start]:02x}, which is not UTF-8",
+            Span(source, at, at),
+            help="specs are UTF-8 text",
+        ) from None
 
 
 def _nearby(path: Path) -> str | None:
@@ -178,12 +186,25 @@ class _Loader:
                 continue
             if d.name in file.declared:
                 first = file.declared[d.name]
-                collector.add(fail("duplicate-name", f"`{d.name}` is declared twice", d.name_span, "the second",
-                                   [Label(first.name_span, "the first")]))
+                collector.add(
+                    fail(
+                        "duplicate-name",
+                        f"`{d.name}` is declared twice",
+                        d.name_span,
+                        "the second",
+                        [Label(first.name_span, "the first")],
+                    )
+                )
             elif d.name in standard_index() and standard_index()[d.name] != file.path:
                 where = f"std/{standard_index()[d.name].name}"
-                collector.add(fail("duplicate-name", f"`{d.name}` is a name of the standard library ({where})", d.name_span,
-                                   help="choose another name: files that use both would misread one of them"))
+                collector.add(
+                    fail(
+                        "duplicate-name",
+                        f"`{d.name}` is a name of the standard library ({where})",
+                        d.name_span,
+                        help="choose another name: files that use both would misread one of them",
+                    )
+                )
             file.declared.setdefault(d.name, d)
 
     def _use(self, file: File, use: sx.Use) -> None:
@@ -195,36 +216,81 @@ class _Loader:
         if path not in self.files:
             shown = self._shown(file, path)
             self.files[path] = self.file(path, Source(shown, _read(path, use.path, use.path_span)))
-        other = self.files[path]
+        collector = Collector()
         for name in use.names:
-            if name.id not in other.declared:
-                raise fail("unknown-name", f"`{use.path}` declares nothing named `{name.id}`", name.span, "not declared there",
-                           help=did_you_mean(name.id, other.declared, "a declaration"))
-            if name.id in file.declared or name.id in file.used:
-                raise fail("duplicate-name", f"`{name.id}` is in scope already", name.span, "used here again")
-            file.used[name.id] = other
+            with collector.collecting():
+                file.used[name.id] = self._used(file, use, name, self.files[path])
+        collector.finish()
+
+    def _used(self, file: File, use: sx.Use, name: sx.Name, other: File) -> File:
+        if name.id in other.used:
+            source = other.used[name.id].path.name
+            raise fail(
+                "unknown-name",
+                f"`{use.path}` declares nothing named `{name.id}`",
+                name.span,
+                "not declared there",
+                help=f"`{use.path}` takes it from `{source}`: use it from there",
+            )
+        if name.id not in other.declared:
+            raise fail(
+                "unknown-name",
+                f"`{use.path}` declares nothing named `{name.id}`",
+                name.span,
+                "not declared there",
+                help=did_you_mean(name.id, other.declared, "a declaration"),
+            )
+        if name.id in file.declared:
+            raise fail(
+                "duplicate-name",
+                f"`{name.id}` is declared in this file too",
+                name.span,
+                "used here",
+                [Label(file.declared[name.id].name_span, "declared here")],
+            )
+        if name.id in file.used:
+            raise fail("duplicate-name", f"`{name.id}` is used twice", name.span, "used here again")
+        return other
 
     def _resolve(self, file: File, use: sx.Use) -> Path:
         """The file that a `use` line means: beside the file, else among the shipped specs."""
         given = Path(use.path)
         if given.is_absolute() or re.match(r"[A-Za-z]:|\\", use.path):
-            raise fail("path-escape", f"`{use.path}` is an absolute path", use.path_span,
-                       help="paths are relative to the file that uses them")
+            raise fail(
+                "path-escape",
+                f"`{use.path}` is an absolute path",
+                use.path_span,
+                help="paths are relative to the file that uses them",
+            )
         shipped = shipped_folder()
-        near = (file.path.parent / given).resolve()
-        far = (shipped / given).resolve()
-        allowed = near.is_relative_to(self.root) or near.is_relative_to(shipped)
-        if allowed and near.is_file():
-            return near
-        if far.is_relative_to(shipped) and far.is_file():
-            return far
+        try:
+            near = (file.path.parent / given).resolve()
+            far = (shipped / given).resolve()
+            allowed = near.is_relative_to(self.root) or near.is_relative_to(shipped)
+            if allowed and near.is_file():
+                return near
+            if far.is_relative_to(shipped) and far.is_file():
+                return far
+        except (OSError, RuntimeError) as error:  # a name that is too long, links that lead to each other
+            why = getattr(error, "strerror", None) or "links in a circle"
+            raise fail("no-such-file", f"`{use.path}` cannot be found: {why}", use.path_span) from None
         if not allowed:
-            raise fail("path-escape", f"`{use.path}` leaves the project", use.path_span, "outside the project's folder",
-                       help=f"the project is the folder `{self.root.name}`")
+            raise fail(
+                "path-escape",
+                f"`{use.path}` leaves the project",
+                use.path_span,
+                "outside the project's folder",
+                help=f"the project is the folder `{self.root.name}`",
+            )
         names = [p.name for p in near.parent.glob("*.spec")] if near.parent.is_dir() else []
         near_names = nearest(near.name, names)
-        raise fail("no-such-file", f"there is no file `{use.path}`", use.path_span, "not found beside this file, and not shipped",
-                   help=f"a file named `{near_names[0]}` exists" if near_names else None)
+        raise fail(
+            "no-such-file",
+            f"there is no file `{use.path}`",
+            use.path_span,
+            "not found beside this file, and not shipped",
+            help=f"a file named `{near_names[0]}` exists" if near_names else None,
+        )
 
     def _shown(self, file: File, path: Path) -> str:
         """How messages name a file: like the file that uses it, relative to the same place."""
@@ -236,12 +302,6 @@ class _Loader:
             return (base / path.relative_to(file.path.parent)).as_posix()
         except ValueError:
             return path.name
-
-
-def declarations(file: File) -> Iterator[Found]:
-    """Every declaration of a file, in order."""
-    for d in file.module.declarations:
-        yield Found(d, file)
 
 
 __all__ = ["File", "Found", "SpecError", "load", "load_text", "shipped_folder"]

@@ -14,8 +14,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from . import syntax as sx
+from .bindings import bound_twice
 from .diagnostics import Diagnostic, Label, did_you_mean
 from .load import File, Found, standard_file, standard_index
+from .sheets import sheet_errors
 from .source import Span
 from .vocabulary import BUILTINS, KINDS, OPS, SELECTING_ARGUMENTS
 
@@ -33,11 +35,14 @@ _IN_HOLE = re.compile(r"[\w.()\[\], +*-]*")
 def check_names(file: File) -> list[Diagnostic]:
     """Everything wrong with the names of a file, in the order of the text. Never raises for a parsed file.
 
-    Codes: unknown-name, duplicate-name, no-such-parameter, too-many-arguments, shadows-op.
+    Codes: unknown-name, duplicate-name, no-such-parameter, too-many-arguments, shadows-op, and those of `sheets.py` and
+    `bindings.py`.
     """
     found: list[Diagnostic] = []
     for declaration in file.module.declarations:
         found += _Checker(file, declaration).check()
+        found += sheet_errors(file, declaration)
+        found += bound_twice(declaration)
     return sorted(found, key=lambda d: d.primary.span.start)
 
 

@@ -12,11 +12,30 @@ from .diagnostics import fail
 from .source import Source, Span
 from .tokens import Token
 
-FORBIDDEN = frozenset({"none", "true", "false", "and", "or", "not", "if", "elif", "else", "for", "in", "given", "return"})
+FORBIDDEN = frozenset(
+    {"none", "true", "false", "and", "or", "not", "if", "elif", "else", "for", "in", "given", "return"}
+)
 """Words that never are the name of something: where they are read they mean themselves."""
 
 NESTING = frozenset(
-    "binary unary call index member members list_ tuple_ table comprehension choose arrow parenthesized if_ for_ scoped".split()
+    {
+        "binary",
+        "unary",
+        "call",
+        "index",
+        "member",
+        "members",
+        "list_",
+        "tuple_",
+        "table",
+        "comprehension",
+        "choose",
+        "arrow",
+        "parenthesized",
+        "if_",
+        "for_",
+        "scoped",
+    }
 )
 """Rules that count when the depth of a text is bounded: each is a step for everyone who walks the tree."""
 
@@ -34,7 +53,7 @@ Children = list[Any]
 
 
 class Nodes:
-    """Makes the nodes of one source. Each method gets the children of its rule (`None` for an absent one) and its span."""
+    """Makes the nodes of a source. Each method gets the children of its rule (None for what is absent) and its span."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -45,8 +64,8 @@ class Nodes:
     def named(self, token: Token) -> str:
         """The name that a construct binds. Raises `reserved-word`."""
         if token.text in FORBIDDEN:
-            raise fail("reserved-word", f"`{token.text}` is a word of the language and cannot be a name", self.at(token),
-                       "choose another name")
+            message = f"`{token.text}` is a word of the language and cannot be a name"
+            raise fail("reserved-word", message, self.at(token), "choose another name")
         return token.text
 
     # --- files and declarations -------------------------------------------------------------------
@@ -62,13 +81,27 @@ class Nodes:
 
     def function(self, c: Children, span: Span) -> sx.Function:
         keyword, name, parameters, body = c
-        return sx.Function(keyword.text, self.named(name), tuple(parameters or ()), tuple(body), self._doc(span),
-                           self.at(name), span=span)  # fmt: skip
+        return sx.Function(
+            keyword.text,
+            self.named(name),
+            tuple(parameters or ()),
+            tuple(body),
+            self._doc(span),
+            self.at(name),
+            span=span,
+        )
 
     def variant(self, c: Children, span: Span) -> sx.Variant:
         keyword, name, value, *rules = c
-        return sx.Variant(keyword.text, self.named(name), value, tuple(rules[0]) if rules else (), self._doc(span),
-                          self.at(name), span=span)  # fmt: skip
+        return sx.Variant(
+            keyword.text,
+            self.named(name),
+            value,
+            tuple(rules[0]) if rules else (),
+            self._doc(span),
+            self.at(name),
+            span=span,
+        )
 
     def sheet(self, c: Children, span: Span) -> sx.Sheet:
         keyword, name, rules = c
@@ -76,8 +109,9 @@ class Nodes:
 
     def checkpoint(self, c: Children, span: Span) -> sx.Checkpoint:
         name, target, model, equations = c
-        return sx.Checkpoint(self.named(name), target.text[1:-1], model, tuple(equations), self._doc(span),
-                             self.at(name), span=span)  # fmt: skip
+        return sx.Checkpoint(
+            self.named(name), target.text[1:-1], model, tuple(equations), self._doc(span), self.at(name), span=span
+        )
 
     def _doc(self, span: Span) -> str:
         """The `##` lines right above a declaration."""
@@ -146,10 +180,14 @@ class Nodes:
     def _result(self, kind: _Kind) -> tuple[str, tuple[sx.DimItem, ...]]:
         """Kind and dims of a result in a graph dump: `real[seq, heads]`."""
         e = kind.expr
-        if not (isinstance(e, sx.Index) and isinstance(e.value, sx.Name) and not kind.optional
-                and all(a.name is None and isinstance(a.value, sx.Name) for a in e.arguments)):  # fmt: skip
-            raise fail("syntax", "a typed line says a kind and dims for each result", e.span, "expected `real[seq, hidden]`")
-        return e.value.id, tuple(sx.DimItem(a.value.id, span=a.span) for a in e.arguments if isinstance(a.value, sx.Name))
+        if isinstance(e, sx.Index) and isinstance(e.value, sx.Name) and not kind.optional:
+            dims = [(a.value, a.span) for a in e.arguments if a.name is None]
+            if len(dims) == len(e.arguments) and all(isinstance(dim, sx.Name) for dim, _ in dims):
+                return e.value.id, tuple(
+                    sx.DimItem(dim.id, span=span) for dim, span in dims if isinstance(dim, sx.Name)
+                )
+        message = "a typed line says a kind and dims for each result"
+        raise fail("syntax", message, e.span, "expected `real[seq, hidden]`")
 
     def declare(self, c: Children, span: Span) -> sx.Declare:
         keyword, name, shape, value = c

@@ -39,7 +39,11 @@ def parse_with_tokens(source: Source) -> tuple[sx.Module, list[Token]]:
 def _parse(source: Source, record: list[Token]) -> sx.Module:
     text = source.text
     if len(text) > MOST_CHARACTERS:
-        raise fail("too-large", f"this file has {len(text)} characters, at most {MOST_CHARACTERS} are read", Span(source, 0, 0))
+        message = f"this file has {len(text)} characters, at most {MOST_CHARACTERS} are read"
+        raise fail("too-large", message, Span(source, 0, 0))
+    if "\0" in text:
+        at = text.index("\0")
+        raise fail("syntax", "this is a NUL character: no text file", Span(source, at, at + 1))
     padded = text if text.endswith("\n") else f"{text}\n"
     collector = Collector()
     at = 0
@@ -89,6 +93,7 @@ class _Tables:
     def __init__(self) -> None:
         self.rules = [_rule(*rule) for rule in RULES]
         self._rows: list[dict[str, int] | None] = [None] * len(ROWS)
+        self.passed: dict[tuple[int, int, str], int] = {}
 
     def row(self, state: int) -> dict[str, int]:
         """What each terminal and each made part lead to in a state."""
@@ -97,6 +102,14 @@ class _Tables:
             words = ROWS[state].split()
             row = self._rows[state] = dict(zip(words[::2], map(int, words[1::2]), strict=True))
         return row
+
+    def passes(self, below: int, top: int, terminal: str) -> int:
+        """The state behind a chain of rules that pass their only child on: a bare name goes through a dozen levels."""
+        state = top
+        while (action := self.row(state).get(terminal, 0)) < 0 and (rule := self.rules[-action - 1]).passes:
+            state = self.row(below)[rule.made] - 1
+        self.passed[below, top, terminal] = state
+        return state
 
 
 _tables = cache(_Tables)
@@ -117,7 +130,8 @@ class _Run:
 
     def module(self, at: int) -> sx.Module:
         """The file from an offset on. Raises `SpecError` with the first syntax error."""
-        states, values, extents, row_of, rules = self.states, self.values, self.extents, self.tables.row, self.tables.rules
+        states, values, extents = self.states, self.values, self.extents
+        row_of, rules, passed = self.tables.row, self.tables.rules, self.tables.passed
         previous: Token | None = None
         for token in tokens(self.text, at):
             kind, text, start, end = token
@@ -129,8 +143,8 @@ class _Run:
             while action < 0:
                 rule = rules[-action - 1]
                 if rule.passes:
-                    states.pop()
-                    states.append(row_of(states[-1])[rule.made] - 1)
+                    below, top = states[-2:]
+                    states[-1] = passed.get((below, top, kind)) or self.tables.passes(below, top, kind)
                 else:
                     self.reached = start
                     self.reduce(rule)
@@ -175,9 +189,9 @@ class _Run:
         """The node of a rule, or a list where the rule only collects."""
         if rule.splice:
             first = rule.children[0]
-            if not rule.method and first in rule.splice:
-                children = taken[first]  # the list grows in place, else a long one would be copied for each item
-                children.extend(taken[c] for c in rule.children[1:])
+            if not rule.method and first == 0 and 0 in rule.splice:
+                children = taken[0]  # the list grows in place, else a long one would be copied for each item
+                children.extend(None if c is None else taken[c] for c in rule.children[1:])
                 return children
             children = []
             for c in rule.children:
@@ -191,9 +205,13 @@ class _Run:
             return children
         start, end, depth = extent
         if depth > DEEPEST:
-            raise fail("too-deep", f"this nests more than {DEEPEST} deep", Span(self.source, start, start + 1),
-                       "a bracket, an operator of a chain and a body count one each",
-                       help="bind a part of it to a name of its own")  # fmt: skip
+            raise fail(
+                "too-deep",
+                f"this nests more than {DEEPEST} deep",
+                Span(self.source, start, start + 1),
+                "a bracket, an operator of a chain and a body count one each",
+                help="bind a part of it to a name of its own",
+            )
         method = self.methods.get(rule.method)
         if method is None:
             method = self.methods[rule.method] = getattr(self.nodes, rule.method)

@@ -99,17 +99,15 @@ def _bare(expr: sx.Expr) -> str:
 def _binary(expr: sx.Binary) -> str:
     """Chains nest to the left and may be long: the left side is walked, not recursed into."""
     tails: list[str] = []
-    at: sx.Expr = expr
-    while isinstance(at, sx.Binary):
+    at = expr
+    while True:
         own = level(at)
         left, right = {COMPARISON: (SUM, SUM), POWER: (POSTFIX, FACTOR)}.get(own, (own, own + 1))
         tails.append(f" {at.operator} {_expr(at.right, right)}")
-        if not (isinstance(at.left, sx.Binary) and level(at.left) >= left):
-            break
-        at = at.left
-    else:  # pragma: no cover
-        raise InternalError("a chain has an end")
-    return _expr(at.left, left) + "".join(reversed(tails))
+        below = at.left
+        if not (isinstance(below, sx.Binary) and level(below) >= left):
+            return _expr(below, left) + "".join(reversed(tails))
+        at = below
 
 
 def _number(number: sx.Number) -> str:
@@ -311,7 +309,7 @@ def broken(line: str) -> str:
 
 
 def _cut(line: str, columns: list[int]) -> tuple[int, list[int]] | None:
-    """Where to break a line, and the columns behind the brackets that are open there; `columns` are those open before."""
+    """Where to break a line, and the columns behind the brackets open there; `columns` are of those open before."""
     opened = list(columns)
     best: tuple[int, list[int]] | None = None
     for match in _PIECES.finditer(line):
@@ -322,6 +320,6 @@ def _cut(line: str, columns: list[int]) -> tuple[int, list[int]] | None:
             opened.append(at + 1)
         elif piece in ")]}" and opened:
             opened.pop()
-        elif piece == "," and opened and opened[-1] + 1 < at and (best is None or len(opened) <= len(best[1])):
+        elif piece == "," and opened and opened[-1] < at and (best is None or len(opened) <= len(best[1])):
             best = (at + 1, list(opened))
     return best

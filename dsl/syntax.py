@@ -420,7 +420,7 @@ class Ignore(Syntax):
 
 @dataclass(frozen=True)
 class Checkpoint(Syntax):
-    """`checkpoint huggingface "LlamaForCausalLM" for llama:`."""
+    """`checkpoint huggingface "ThatForCausalLM" for this:`."""
 
     name: str
     target: str

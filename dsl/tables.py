@@ -23,9 +23,10 @@ from __future__ import annotations
 def grammar_tables(grammar: str) -> dict[str, Any]:
     """The tables of a grammar as plain data. Raises lark's `GrammarError` for a conflict.
 
-    KEYWORDS and SIGNS map spellings to terminals, PATTERNS terminals to regular expressions. RULES are (what is made, number of symbols, callback, children):
-    callback `""` collects children for the rule around it, and a leading `?` lets an only child stand for the whole;
-    children are places of symbols, None for what is absent, and negative (-1 is place 0) where a collection is spliced in.
+    KEYWORDS and SIGNS map spellings to terminals, PATTERNS terminals to regular expressions. RULES are (what is made,
+    number of symbols, method, children): method `""` collects children for the rule around it, and a leading `?` lets
+    an only child stand for the whole; children are places of symbols, None for what is absent, and negative (-1 is
+    place 0) where a collection is spliced in.
     ROWS are the states: `TERMINAL action ...`, an action n > 0 goes to state n - 1, n < 0 applies rule -n - 1.
     """
     from lark import Lark
@@ -42,7 +43,7 @@ def grammar_tables(grammar: str) -> dict[str, Any]:
             patterns[terminal.name] = terminal.pattern.value
         else:
             signs[terminal.pattern.value] = terminal.name
-    table = lark.parser.parser._parse_table  # type: ignore[attr-defined]
+    table = lark.parser.parser._parse_table
     rules = {rule: i for i, rule in enumerate(sorted(lark.rules, key=lambda rule: (str(rule.origin.name), str(rule))))}
     order = _walk(table)
     rows = []
@@ -87,7 +88,8 @@ def _rule(rule: Any) -> tuple[str, int, str, tuple[int | None, ...]]:
     children += [None for is_absent in absent if is_absent]
     name = str(rule.origin.name)
     callback = "" if name.startswith("_") else str(rule.alias or name)
-    return name, len(rule.expansion), f"{'?' if rule.options.expand1 and not rule.alias else ''}{callback}", tuple(children)
+    passes = "?" if rule.options.expand1 and not rule.alias else ""
+    return name, len(rule.expansion), f"{passes}{callback}", tuple(children)
 
 
 def source_text(tables: dict[str, Any]) -> str:

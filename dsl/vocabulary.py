@@ -261,8 +261,9 @@ PRECISION_SETTINGS = ("storage", "compute", "accumulate", "reduce", "master", "o
 SELECTING_ARGUMENTS = frozenset({"only", "freeze", "missing", "at", "spare"})
 """Arguments of steps that take selectors: the names in them are parts of a model."""
 
-RESERVED = tuple(
-    "use block model pipeline recipe precision layout checkpoint param buffer shared loss metric update init return if elif "
-    "else for with in ignore mesh shard stages recompute expect from as step given and or not none true false".split()
-)
+RESERVED = (
+    "use", "block", "model", "pipeline", "recipe", "precision", "layout", "checkpoint", "param", "buffer", "shared",
+    "loss", "metric", "update", "init", "return", "if", "elif", "else", "for", "with", "in", "ignore", "mesh", "shard",
+    "stages", "recompute", "expect", "from", "as", "step", "given", "and", "or", "not", "none", "true", "false",
+)  # fmt: skip
 """Words of the grammar."""

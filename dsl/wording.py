@@ -22,11 +22,27 @@ _ENDS = frozenset({"NAME", "NUMBER", "STRING", "LONG_STRING", "NONE", "TRUE", "F
 _STARTS = ("return", "param", "buffer", "shared", "loss", "metric", "update", "init", "for", "if", "elif", "else")
 _SAYS = "statements bind names (`y = ...`), declare inputs (`x[hidden]`) or start with a word such as `return`"
 _WORDS = {
-    "NAME": "a name", "NUMBER": "a number", "STRING": "a string", "COLON": "`:`", "EQUAL": "`=`", "COMMA": "`,`",
-    "_RPAR": "`)`", "_RSQB": "`]`", "_RBRACE": "`}`", "_LPAR": "`(`", "_LSQB": "`[`", "FROM": "`from`", "IN": "`in`",
-    "OVER": "`over`", "FOR": "`for`", "ELSE": "`else`", "WITH": "`with`", "_ARROW": "`->`", "DOT": "`.`",
+    "NAME": "a name",
+    "NUMBER": "a number",
+    "STRING": "a string",
+    "COLON": "`:`",
+    "EQUAL": "`=`",
+    "COMMA": "`,`",
+    "_RPAR": "`)`",
+    "_RSQB": "`]`",
+    "_RBRACE": "`}`",
+    "_LPAR": "`(`",
+    "_LSQB": "`[`",
+    "FROM": "`from`",
+    "IN": "`in`",
+    "OVER": "`over`",
+    "FOR": "`for`",
+    "ELSE": "`else`",
+    "WITH": "`with`",
+    "_ARROW": "`->`",
+    "DOT": "`.`",
     "_NL": "the end of the line",
-}  # fmt: skip
+}
 _FOREIGN = {
     "'": "strings stand in double quotes",
     "&": "`and` joins conditions",
@@ -118,13 +134,15 @@ def _character(u: Unexpected) -> SpecError | None:
         help_ = "a long text ends in three quotes" if c == '"""' else "strings end on their line"
         what = "text has no closing quotes" if c == '"""' else "string has no closing quote"
         return fail("unclosed-string", f"this {what}", u.span, help=help_)
-    if c == "\0":
-        return fail("syntax", "this is a NUL character: no text file", u.span)
     if c.isascii() and c.isprintable():
         return fail("syntax", f"`{c}` does not belong here", u.span, help=_FOREIGN.get(c))
     name = unicodedata.name(c, f"character {ord(c)}").lower()
-    return fail("syntax", f"a character that the language does not use: {name}", u.span,
-                help="names have letters a to z, digits and `_`; any text may stand in strings and comments")
+    return fail(
+        "syntax",
+        f"a character that the language does not use: {name}",
+        u.span,
+        help="names have letters a to z, digits and `_`; any text may stand in strings and comments",
+    )
 
 
 def _layout(u: Unexpected) -> SpecError | None:
@@ -133,8 +151,12 @@ def _layout(u: Unexpected) -> SpecError | None:
     if u.token.type == "_TOO_DEEP":
         return fail("too-deep", f"brackets nest more than {DEEPEST} deep", u.span)
     if u.token.type == "_BAD_DEDENT":
-        return fail("bad-indentation", "this line is indented like no line above it", u.span,
-                    help="the lines of a body start in one column")
+        return fail(
+            "bad-indentation",
+            "this line is indented like no line above it",
+            u.span,
+            help="the lines of a body start in one column",
+        )
     return None
 
 
@@ -149,16 +171,22 @@ def _brackets(u: Unexpected) -> SpecError | None:
     missing = OPENS[opened.text]
     label = Label(u.span, f"`{missing}` is missing before this")
     if closes and token.text != missing:
-        return fail("unclosed-bracket", f"`{token.text}` does not close `{opened.text}`", u.place(opened), "opened here", [label])
+        return fail(
+            "unclosed-bracket",
+            f"`{token.text}` does not close `{opened.text}`",
+            u.place(opened),
+            "opened here",
+            [label],
+        )
     if token.type == "$END":
         return fail("unclosed-bracket", f"`{opened.text}` is never closed", u.place(opened), "opened here", [label])
     if u.at_line_start and _starts_something(u):
         return fail("unclosed-bracket", f"`{opened.text}` is never closed", u.place(opened), "opened here", [label])
     if token.text == ":" and re.compile(r"[ \t]*(#[^\n]*)?(\r?\n|$)").match(u.text, token.end):
         return fail("unclosed-bracket", f"`{opened.text}` is never closed", u.place(opened), "opened here", [label])
-    # The mistake may show one token late: in `f(a\n    y = b`, `y` could go on, and `=` cannot.
+    # The mistake may show one token late: in `f(a\n    y = b` and `f(a,\n    return b` the first word could go on.
     before = u.previous
-    if before and token.type in ("EQUAL", "COLON") and u.at_line_word:
+    if before and u.at_line_word and (token.type in ("EQUAL", "COLON") or before.text in KEYWORDS):
         label = Label(u.place(before), f"`{missing}` is missing before this")
         return fail("unclosed-bracket", f"`{opened.text}` is never closed", u.place(opened), "opened here", [label])
     return None
@@ -166,7 +194,9 @@ def _brackets(u: Unexpected) -> SpecError | None:
 
 def _starts_something(u: Unexpected) -> bool:
     """Whether a line that begins inside a bracket looks like a new statement or declaration."""
-    return bool(re.compile(r"[A-Za-z_][\w.]*\s*(?:,\s*\w+\s*)*(=(?!=)|\(|:|\[|[A-Za-z_\"])").match(u.text, u.token.start))
+    return bool(
+        re.compile(r"[A-Za-z_][\w.]*\s*(?:,\s*\w+\s*)*(=(?!=)|\(|:|\[|[A-Za-z_\"])").match(u.text, u.token.start)
+    )
 
 
 def _empty_body(u: Unexpected) -> SpecError | None:
@@ -182,8 +212,11 @@ def _indent(u: Unexpected) -> SpecError | None:
         return None
     word = re.compile(r"\S*").match(u.text, u.token.start)
     end = word.end() if word else u.token.end
-    return fail("bad-indentation", "this line is indented, but nothing above it opens a body",
-                Span(u.source, u.token.start, end))
+    return fail(
+        "bad-indentation",
+        "this line is indented, but nothing above it opens a body",
+        Span(u.source, u.token.start, end),
+    )
 
 
 def _colon(u: Unexpected) -> SpecError | None:
@@ -203,8 +236,12 @@ def _declaration(u: Unexpected) -> SpecError | None:
         return None
     word = u.token.text
     near = did_you_mean(word, DECLARATIONS, "a declaration")
-    return fail("syntax", f"a declaration cannot start with `{_short(word)}`", u.span,
-                help=near or f"files declare: {', '.join(DECLARATIONS)}")
+    return fail(
+        "syntax",
+        f"a declaration cannot start with `{_short(word)}`",
+        u.span,
+        help=near or f"files declare: {', '.join(DECLARATIONS)}",
+    )
 
 
 def _orphan(u: Unexpected) -> SpecError | None:
@@ -218,11 +255,19 @@ def _reserved(u: Unexpected) -> SpecError | None:
     before = u.previous
     starts = before is not None and before.text in KEYWORDS and before.text not in DECLARATIONS
     if before and starts and u.accepted == {"NAME"} and u.token.text in ("=", ":", ",", ".", "[", "("):
-        return fail("reserved-word", f"`{before.text}` is a word of the language and cannot be a name", u.place(before),
-                    "choose another name")
+        return fail(
+            "reserved-word",
+            f"`{before.text}` is a word of the language and cannot be a name",
+            u.place(before),
+            "choose another name",
+        )
     if u.token.text in KEYWORDS and "NAME" in u.accepted:
-        return fail("reserved-word", f"`{u.token.text}` is a word of the language and cannot be a name", u.span,
-                    "choose another name")
+        return fail(
+            "reserved-word",
+            f"`{u.token.text}` is a word of the language and cannot be a name",
+            u.span,
+            "choose another name",
+        )
     return None
 
 
@@ -231,25 +276,40 @@ def _statement(u: Unexpected) -> SpecError | None:
     if not (u.accepted and u.accepted <= {"_LSQB", "COLON", "EQUAL", "COMMA", "DOT"} and u.previous):
         return None
     if u.token.text == "(":
-        return fail("syntax", f"a call of `{u.previous.text}` alone does nothing", u.place(u.previous),
-                    help=f"bind its result, `y = {u.previous.text}(...)`, or `return` it")
+        return fail(
+            "syntax",
+            f"a call of `{u.previous.text}` alone does nothing",
+            u.place(u.previous),
+            help=f"bind its result, `y = {u.previous.text}(...)`, or `return` it",
+        )
     if u.token.type in ("PLUS", "MINUS", "TIMES", "OVER_") and u.text[u.token.end : u.token.end + 1] == "=":
         sign = u.token.text
-        return fail("syntax", f"there is no `{sign}=`", Span(u.source, u.token.start, u.token.end + 1),
-                    help=f"`{u.previous.text} = {u.previous.text} {sign} ...`")
+        return fail(
+            "syntax",
+            f"there is no `{sign}=`",
+            Span(u.source, u.token.start, u.token.end + 1),
+            help=f"`{u.previous.text} = {u.previous.text} {sign} ...`",
+        )
     if u.token.type in _VALUES and u.at_line_word:
         words = did_you_mean(u.previous.text, _STARTS, "a word")
-        return fail("syntax", f"a line cannot start with `{u.previous.text} {_short(u.token.text)}`",
-                    u.place(u.previous).to(u.span), help=words or _SAYS)
+        return fail(
+            "syntax",
+            f"a line cannot start with `{u.previous.text} {_short(u.token.text)}`",
+            u.place(u.previous).to(u.span),
+            help=words or _SAYS,
+        )
     if u.ends_line and "EQUAL" in u.accepted:
-        return fail("syntax", f"`{_short(u.previous.text)}` alone on a line says nothing", u.place(u.previous),
-                    help=_SAYS)
+        return fail(
+            "syntax", f"`{_short(u.previous.text)}` alone on a line says nothing", u.place(u.previous), help=_SAYS
+        )
     return None
 
 
 def _power(u: Unexpected) -> SpecError | None:
     if u.token.text == "*" and u.previous and u.previous.text == "*" and u.previous.end == u.token.start:
-        return fail("syntax", "there is no `**`", Span(u.source, u.previous.start, u.token.end), help="`^` is the power")
+        return fail(
+            "syntax", "there is no `**`", Span(u.source, u.previous.start, u.token.end), help="`^` is the power"
+        )
     return None
 
 
@@ -293,18 +353,39 @@ def _line_end(u: Unexpected) -> SpecError | None:
         return fail("syntax", "this file ends in the middle", Span(u.source, 0, 0))
     span = u.place(u.previous)
     wanted = _wanted(u.accepted)
-    return fail("syntax", "the line ends too early", Span(u.source, span.end - 1, span.end), f"expected {wanted}" if wanted else "")
+    return fail(
+        "syntax",
+        "the line ends too early",
+        Span(u.source, span.end - 1, span.end),
+        f"expected {wanted}" if wanted else "",
+    )
 
 
 def _anything(u: Unexpected) -> SpecError:
     wanted = _wanted(u.accepted)
-    return fail("syntax", f"`{_short(u.token.text)}` does not belong here", u.span, f"expected {wanted}" if wanted else "")
+    return fail(
+        "syntax", f"`{_short(u.token.text)}` does not belong here", u.span, f"expected {wanted}" if wanted else ""
+    )
 
 
 _CASES: tuple[Case, ...] = (
-    _character, _layout, _brackets, _indent, _empty_body, _colon, _declaration, _orphan, _power, _statement, _reserved,
-    _comparison, _required, _neighbours, _line_end, _anything,
-)  # fmt: skip
+    _character,
+    _layout,
+    _brackets,
+    _indent,
+    _empty_body,
+    _colon,
+    _declaration,
+    _orphan,
+    _power,
+    _statement,
+    _reserved,
+    _comparison,
+    _required,
+    _neighbours,
+    _line_end,
+    _anything,
+)
 
 
 def _wanted(accepted: set[str]) -> str:

@@ -89,7 +89,7 @@ def overrides(pairs: list[str] | None) -> dict[str, Any]:
     found = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")
-        if not equals or not name.strip().isidentifier():
+        if not equals or not name.strip().isidentifier() or not text.strip():
             raise UserError("bad-override", f"`--set {pair}` is not NAME=VALUE", help="for example --set hidden=256")
         try:
             found[name.strip()] = constant(name.strip(), text.strip())
@@ -233,10 +233,16 @@ def train(
     format: Format = "text",  # noqa: A002
 ) -> None:
     """Train a model on text; Ctrl-C saves first, --resume goes on."""
+    settings = {k: v for k, v in locals().items() if k not in ("spec", "set", "format")}
+    from pydantic import ValidationError
+
     from .running import train_model
 
-    settings = {k: v for k, v in locals().items() if k not in ("spec", "set", "format", "train_model")}
-    train_model(spec, overrides(set), **settings)
+    try:
+        train_model(spec, overrides(set), **settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise typer.BadParameter(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
 
 
 @command

@@ -49,7 +49,7 @@ def read_spec(folder: Path) -> tuple[File, str | None, dict[str, Any]]:
         try:
             known = json.loads(record.read_text(encoding="utf-8"))
             return load_file(folder / known["entry"]), known["model"], known["overrides"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError("not-a-model", f"`{record}` is damaged: {error}") from None
     if (folder / "model.spec").is_file():
         return load_file(folder / "model.spec"), None, {}

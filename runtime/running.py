@@ -17,6 +17,7 @@ from .folder import load as load_folder
 from .folder import write_spec
 from .paths import split_entry
 from .train import Report, TrainConfig, train
+from .train.checkpoint import latest
 
 
 def train_model(
@@ -36,12 +37,14 @@ def train_model(
     model = instantiate(build(program), seed=config.seed)
     rows = Packed(kept, config.seq, config.seed)
     others = Packed(held, config.seq) if held is not None and len(held.tokens) >= config.seq else None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_spec(out, file, program.name, overrides)
-        (out / "tokenizer.txt").write_text(tokenizer + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError("cannot-write", f"cannot write to `{out}`: {error.strerror}") from None
+    # A run that is there keeps its spec, also where `train` refuses to go on with it.
+    if latest(out / "checkpoints") is None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_spec(out, file, program.name, overrides)
+            (out / "tokenizer.txt").write_text(tokenizer + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError("cannot-write", f"cannot write to `{out}`: {error.strerror}") from None
     return train(model, rows, config, out, others, resume)
 
 

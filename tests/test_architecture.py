@@ -25,7 +25,10 @@ FAMILIES = ("nemotron", "llama", "mistral", "minitron", "retro", "bloom", "megat
 # (file, family) -> why a family's name stands in the compiler. Nearly always it belongs into a spec instead.
 NAMED = {
     ("dsl/elaborate/expressions.py", "megatron"): "whose notation the `|` in a pattern string is",
-    ("runtime/cli.py", "megatron"): "the name of a data format that `heddle train` reads",
+    ("runtime/cli.py", "megatron"): "a data format that `heddle train` reads",
+    ("runtime/data/indexed.py", "megatron"): "the data format that this reads",
+    ("runtime/data/sources.py", "megatron"): "the same format, in the list of formats",
+    ("runtime/train/optimizer.py", "megatron"): "whose rule of what decays this is",
 }
 
 

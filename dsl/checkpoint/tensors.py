@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from .. import syntax as sx
 from ..diagnostics import Collector, Label, SpecError, fail
 from ..program import Parameter
 from ..source import Span
-from .static import evaluate
+from .naming import Group, Place, place, read_lines
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A weight of ours inside a tensor of theirs: `shape` are our dims, `stored` the axes it has there."""
+    """A weight of ours inside a tensor of theirs: `shape` are our dims, `stored` the axes that it has there.
+
+    With `index` it is only that index of our first dim, which `shape` and `stored` then lack.
+    """
 
     name: str
     shape: tuple[int, ...]
     stored: tuple[int, ...]
+    index: int | None = None
 
 
 @dataclass(frozen=True)
 class Entry:
     """A tensor of theirs and the weights of ours that it holds.
 
-    `axis` is where several pieces are joined (0 rows, 1 columns). With `order`, theirs has the axes named there (dims of
-    ours, `parts` for the pieces) and is stored with its leading axes flattened to `shape`.
+    `axis` is where several pieces are joined (0 rows, 1 columns). With `order`, theirs has the axes named there (`dims`
+    of ours, `parts` for the pieces), flattened to `shape`.
     """
 
     theirs: str
@@ -41,237 +48,186 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A map that is total and one-to-one. `ignored` are patterns of tensors of theirs that are dropped."""
+    """A map that is total and one-to-one. `ignored` are patterns of tensors of theirs that are dropped: `{i}` stands
+    for a number, `*` for anything."""
 
     entries: tuple[Entry, ...]
-    ignored: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+
+    @cached_property
+    def _ignoring(self) -> re.Pattern[str] | None:
+        return re.compile("|".join(map(_wildcards, self.ignored))) if self.ignored else None
 
     def is_ignored(self, name: str) -> bool:
-        return any(re.fullmatch(_wildcards(p), name) for p in self.ignored)
+        return self._ignoring is not None and self._ignoring.fullmatch(name) is not None
 
 
 def _wildcards(pattern: str) -> str:
-    return ".*".join(re.escape(part) for part in re.split(r"\*|\{\w*\}", pattern))
-
-
-@dataclass(eq=False)
-class _Rename:
-    """A line that names a segment: `path` are the names before it, the segment last; `index` a name for iterations."""
-
-    path: tuple[str, ...]
-    text: str
-    span: Span
-    index: str | None = None
-    group: _Group | None = None
-    optional: bool = False
-    used: bool = False
-
-
-@dataclass(eq=False)
-class _Group:
-    """Several of ours in one of theirs, in this order."""
-
-    members: tuple[str, ...]
-    form: sx.ListOf | sx.Name
-    span: Span
+    words = {"*": ".*", "{": r"\d+"}
+    return "".join(words.get(part[:1], re.escape(part)) for part in re.split(r"(\*|\{\w+\})", pattern))
 
 
 @dataclass
 class _Home:
     """What lies in one tensor of theirs while the map is made."""
 
-    rename: _Rename | None
+    place: Place
     pieces: dict[str, Parameter] = field(default_factory=dict)
+
+    @property
+    def group(self) -> Group | None:
+        return self.place.rename.group if self.place.rename is not None else None
 
 
 def tensor_map(
     checkpoint: sx.Checkpoint, parameters: Sequence[Parameter], values: Mapping[str, Any] | None = None,
     kinds: frozenset[str] = frozenset(),
 ) -> TensorMap:  # fmt: skip
-    """The map of a model's weights. `values` are the model's arguments, for `if`; `kinds` are names that a line may speak
-    of although this model has none (blocks and ops that other models of the family use).
+    """The map of a model's weights. `values` are the model's arguments, for `if` and in names; `kinds` are blocks and
+    ops of which a line may speak although this model has none (other models of the family do).
 
     Raises `SpecError`: map-collision, map-unused-line, map-shape.
     """
     collector = Collector()
-    renames, ignored = _lines(checkpoint, values or {}, collector)
-    collector.finish()
+    renames, ignored = read_lines(checkpoint, values or {})
     homes: dict[str, _Home] = {}
     for parameter in parameters:
-        theirs, group = _place(parameter, renames)
-        home = homes.setdefault(theirs, _Home(group))
         with collector.collecting():
-            _move_in(home, theirs, group, parameter, checkpoint)
+            _move_in(homes, parameter, place(parameter, renames, values or {}), checkpoint)
+    occurring = {word for p in parameters for word in (*p.path, *p.kinds)}
+    joined = {rename.group for rename in renames if rename.used and rename.group is not None}
     for rename in renames:
-        if not (rename.used or rename.optional or _may_be_absent(rename, kinds)):
-            collector.add(fail("map-unused-line", f"no weight of the model is at `{'.'.join(rename.path)}`", rename.span))
-    entries = []
+        absent = any(word in kinds and word not in occurring for word, _ in rename.path)
+        if not (rename.used or rename.optional or absent or rename.group in joined):
+            collector.add(fail("map-unused-line", f"no weight of the model is at `{rename.shown}`", rename.span))
+    entries: list[Entry] = []
     for theirs, home in homes.items():
         with collector.collecting():
-            entries.append(_entry(theirs, home, checkpoint))
+            entries.extend(_entries(theirs, home))
+    _check_names(entries, checkpoint, collector)
     collector.finish()
     return TensorMap(tuple(entries), tuple(ignored))
 
 
-def _may_be_absent(rename: _Rename, kinds: frozenset[str]) -> bool:
-    return any(part in kinds for part in rename.path)
-
-
-# --- lines ---------------------------------------------------------------------------------------
-
-
-def _lines(checkpoint: sx.Checkpoint, values: Mapping[str, Any], collector: Collector) -> tuple[list[_Rename], list[str]]:
-    renames: list[_Rename] = []
-    ignored: list[str] = []
-    for line in checkpoint.equations:
-        if isinstance(line, sx.Ignore):
-            ignored.extend(p.value for p in line.patterns)
-        elif isinstance(line.theirs, sx.String):
-            with collector.collecting():
-                if line.condition is None or evaluate(line.condition, values):
-                    renames.extend(_renames(line))
-    return renames, ignored
-
-
-def _renames(line: sx.Equation) -> list[_Rename]:
-    assert isinstance(line.theirs, sx.String)
-    text, span = line.theirs.value, line.span
-    made = []
-    for selector in line.ours:
-        expr, optional = selector.value, selector.optional
-        if isinstance(expr, sx.Members):
-            before = _dotted(expr.value)
-            members = tuple(a.value.id for a in expr.items if isinstance(a.value, sx.Name))
-            group = _Group(members, line.form, span) if line.form is not None else None
-            made += [_Rename((*before, m), text, span, group=group, optional=optional) for m in members]
-        elif isinstance(expr, sx.Index):
-            (argument,) = expr.arguments
-            index = argument.value.id if isinstance(argument.value, sx.Name) else None
-            made.append(_Rename(_dotted(expr.value), text, span, index=index, optional=optional))
-        else:
-            group = _Group((_dotted(expr)[-1],), line.form, span) if line.form is not None else None
-            made.append(_Rename(_dotted(expr), text, span, group=group, optional=optional))
-    return made
-
-
-def _dotted(expr: sx.Expr) -> tuple[str, ...]:
-    if isinstance(expr, sx.Member):
-        return (*_dotted(expr.value), expr.name)
-    if isinstance(expr, sx.Index):
-        return _dotted(expr.value)
-    if isinstance(expr, sx.Name):
-        return (expr.id,)
-    raise fail("map-shape", "the left side of a tensor line is a path of names", expr.span)
-
-
-# --- places --------------------------------------------------------------------------------------
-
-
-def _place(parameter: Parameter, renames: list[_Rename]) -> tuple[str, _Rename | None]:
-    """The name of a weight's home, segment by segment, and the line that joins it with others."""
-    named: list[tuple[str, str | None]] = []
-    parts: list[str] = []
-    group: _Rename | None = None
-    path = parameter.path
-    for i, segment in enumerate(path):
-        if isinstance(segment, int):
-            continue
-        named.append((segment, parameter.kinds[i]))
-        number = path[i + 1] if i + 1 < len(path) and isinstance(path[i + 1], int) else None
-        rename = _last_match(named, renames)
-        if rename is None:
-            text = segment if number is None else f"{segment}.{number}"
-        else:
-            rename.used = True
-            text = rename.text if rename.index is None else rename.text.replace("{" + rename.index + "}", str(number))
-            if rename.index is None and number is not None:
-                text = f"{text}.{number}"
-            group = rename if rename.group is not None else group
-        if text:
-            parts.append(text)
-    return ".".join(parts), group
-
-
-def _last_match(named: list[tuple[str, str | None]], renames: list[_Rename]) -> _Rename | None:
-    for rename in reversed(renames):
-        tail = named[len(named) - len(rename.path) :]
-        if len(tail) == len(rename.path) and all(w in (n, k) for w, (n, k) in zip(rename.path, tail, strict=True)):
-            return rename
-    return None
-
-
-def _member(parameter: Parameter, group: _Group) -> str:
-    """Which of a group's members a weight belongs to."""
-    return next(str(s) for s in reversed(parameter.path) if s in group.members)
-
-
-def _move_in(home: _Home, theirs: str, rename: _Rename | None, parameter: Parameter, checkpoint: sx.Checkpoint) -> None:
-    group = rename.group if rename is not None else None
-    key = _member(parameter, group) if group is not None else ""
+def _move_in(homes: dict[str, _Home], parameter: Parameter, where: Place, checkpoint: sx.Checkpoint) -> None:
+    home = homes.setdefault(where.name, _Home(where))
+    group = where.rename.group if where.rename is not None else None
+    key = where.rename.path[-1][0] if where.rename is not None else ""
     other = next(iter(home.pieces.values()), None)
-    same_line = rename is not None and home.rename is not None and home.rename.group is group
-    if other is not None and (key in home.pieces or not same_line):
-        raise fail("map-collision", f"`{parameter.name}` and `{other.name}` would both be `{theirs}`",
-                   rename.span if rename is not None else checkpoint.name_span, "this line gives the name",
-                   [Label(checkpoint.name_span, "in this map")],
-                   help="several of ours in one of theirs: `a.[b, c] = \"name\" as rows`")
+    if other is not None and (key in home.pieces or group is None or home.group is not group):
+        span = where.span or home.place.span or checkpoint.name_span
+        raise _collision(parameter.name, other.name, where.name, span, checkpoint)
     home.pieces[key] = parameter
 
 
-def _entry(theirs: str, home: _Home, checkpoint: sx.Checkpoint) -> Entry:
-    group = home.rename.group if home.rename is not None else None
-    if group is None:
-        ((_, parameter),) = home.pieces.items()
-        return Entry(theirs, parameter.stored_shape, (_piece(parameter),))
-    missing = [m for m in group.members if m not in home.pieces]
+def _collision(name: str, other: str, theirs: str, span: Span, checkpoint: sx.Checkpoint) -> SpecError:
+    return fail("map-collision", f"`{name}` and `{other}` would both be `{theirs}`", span, "this line gives the name",
+                [Label(checkpoint.name_span, "in this map")],
+                help="several of ours in one of theirs: `a.[b, c] = \"name\" as rows`")
+
+
+def _check_names(entries: Sequence[Entry], checkpoint: sx.Checkpoint, collector: Collector) -> None:
+    """No name of theirs twice: an index that was filled in may meet a name that was written out."""
+    seen: dict[str, Entry] = {}
+    for entry in entries:
+        other = seen.setdefault(entry.theirs, entry)
+        if other is not entry:
+            collector.add(_collision(entry.pieces[0].name, other.pieces[0].name, entry.theirs, checkpoint.name_span,
+                                     checkpoint))
+        if not entry.theirs:
+            collector.add(fail("map-shape", f"`{entry.pieces[0].name}` would have no name", checkpoint.name_span))
+
+
+# --- one home, one or more tensors of theirs -----------------------------------------------------
+
+
+def _entries(theirs: str, home: _Home) -> Iterator[Entry]:
+    parameters, dim = _ordered(theirs, home), home.place.dim
+    if dim is None:
+        yield _entry(theirs, parameters, home.group)
+        return
+    for p in parameters:
+        if p.dims[0][0] != dim:
+            raise fail("map-shape", f"`{p.name}` cannot be cut along `{dim}`: only its first dim `{p.dims[0][0]}` "
+                       "can have a tensor for each index", home.place.span or p.weight.span)
+    whole = _entry(theirs, [_without_first(p) for p in parameters], home.group)
+    for index in range(parameters[0].dims[0][1]):
+        pieces = tuple(replace(p, index=index) for p in whole.pieces)
+        yield replace(whole, theirs=theirs.replace(f"{{{dim}}}", str(index)), pieces=pieces)
+
+
+def _ordered(theirs: str, home: _Home) -> list[Parameter]:
+    if home.group is None:
+        return list(home.pieces.values())
+    missing = [m for m in home.group.members if m not in home.pieces]
     if missing:
-        raise fail("map-shape", f"`{theirs}` lacks its part `{missing[0]}`", group.span,
+        raise fail("map-shape", f"`{theirs}` lacks its part `{missing[0]}`", home.group.span,
                    f"no weight of that name goes to `{theirs}`")
-    ordered = [home.pieces[m] for m in group.members]
+    return [home.pieces[m] for m in home.group.members]
+
+
+def _without_first(p: Parameter) -> Parameter:
+    """A weight as one index of its first dim sees it."""
+    first = p.dims[0][0]
+    layout = tuple(tuple(d for d in axis if d != first) for axis in p.weight.layout)
+    layout = tuple(new for new, old in zip(layout, p.weight.layout, strict=True) if new or not old)
+    return replace(p, dims=p.dims[1:], weight=replace(p.weight, dims=p.weight.dims[1:], layout=layout))
+
+
+def _entry(theirs: str, parameters: list[Parameter], group: Group | None) -> Entry:
+    if group is None:
+        (only,) = parameters
+        return Entry(theirs, only.stored_shape, (_piece(only),))
     if isinstance(group.form, sx.ListOf):
-        return _as_axes(theirs, ordered, group)
-    return _joined(theirs, ordered, group)
+        return _as_axes(theirs, parameters, group.form)
+    return _joined(theirs, parameters, group.form)
 
 
 def _piece(parameter: Parameter) -> Piece:
     return Piece(parameter.name, parameter.shape, parameter.stored_shape)
 
 
-def _joined(theirs: str, parameters: list[Parameter], group: _Group) -> Entry:
-    assert isinstance(group.form, sx.Name)
-    axis = {"rows": 0, "columns": 1}.get(group.form.id)
+def _joined(theirs: str, parameters: list[Parameter], form: sx.Name) -> Entry:
+    axis = {"rows": 0, "columns": 1}.get(form.id)
     if axis is None:
-        raise fail("map-shape", f"`{group.form.id}` is no way to join tensors", group.form.span, "expected rows or columns")
+        raise fail("map-shape", f"`{form.id}` is no way to join tensors", form.span, "expected rows or columns")
     shapes = [p.stored_shape for p in parameters]
-    rest = [s[:axis] + s[axis + 1 :] for s in shapes]
-    if any(len(s) <= axis for s in shapes) or len(set(rest)) != 1:
+    rest = {s[:axis] + s[axis + 1 :] for s in shapes}
+    if any(len(s) <= axis for s in shapes) or len(rest) != 1:
         shown = ", ".join(f"{p.name} {list(p.stored_shape)}" for p in parameters)
-        raise fail("map-shape", f"the parts of `{theirs}` do not fit side by side", group.span, shown)
+        raise fail("map-shape", f"the parts of `{theirs}` do not fit side by side", form.span, shown)
     total = sum(s[axis] for s in shapes)
-    shape = shapes[0][:axis] + (total,) + shapes[0][axis + 1 :]
+    shape = (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
     return Entry(theirs, shape, tuple(_piece(p) for p in parameters), axis)
 
 
-def _as_axes(theirs: str, parameters: list[Parameter], group: _Group) -> Entry:
-    """`as [heads, parts, head_dim, hidden]`: theirs has these axes, flattened like our layout."""
-    assert isinstance(group.form, sx.ListOf)
-    names = tuple(a.value.id for a in group.form.items if isinstance(a.value, sx.Name))
+def _as_axes(theirs: str, parameters: list[Parameter], form: sx.ListOf) -> Entry:
+    """`as [heads, parts, head_dim, hidden]`: theirs has these axes; neighbours that are one axis in our layout are one
+    in theirs. A bias names the axes that it has."""
+    names = [a.value.id if isinstance(a.value, sx.Name) else "" for a in form.items]
     first = parameters[0]
     sizes = dict(first.dims)
-    here = tuple(n for n in names if n in sizes or n == "parts")
-    if set(here) - {"parts"} != set(sizes) or any(tuple(p.shape) != tuple(first.shape) for p in parameters):
-        raise fail("map-shape", f"`as` must name the dims {', '.join(sizes)} of each part of `{theirs}`", group.form.span)
-    if len(parameters) > 1 and "parts" not in here:
-        raise fail("map-shape", "`parts` must stand where the parts lie", group.form.span)
-    columns = 1
-    last = first.weight.layout[-1] if len(first.weight.layout) > 1 and "parts" in here else here[-1:]
-    for n in last:
-        columns *= sizes.get(n, 1)
-    total = len(parameters)
-    for size in sizes.values():
-        total *= size
-    shape = (total // columns, columns) if len(first.weight.layout) > 1 else (total,)
-    return Entry(theirs, shape, tuple(_piece(p) for p in parameters), 0, here, first.dims)
+    order = tuple(n for n in names if n in sizes or n == "parts")
+    if sorted(n for n in order if n != "parts") != sorted(sizes) or order.count("parts") > 1:
+        raise fail("map-shape", f"`as` must name each dim of `{first.name}` once: {', '.join(sizes)}", form.span)
+    if any(p.dims != first.dims for p in parameters):
+        shown = ", ".join(f"{p.name} [{', '.join(f'{n} = {s}' for n, s in p.dims)}]" for p in parameters)
+        raise fail("map-shape", f"the parts of `{theirs}` have not the same dims", form.span, shown)
+    if len(parameters) > 1 and "parts" not in order:
+        raise fail("map-shape", "`parts` must stand where the parts lie", form.span)
+    shape = _flattened(order, {**sizes, "parts": len(parameters)}, first, form.span)
+    return Entry(theirs, shape, tuple(_piece(p) for p in parameters), 0, order, first.dims)
 
 
-__all__ = ["Entry", "Piece", "SpecError", "TensorMap", "tensor_map"]
+def _flattened(order: tuple[str, ...], sizes: Mapping[str, int], first: Parameter, span: Span) -> tuple[int, ...]:
+    """Axes of theirs: runs of dims that are one axis of our layout; the parts go with the output dims beside them."""
+    home = {d: i for i, axis in enumerate(first.weight.layout) for d in axis}
+    axes = [home.get(d) for d in order]
+    for i, axis in enumerate(axes):
+        if axis is None:
+            axes[i] = min((a for a in (*axes[max(i - 1, 0) : i], *axes[i + 1 : i + 2]) if a is not None), default=0)
+    placed = groupby(zip(order, axes, strict=True), key=lambda pair: pair[1])
+    runs = [(axis, [d for d, _ in run]) for axis, run in placed]
+    if len({axis for axis, _ in runs}) != len(runs):
+        raise fail("map-shape", f"the dims of one axis of `{first.name}` must stand side by side", span)
+    return tuple(math.prod(sizes[d] for d in run) for _, run in runs)

@@ -35,16 +35,26 @@ def read_index(path: Path) -> Iterator[np.ndarray]:
         lengths = np.frombuffer(raw, np.int32, sequences, at)
         pointers = np.frombuffer(raw, np.int64, sequences, at + 4 * sequences)
         documents = np.frombuffer(raw, np.int64, boundaries, at + 12 * sequences)
-    except (struct.error, ValueError) as error:
+    except (struct.error, ValueError, OverflowError) as error:
         raise UserError("bad-index", f"`{index}` is no index: {error}") from None
     kind = np.dtype(DTYPES[code])
-    if sequences and int(pointers[-1]) + int(lengths[-1]) * kind.itemsize > data.stat().st_size:
-        raise UserError("bad-index", f"`{data}` ends before the last sequence of its index")
-    tokens = np.memmap(data, kind, "r") if data.stat().st_size else np.zeros(0, kind)
+    held = data.stat().st_size // kind.itemsize
+    _check_places(index, lengths, pointers, documents, kind.itemsize, held)
+    tokens = np.memmap(data, kind, "r", shape=(held,)) if held else np.zeros(0, kind)
     for first, last in zip(documents[:-1], documents[1:], strict=True):
         parts = [tokens[p // kind.itemsize : p // kind.itemsize + n]
                  for p, n in zip(pointers[first:last], lengths[first:last], strict=True)]
         yield np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+
+def _check_places(index: Path, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, size: int, held: int) -> None:
+    """Every sequence lies within the `held` tokens of the file, and every document within the sequences."""
+    if (lengths < 0).any() or (pointers < 0).any() or (pointers % size).any():
+        raise UserError("bad-index", f"`{index}` has a sequence that begins before the file or between two tokens")
+    if (pointers // size > held - lengths.astype(np.int64)).any():
+        raise UserError("bad-index", f"`{index}` has a sequence that goes on behind the end of its `.bin`")
+    if len(documents) and (documents[0] < 0 or documents[-1] > len(lengths) or (np.diff(documents) < 0).any()):
+        raise UserError("bad-index", f"`{index}` has documents of sequences that are not there")
 
 
 def write_index(path: Path, documents: Sequence[np.ndarray]) -> None:

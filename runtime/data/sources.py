@@ -61,7 +61,7 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, field: str = "text"
 
 def _files(path: Path) -> Iterator[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.parts))
+        found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
         kept = [p for p in found if p.suffix in (*TEXT_SUFFIXES, ".jsonl", ".bin")]
         if not kept:
             raise UserError("no-data", f"the folder `{path}` has no text", help=f"files that count: {', '.join(TEXT_SUFFIXES)}")
@@ -72,6 +72,10 @@ def _files(path: Path) -> Iterator[Path]:
         yield path.with_suffix(".bin")
     else:
         raise UserError("no-such-file", f"there is no data at `{path}`")
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _documents(path: Path, tokenizer: Tokenizer, field: str) -> Iterator[np.ndarray]:
@@ -94,15 +98,23 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    # Not `splitlines`: U+2028 and its like may stand in a JSON string and end no line.
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError("bad-line", f"`{path}`:{number}:{error.colno}: {error.msg.lower()}") from None
+        except RecursionError:
+            raise UserError("bad-line", f"`{path}`:{number}:1: nested too deeply") from None
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise UserError("bad-line", f"`{path}`:{number}: no text in the field `{field}`")
+        try:
+            record[field].encode()
+        except UnicodeEncodeError as error:
+            raise UserError("bad-line", f"`{path}`:{number}: half of a surrogate pair in the field `{field}`, at character "
+                            f"{error.start}") from None
         yield record[field]
 
 

@@ -2,149 +2,134 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...dsl.checkpoint import CallValue, Entry, TensorMap, read_config
-from ...dsl.load import File, load, shipped_folder
+from ...dsl import syntax as sx
+from ...dsl.checkpoint import TensorMap, read_config
+from ...dsl.checkpoint.config import field_of, lines, shown, target
+from ...dsl.diagnostics import SpecError
+from ...dsl.load import File, load, load_text, shipped_folder
+from ...dsl.program import Program
 from ..check import program_of
 from ..errors import UserError
-from .maps import for_architecture, map_of
+from .folders import architecture, copy_beside, new_folder, open_folder
+from .maps import declared, for_architecture, map_of
 from .moving import fits, take_apart
 from .tensors import Tensors, writing
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+MOST_SHOWN = 40
 
 
 def import_folder(source: str | Path, out: str | Path) -> Path:
     """Write `out/model.spec`, `out/model.safetensors` and `out/config.json` (kept for the way back) from a folder with
     config.json and safetensors; gives `out`.
 
-    Everything is checked before a byte is written, and `out` appears whole or not at all.
+    Everything is checked before a weight is written, and `out` appears whole or not at all.
     Raises `SpecError` (the map does not hold), UserError: broken-config, unknown-architecture, missing-tensor,
-    extra-tensor, misshapen-tensor, damaged-weights, cannot-write, already-there.
+    damaged-weights, no-weights, no-such-file, cannot-write, already-there.
     """
     source, out = Path(source), Path(out)
-    config = read_config_file(source / "config.json")
-    file, checkpoint = for_architecture(_architecture(config, source))
-    parameters = tuple(p.name for p in file.declared[checkpoint.model.id].parameters)  # type: ignore[union-attr]
-    arguments = read_config(checkpoint, config, parameters)
-    if out.exists():
-        raise UserError("already-there", f"`{out}` exists already", help="choose another folder with -o")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out.parent))
-    except OSError as error:
-        raise UserError("cannot-write", f"cannot write to `{out.parent}`: {error.strerror}") from None
-    try:
-        _write_spec(partial / "model.spec", file, checkpoint.model.id, arguments)
-        spec = load(partial / "model.spec", root=partial)
-        program = program_of(spec)
-        mapped = map_of(checkpoint, program, arguments)
-        tensors = Tensors(weight_files(source))
-        check_tensors(mapped, tensors)
-        _write_weights(partial / "model.safetensors", mapped, tensors)
+    config, tensors = open_folder(source)
+    file, checkpoint = for_architecture(architecture(config, source))
+    family = declared(file, checkpoint)
+    arguments = read_config(checkpoint, config, family.parameters)
+    with new_folder(out) as partial:
+        program = _program(partial, source, file, checkpoint, family, arguments)
+        mapped = map_of(checkpoint, program)
+        problems = misfits(mapped, tensors)
+        if problems:
+            raise misfit(problems, _contradicting(file, checkpoint, family, program, arguments, tensors))
+        _write_weights(partial / "model.safetensors", program, mapped, tensors)
         shutil.copyfile(source / "config.json", partial / "config.json")
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        partial.chmod(0o755)
-        partial.rename(out)
-    except OSError as error:
-        raise UserError("cannot-write", f"cannot write `{out}`: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        copy_beside(source, partial)
     return out
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """config.json as data. Raises UserError `broken-config` with line and column."""
+def _program(
+    partial: Path, source: Path, file: File, checkpoint: sx.Checkpoint, family: sx.Function,
+    arguments: Mapping[str, Any],
+) -> Program:  # fmt: skip
+    """The model that a config describes; its spec is written. Raises UserError `broken-config`."""
+    (partial / "model.spec").write_text(spec_text(file, family.name, arguments), encoding="utf-8")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no-such-file", f"there is no `{path}`", help="a Hugging Face folder has a config.json") from None
-    except OSError as error:
-        raise UserError("no-such-file", f"`{path}` cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise UserError("broken-config", f"`{path}`:{error.lineno}:{error.colno}: {error.msg.lower()}") from None
-    except (UnicodeDecodeError, RecursionError):
-        raise UserError("broken-config", f"`{path}` is no JSON text") from None
-    if not isinstance(config, dict):
-        raise UserError("broken-config", f"`{path}` is not an object of fields")
-    return config
+        return program_of(load(partial / "model.spec", root=partial))
+    except SpecError as error:
+        said = list(dict.fromkeys(d.message for d in error.diagnostics))
+        text = "\n  ".join([f"`{source / 'config.json'}` describes no model that can be built", *said])
+        raise UserError("broken-config", text, help=_origins(checkpoint, family, text)) from None
 
 
-def _architecture(config: dict[str, Any], source: Path) -> str:
-    named = config.get("architectures")
-    if not isinstance(named, list) or not named or not isinstance(named[0], str):
-        raise UserError("broken-config", f"`{source / 'config.json'}` names no architecture",
-                        help='it should say "architectures": ["..."]')
-    return named[0]
+def _origins(checkpoint: sx.Checkpoint, family: sx.Function, text: str) -> str | None:
+    """Which fields the parameters named in a message come from."""
+    names = {p.name: p for p in family.parameters}
+    found: dict[str, str] = {}
+    for selector, line in lines(checkpoint):
+        name, field = target(selector, names), field_of(line.theirs)
+        if name is not None and field is not None and f"`{name}`" in text:
+            found.setdefault(name, f"`{name}` is `{field}` of the config")
+    return "; ".join(found.values()) or None
 
 
-def weight_files(source: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those of its index. Raises UserError."""
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError("broken-config", f"`{index}` is no index of weights") from None
-        return [source / name for name in names]
-    if (source / "model.safetensors").is_file():
-        return [source / "model.safetensors"]
-    pickled = sorted(p.name for p in source.glob("*.bin"))
-    help = "convert it with transformers: model.save_pretrained(folder)" if pickled else None
-    what = f" (`{pickled[0]}` is a pickle, which could run code and is not read)" if pickled else ""
-    raise UserError("no-weights", f"`{source}` has no safetensors file{what}", help=help)
-
-
-def check_tensors(mapped: TensorMap, tensors: Tensors) -> None:
-    """Every tensor that the map wants is there and fits; none is left over. Raises UserError with all that is wrong."""
-    wanted = {e.theirs: e for e in mapped.entries}
-    missing = [n for n in wanted if n not in tensors]
-    extra = [n for n in tensors.names() if n not in wanted and not mapped.is_ignored(n)]
-    wrong = [n for n in wanted if n in tensors and not fits(wanted[n], tensors.shape(n))]
-    problems = [f"missing: `{n}` {list(wanted[n].shape)}" for n in missing]
-    problems += [f"extra: `{n}` {list(tensors.shape(n))}" for n in extra]
-    problems += [f"misshapen: `{n}` is {list(tensors.shape(n))}, the spec says {list(wanted[n].shape)}" for n in wrong]
-    if problems:
-        code = "missing-tensor" if missing else "extra-tensor" if extra else "misshapen-tensor"
-        more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise UserError(code, "the weights do not fit the spec\n  " + "\n  ".join(problems[:12]) + more)
-
-
-def _write_weights(path: Path, mapped: TensorMap, tensors: Tensors) -> None:
-    about = {p.name: (tensors.dtype(e.theirs), p.shape) for e in mapped.entries for p in e.pieces}
-    with writing(path, about) as put:
-        for entry in mapped.entries:
-            for name, tensor in take_apart(entry, tensors.get(entry.theirs)).items():
-                put(name, tensor)
-
-
-def _write_spec(path: Path, file: File, model: str, arguments: dict[str, Any]) -> None:
+def spec_text(file: File, family: str, arguments: Mapping[str, Any]) -> str:
+    """A spec of one model with all its arguments, as the formatter writes it."""
     used = file.path.relative_to(shipped_folder()).as_posix()
-    lines = [f"    {name} = {_text(value)}," for name, value in arguments.items()]
-    lines[-1] = lines[-1].rstrip(",") + ")"
-    text = f'use {model} from "{used}"\n\nmodel imported = {model}(\n' + "\n".join(lines) + "\n"
-    path.write_text(text, encoding="utf-8")
+    given = ",\n".join(f"    {name} = {shown(value)}" for name, value in arguments.items())
+    return f'use {family} from "{used}"\n\nmodel imported = {family}(\n{given})\n'
 
 
-def _text(value: Any) -> str:
-    """A value as the language writes it."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    if isinstance(value, CallValue):
-        given = ", ".join(_text(v) if n is None else f"{n} = {_text(v)}" for n, v in value.arguments)
-        return f"{value.name}({given})" if value.arguments else value.name
-    return repr(value)
+# --- do the tensors fit --------------------------------------------------------------------------
 
 
-__all__ = ["Entry", "import_folder"]
+def misfits(mapped: TensorMap, tensors: Tensors) -> list[str]:
+    """Each tensor that is missing, left over or misshapen."""
+    wanted = {e.theirs: e for e in mapped.entries}
+    missing = [f"missing: `{n}` {list(e.shape)}" for n, e in wanted.items() if n not in tensors]
+    extra = [f"extra: `{n}` {list(tensors.shape(n))}" for n in tensors.names()
+             if n not in wanted and not mapped.is_ignored(n)]
+    wrong = [f"misshapen: `{n}` is {list(tensors.shape(n))}, the spec says {list(e.shape)}"
+             for n, e in wanted.items() if n in tensors and not fits(e, tensors.shape(n))]
+    kinds: dict[str, set[str]] = {}
+    for entry in mapped.entries:
+        for piece in entry.pieces:
+            if entry.theirs in tensors:
+                kinds.setdefault(piece.name, set()).add(str(tensors.dtype(entry.theirs)).removeprefix("torch."))
+    mixed = [f"mixed: `{n}` is made of tensors of {' and '.join(sorted(k))}" for n, k in kinds.items() if len(k) > 1]
+    return missing + extra + wrong + mixed
+
+
+def misfit(problems: list[str], help: str | None = None) -> UserError:
+    """All that is wrong with the tensors, as one error."""
+    more = [f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else []
+    text = "\n  ".join(["the weights do not fit the spec", *problems[:MOST_SHOWN], *more])
+    return UserError("missing-tensor", text, help=help)
+
+
+def _contradicting(
+    file: File, checkpoint: sx.Checkpoint, family: sx.Function, program: Program, arguments: Mapping[str, Any],
+    tensors: Tensors,
+) -> str | None:  # fmt: skip
+    """The truth value of the config that the tensors contradict: with its opposite everything would fit."""
+    for name, value in program.arguments.items():
+        if not isinstance(value, bool):
+            continue
+        try:
+            other = program_of(load_text(spec_text(file, family.name, {**arguments, name: not value})))
+            if misfits(map_of(checkpoint, other), tensors):
+                continue
+        except SpecError:
+            continue
+        said = (field_of(line.theirs) for selector, line in lines(checkpoint) if target(selector, {name: None}) == name)
+        return (f"the config says `{next(filter(None, said), name)}` = {shown(value)}, "
+                f"these are the tensors of a model where it is {shown(not value)}")
+    return None
+
+
+def _write_weights(path: Path, program: Program, mapped: TensorMap, tensors: Tensors) -> None:
+    dtypes = {p.name: tensors.dtype(e.theirs) for e in mapped.entries for p in e.pieces}
+    with writing(path, {p.name: (dtypes[p.name], p.shape) for p in program.parameters()}) as put:
+        for entry in mapped.entries:
+            for piece, tensor in take_apart(entry, tensors.get(entry.theirs)):
+                put(piece.name, tensor, piece.index)

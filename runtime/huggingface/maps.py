@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from ...dsl import syntax as sx
 from ...dsl.checkpoint import TensorMap, tensor_map
-from ...dsl.diagnostics import did_you_mean
+from ...dsl.diagnostics import did_you_mean, fail
 from ...dsl.load import File, load, shipped_folder, standard_index
 from ...dsl.program import Program
 from ...lowering.ops import table
@@ -50,7 +48,16 @@ def for_program(file: File, program: Program) -> tuple[File, sx.Checkpoint]:
                     help=f"add `checkpoint {MAP} \"...\" for {program.family}:` to its spec")
 
 
-def map_of(checkpoint: sx.Checkpoint, program: Program, values: Mapping[str, Any]) -> TensorMap:
+def declared(file: File, checkpoint: sx.Checkpoint) -> sx.Function:
+    """The family that a map is for. Raises `SpecError` `not-a-function`."""
+    found = file.lookup(checkpoint.model.id)
+    if found is None or not isinstance(found.declaration, sx.Function):
+        raise fail("not-a-function", f"a map is for a model with a body, `{checkpoint.model.id}` is none",
+                   checkpoint.model.span)
+    return found.declaration
+
+
+def map_of(checkpoint: sx.Checkpoint, program: Program) -> TensorMap:
     """The proved map of a model's weights."""
     kinds = frozenset(standard_index()) | frozenset(table())
-    return tensor_map(checkpoint, program.parameters(), values, kinds)
+    return tensor_map(checkpoint, program.parameters(), program.arguments, kinds)

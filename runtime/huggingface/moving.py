@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from math import prod
 
 import torch
 from torch import Tensor
 
-from ...dsl.checkpoint import Entry
+from ...dsl.checkpoint import Entry, Piece
 
 
-def take_apart(entry: Entry, tensor: Tensor) -> dict[str, Tensor]:
-    """Ours by name from a tensor of theirs of `entry.shape` (axes of length one aside)."""
+def take_apart(entry: Entry, tensor: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    """Ours, piece by piece, from a tensor of theirs of `entry.shape` (axes of length one aside)."""
     tensor = tensor.reshape(entry.shape)
     if entry.order:
-        return _from_axes(entry, tensor)
-    if len(entry.pieces) == 1:
-        (piece,) = entry.pieces
-        return {piece.name: tensor.reshape(piece.shape)}
-    sizes = [p.stored[entry.axis] for p in entry.pieces]
-    parts = tensor.split(sizes, entry.axis)
-    return {p.name: part.reshape(p.shape) for p, part in zip(entry.pieces, parts, strict=True)}
+        yield from zip(entry.pieces, _from_axes(entry, tensor), strict=True)
+    elif len(entry.pieces) == 1:
+        yield entry.pieces[0], tensor.reshape(entry.pieces[0].shape)
+    else:
+        parts = tensor.split([p.stored[entry.axis] for p in entry.pieces], entry.axis)
+        for piece, part in zip(entry.pieces, parts, strict=True):
+            yield piece, part.reshape(piece.shape)
 
 
-def put_together(entry: Entry, ours: dict[str, Tensor]) -> Tensor:
+def put_together(entry: Entry, get: Callable[[Piece], Tensor]) -> Tensor:
     """Theirs from ours."""
+    ours = [get(p) for p in entry.pieces]
     if entry.order:
         return _to_axes(entry, ours)
-    parts = [ours[p.name].reshape(p.stored) for p in entry.pieces]
+    parts = [t.reshape(p.stored) for p, t in zip(entry.pieces, ours, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, entry.axis)
 
 
-def _from_axes(entry: Entry, tensor: Tensor) -> dict[str, Tensor]:
+def _from_axes(entry: Entry, tensor: Tensor) -> list[Tensor]:
     names = [n for n, _ in entry.dims]
     sizes = dict(entry.dims) | {"parts": len(entry.pieces)}
     full = tensor.reshape([sizes[n] for n in entry.order])
-    if "parts" in entry.order:
-        pieces = full.unbind(entry.order.index("parts"))
-    else:
-        pieces = (full,)
+    pieces = full.unbind(entry.order.index("parts")) if "parts" in entry.order else (full,)
     rest = [n for n in entry.order if n != "parts"]
-    return {p.name: part.permute([rest.index(n) for n in names]) for p, part in zip(entry.pieces, pieces, strict=True)}
+    return [part.permute([rest.index(n) for n in names]) for part in pieces]
 
 
-def _to_axes(entry: Entry, ours: dict[str, Tensor]) -> Tensor:
+def _to_axes(entry: Entry, ours: list[Tensor]) -> Tensor:
     names = [n for n, _ in entry.dims]
     rest = [n for n in entry.order if n != "parts"]
-    parts = [ours[p.name].permute([names.index(n) for n in rest]) for p in entry.pieces]
+    parts = [t.permute([names.index(n) for n in rest]) for t in ours]
     full = torch.stack(parts, entry.order.index("parts")) if "parts" in entry.order else parts[0]
     return full.reshape(entry.shape)
 

@@ -115,9 +115,7 @@ class Window(Tail):
         super().__init__(stream, taps - 1, {"x": stream.dtype}, x=(channels,))
 
     def extend(self, x: Tensor, at: At) -> Tensor:
-        """[batch, taps - 1 + t, channels]: the rows before, then these."""
-        if at.valid is not None:
-            x = torch.where(at.valid[:, :, None], x, 0)
+        """[batch, taps - 1 + t, channels]: the rows before, then these. Rows that are not valid are the last."""
         joined = self.join(at, x=x)["x"]
         return joined[:, self.stream.slack :] if self.stream.slack else joined
 

@@ -33,15 +33,15 @@ def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str,
     partial = folder / f".step-{step:08d}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".step-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
         _save_tensors(model, partial / FILES[0])
         _save_tensors(optimizer, partial / FILES[1])
         (partial / FILES[2]).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         manifest = {name: _about(partial / name) for name in FILES}
         _write_through(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(partial, out)
+        _put_in_place(partial, out)
         _sync_folder(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -50,6 +50,21 @@ def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str,
     for old in whole(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return out
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename. A checkpoint of the same step stands aside as `<name>.old`, where it is found, until the new one is there."""
+    aside = out.with_name(f"{out.name}.old")
+    if out.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(out, aside)
+    try:
+        os.replace(partial, out)
+    except OSError:
+        if aside.exists():
+            aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -89,7 +104,7 @@ def _about(path: Path) -> dict[str, Any]:
 def whole(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first; one that is damaged is named in a warning and left out."""
     found = []
-    for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
+    for path in sorted(folder.glob("step-*"), key=lambda p: (p.stem, p.suffix == "")) if folder.is_dir() else []:
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             sizes = all((path / name).stat().st_size == manifest[name]["bytes"] for name in FILES)
@@ -110,9 +125,13 @@ def latest(folder: Path) -> Path | None:
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """(weights, optimizer, state) of a checkpoint; its files are held against their hashes. Raises `damaged-weights`."""
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        saved = {name: manifest[name] for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError("damaged-weights", f"`{path / MANIFEST}` is not what was saved") from None
     for name in FILES:
-        if _about(path / name) != manifest[name]:
+        if not (path / name).is_file() or _about(path / name) != saved[name]:
             raise UserError("damaged-weights", f"`{path / name}` is not what was saved: its hash differs")
     state = json.loads((path / FILES[2]).read_text(encoding="utf-8"))
     return load_file(path / FILES[0]), load_file(path / FILES[1]), state

@@ -99,6 +99,10 @@ class _Run:
         if differing:
             raise UserError("other-run", f"`{path}` is of a run with another {' and '.join(differing)}",
                             help="resume with the settings that it was started with")
+        shapes = {name: t.shape for name, t in self.model.state_dict().items()}
+        if {name: t.shape for name, t in weights.items()} != shapes:
+            raise UserError("other-run", f"`{path}` is of a run with another model",
+                            help="resume with the spec and the --set that it was started with")
         self.model.load_state_dict(weights)
         try:
             self.optimizer.load(moments)
@@ -164,7 +168,7 @@ class _Run:
         counts: dict[str, Tensor] = {}
         for batch in batches:
             for name, count in self.model.counts(batch.tokens, batch.document).items():
-                counts[name] = counts.get(name, torch.zeros(())) + count
+                counts[name] = counts.get(name, torch.zeros((), dtype=torch.int64)) + count
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
             sums = self.model.losses(batch.tokens, batch.document)

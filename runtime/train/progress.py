@@ -19,10 +19,15 @@ class Log:
         if path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= after]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._last = kept[-1] if kept else None
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        """A finished run that is resumed evaluates again; its last line is not written twice."""
+        line = json.dumps(record)
+        if line == self._last:
+            return
+        self._file.write(line + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -135,7 +135,7 @@ checkpoint huggingface "Tiny" for tiny:
         ("storage = bf16", "storage = bf61", "bf61"),
         ("all: fp8", "all: fp9", "fp9"),
         ("for tiny", "for tinny", "tinny"),
-        ("    embedding = \"word\"", "    embeding = \"word\"", "embeding"),
+        ('    embedding = "word"', '    embeding = "word"', "embeding"),
         ("h.{i}", "h.{j}", "j"),
         ("if config.kind", "if confg.kind", "confg"),
     ],
@@ -230,8 +230,9 @@ def test_deep_statements_do_no_harm() -> None:
 
 
 def test_a_file_of_250_lines_takes_little_time() -> None:
-    text = "\n".join(CALLS.replace("mine", f"mine{i}").replace("some", f"some{i}").replace("calls", f"calls{i}")
-                     for i in range(21))
+    text = "\n".join(
+        CALLS.replace("mine", f"mine{i}").replace("some", f"some{i}").replace("calls", f"calls{i}") for i in range(21)
+    )
     file = load_text(text)
     assert len(text.splitlines()) >= 250
     check_names(file)

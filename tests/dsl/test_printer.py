@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 
 from heddle.dsl import syntax as sx
 from heddle.dsl.diagnostics import InternalError
@@ -13,6 +13,9 @@ from heddle.dsl.format import format_source, print_expr, print_module
 from heddle.dsl.parse import parse
 from heddle.dsl.source import Source
 from tests.dsl.trees import expressions, modules
+
+# Whole modules are large: shrinking one takes minutes and gigabytes, and the first that fails says enough.
+UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 def _parsed(text: str) -> sx.Module:
@@ -30,13 +33,13 @@ def test_an_expression_survives_printing(expression: sx.Expr) -> None:
     assert _expression(print_expr(expression)) == expression
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, phases=UNSHRUNK)
 @given(modules)
 def test_a_module_survives_printing(module: sx.Module) -> None:
     assert _parsed(print_module(module)) == module
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, phases=UNSHRUNK)
 @given(modules)
 def test_what_is_printed_is_formatted(module: sx.Module) -> None:
     text = print_module(module)
@@ -46,14 +49,44 @@ def test_what_is_printed_is_formatted(module: sx.Module) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "a + b - c", "a - (b - c)", "a * (b + c)", "-a ^ 2", "(-a) ^ 2", "2 ^ -x", "(2 ^ x) ^ y", "2 ^ x ^ y", "a ^ -(b / c)",
-        "not a and b", "not (a and b)", "(a or b) and c", "a and b or c", "a < b and b < c", "(a < b) < c", "a in b",
-        "(a if b else c) if d else e", "a if b else c if d else e", "a if (b if c else d) else e", "(a if b else c).d",
-        "f(x)(y).z[0 .. 3 step 2]", "mamba2.[z, u]", "-f(x)", "- -x".replace("- -", "--"), "a -> [b, c = 2]", "(a -> b)",
-        "[x for x in y if z]", "[(a if b else c) for x, y in z]".replace("(", "").replace(")", ""), "(a,)", "(a, b = c)",
-        '{"M": a, code: 14.0}', "{}", "[]", "f(given x = 1, y = 2)", "none", "x[1e-5, 150_000_000]",
+        "a + b - c",
+        "a - (b - c)",
+        "a * (b + c)",
+        "-a ^ 2",
+        "(-a) ^ 2",
+        "2 ^ -x",
+        "(2 ^ x) ^ y",
+        "2 ^ x ^ y",
+        "a ^ -(b / c)",
+        "not a and b",
+        "not (a and b)",
+        "(a or b) and c",
+        "a and b or c",
+        "a < b and b < c",
+        "(a < b) < c",
+        "a in b",
+        "(a if b else c) if d else e",
+        "a if b else c if d else e",
+        "a if (b if c else d) else e",
+        "(a if b else c).d",
+        "f(x)(y).z[0 .. 3 step 2]",
+        "mamba2.[z, u]",
+        "-f(x)",
+        "- -x".replace("- -", "--"),
+        "a -> [b, c = 2]",
+        "(a -> b)",
+        "[x for x in y if z]",
+        "[(a if b else c) for x, y in z]".replace("(", "").replace(")", ""),
+        "(a,)",
+        "(a, b = c)",
+        '{"M": a, code: 14.0}',
+        "{}",
+        "[]",
+        "f(given x = 1, y = 2)",
+        "none",
+        "x[1e-5, 150_000_000]",
     ],
-)  # fmt: skip
+)
 def test_parentheses_are_the_fewest(text: str) -> None:
     wanted = text[1:-1] if text == "(a -> b)" else text
     assert print_expr(_expression(text)) == wanted
@@ -65,6 +98,11 @@ def test_long_lines_are_broken_behind_their_bracket() -> None:
     assert all(len(line) <= 120 for line in text.splitlines())
     assert {line.index("name") for line in text.splitlines()} == {len("model long = attention(")}
     assert _parsed(text).declarations[0] == sx.Variant("model", "long", call)
+
+
+def test_printer_and_formatter_break_alike() -> None:
+    text = f'model m = f(a, "{"b" * 118}")\n'
+    assert format_source(Source("a", text)) == print_module(_parsed(text)) == text.replace("a, ", "a,\n            ")
 
 
 def test_numbers_that_elaboration_makes_are_printed() -> None:

@@ -32,7 +32,7 @@ def test_standard_specs_round_trip_through_json(name: str) -> None:
     _round_trips(spec)
 
 
-TEXT = '''
+TEXT = """
 ## Two matrices.
 block pair(ffn, act = relu2):
     x[hidden]
@@ -73,7 +73,7 @@ layout one:
 checkpoint huggingface "Tiny" for tiny:
     hidden = config.hidden_size
     ignore "extra"
-'''
+"""
 
 
 def test_every_kind_of_declaration() -> None:

@@ -32,8 +32,9 @@ numbers = st.one_of(
 _lines = st.text("ab{}.: #'", min_size=1, max_size=10).filter(lambda line: not line.isspace())
 long_texts = st.builds(
     lambda first, rest: "\n".join([first.lstrip() or "x", *rest]),
-    _lines, st.lists(st.one_of(_lines, st.just("")), max_size=3),
-)  # fmt: skip
+    _lines,
+    st.lists(st.one_of(_lines, st.just("")), max_size=3),
+)
 strings = st.one_of(plain_text.map(lambda text: sx.String(text)), long_texts.map(lambda text: sx.String(text, True)))
 constants = st.sampled_from([None, True, False]).map(lambda value: sx.Constant(value))
 leaves = st.one_of(names.map(lambda name: sx.Name(name)), numbers, strings, constants)
@@ -59,7 +60,9 @@ def arguments(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 def _compound(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     items = _several(arguments(inner))
-    operators = st.sampled_from("+ - * / // % ^ == != <= >= < > in and or".split())
+    operators = st.sampled_from(
+        ["+", "-", "*", "/", "//", "%", "^", "==", "!=", "<=", ">=", "<", ">", "in", "and", "or"]
+    )
     pairs = st.one_of(st.builds(sx.Pair, plain_text, inner), st.builds(sx.Pair, names, inner, st.just(False)))
     return st.one_of(
         st.builds(sx.Binary, operators, inner, inner),
@@ -146,12 +149,14 @@ def _dotted(found: list[str]) -> sx.Expr:
     return made
 
 
-comparisons = st.sampled_from("== != <= >= < >".split())
+comparisons = st.sampled_from(["==", "!=", "<=", ">=", "<", ">"])
 simple_rules = st.one_of(
     settings_,
     st.builds(sx.Apply, selectors, expressions),
     st.builds(sx.Mesh, _several(settings_, 1)),
-    st.builds(sx.Shard, _several(st.builds(sx.Selector, dotted, st.booleans()), 1), _several(names, 1, 2), _maybe(names)),
+    st.builds(
+        sx.Shard, _several(st.builds(sx.Selector, dotted, st.booleans()), 1), _several(names, 1, 2), _maybe(names)
+    ),
     st.builds(sx.Stages, names, _several(settings_)),
     st.builds(sx.Recompute, selectors),
     st.builds(sx.Expect, names, _maybe(names), comparisons, expressions),
@@ -159,19 +164,32 @@ simple_rules = st.one_of(
 rules = st.recursive(simple_rules, lambda inner: st.builds(sx.Scoped, selectors, _several(inner, 1)), max_leaves=3)
 equations = st.one_of(
     st.builds(
-        sx.Equation, selectors, expressions,
-        st.none() | st.builds(sx.Name, names) | st.builds(sx.ListOf, _several(arguments(expressions))), _maybe(expressions),
+        sx.Equation,
+        selectors,
+        expressions,
+        st.none() | st.builds(sx.Name, names) | st.builds(sx.ListOf, _several(arguments(expressions))),
+        _maybe(expressions),
     ),
     st.builds(sx.Ignore, _several(plain_text.map(lambda text: sx.String(text)), 1)),
-)  # fmt: skip
+)
 parameters = _several(st.builds(sx.Parameter, names, _maybe(expressions)))
 declarations = st.one_of(
-    st.builds(sx.Function, st.sampled_from(["block", "model", "pipeline", "recipe"]), names, parameters, _several(statements, 1)),
     st.builds(
-        sx.Variant, st.sampled_from("block model pipeline recipe precision layout".split()), names, expressions, _several(rules),
+        sx.Function,
+        st.sampled_from(["block", "model", "pipeline", "recipe"]),
+        names,
+        parameters,
+        _several(statements, 1),
+    ),
+    st.builds(
+        sx.Variant,
+        st.sampled_from(["block", "model", "pipeline", "recipe", "precision", "layout"]),
+        names,
+        expressions,
+        _several(rules),
     ),
     st.builds(sx.Sheet, st.sampled_from(["precision", "layout"]), names, _several(rules, 1)),
     st.builds(sx.Checkpoint, names, plain_text, st.builds(sx.Name, names), _several(equations, 1)),
-)  # fmt: skip
+)
 uses = st.builds(sx.Use, _several(st.builds(sx.Name, names), 1), plain_text)
 modules = st.builds(sx.Module, _several(uses, 0, 2), _several(declarations, 0, 2))

@@ -155,6 +155,35 @@ def test_sources_need_a_cache_each():
 
 
 @law
+@given(
+    st.sampled_from(["causal", "window", "past pieces"]),
+    st.sampled_from([None, 2, 4]),
+    st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    st.integers(0, 2),
+)
+def test_a_cache_may_keep_more_than_the_mask_sees(name, keep, widths, slack):
+    """One source, steps of any width: the same as at once."""
+    if name != "window":
+        keep = None
+
+    class Owner:
+        def slots(self, stream):
+            return lib.Slots(o=stream.cache(k=(2, 4), v=(2, 3), keep=keep))
+
+    n = sum(widths)
+    q, k, v = make(2, n, 4, 4).detach(), make(2, n, 2, 4, seed=1).detach(), make(2, n, 2, 3, seed=2).detach()
+    mask = MASKS[name][0]
+    whole = lib.attend(q, (k, v, mask), at=lib.At((2, n)), scale=0.5)
+    stream = lib.Stream(Owner(), 2, n, slack, torch.float64)
+    parts = []
+    for a, b, c in zip(*(x.split(widths, 1) for x in (q, k, v)), strict=True):
+        at = stream.begin(a.shape[1])
+        parts.append(lib.attend(a, (b, c, mask), at=at, scale=0.5, past=stream.state.o))
+        stream.commit(at)
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-10
+
+
+@law
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 2))
 def test_two_sources_with_a_cache_each_decode_as_a_whole(widths, slack):
     """Stream form: near keys of a window and all earlier pieces under one softmax."""

@@ -120,7 +120,7 @@ def test_backward_is_the_derivative():
     assert torch.autograd.gradcheck(lambda *x: lib.ssd(*x, at=at, chunk=2), tuple(named.values()))
 
 
-@pytest.mark.parametrize("scale", [1e-3, 30.0])
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 300.0])
 def test_strong_and_weak_decay_stay_finite_and_exact(scale):
     """exp(ca_i - ca_j) is never a quotient of two exponentials, which would overflow."""
     named = inputs(2, 1, 40, 1, 2, 2, 3)
