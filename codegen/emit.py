@@ -14,7 +14,7 @@ import jinja2
 
 from ..dsl import syntax as sx
 from ..dsl.format import print_expr
-from ..dsl.program import Node
+from ..dsl.program import Instance, Node
 from ..dsl.source import Span
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..lowering.masks import hull
@@ -43,6 +43,7 @@ class Class:
     construct: list[Line]
     slots: list[str]
     inputs: list[str]
+    lent: list[str]
     body: list[Line]
     result: str
     is_model: bool = False
@@ -135,9 +136,25 @@ class Writer:
         """The right side of a node's statement."""
         if node.op == "call":
             inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
-            name = names.attribute(node.attr("instance"))
-            return f"self.{name}({inputs}, at, state.{name})"
+            instance = self.graph.instance(node.attr("instance"))
+            return f"{self._module(instance)}({inputs}, at, state.{self._slot_of(node)}{self._lent(instance)})"
         return part(node.op, "cpu").emit(Use(self.graph, node, self, self.states.get(node.name)))
+
+    def _module(self, instance: Instance) -> str:
+        """The module that an instance is: an attribute, or an argument where it is lent."""
+        name = names.attribute(instance.name)
+        return f"self.{name}" if instance.owned else name
+
+    def _lent(self, instance: Instance) -> str:
+        """Further arguments: the shared modules that an instance is lent."""
+        return "".join(f", {self._module(self.graph.instance(name))}" for name in instance.lends)
+
+    def _slot_of(self, node: Node) -> str:
+        """The name of what a call keeps: a shared block keeps something for each of its calls."""
+        name = node.attr("instance")
+        calls = [n.name for n in self.graph.nodes if n.op in STRUCTURE and n.attr("instance") == name]
+        place = calls.index(node.name)
+        return names.attribute(f"{name}_{place + 1}" if place else name)
 
     def statements(self, nodes: Iterable[Node]) -> list[Line]:
         lines: list[Line] = []
@@ -158,8 +175,9 @@ class Writer:
         results = [self._names[r.name] for r in node.results]
         lines = [Line(f"{r} = {o}", spec) for r, o in zip(results, operands, strict=False) if r != o]
         given = results + operands[len(results) :]
+        lent = self._lent(self.graph.instance(node.attr("instance")))
         lines.append(Line(f"for {name}, kept in zip(self.{name}, state.{name}):", spec))
-        lines.append(Line(f"    {', '.join(results)} = {name}({', '.join(given)}, at, kept)", spec))
+        lines.append(Line(f"    {', '.join(results)} = {name}({', '.join(given)}, at, kept{lent})", spec))
         return lines
 
     def construct(self) -> list[Line]:
@@ -170,7 +188,7 @@ class Writer:
             spec = spec_line(node.spans)
             if node.op in STRUCTURE:
                 name = node.attr("instance")
-                if name not in done:
+                if self.graph.instance(name).owned and name not in done:
                     lines.append(Line(f"self.{names.attribute(name)} = {self._instance(name)}", spec))
                 done.add(name)
                 continue
@@ -179,6 +197,9 @@ class Writer:
                 done.add(owner)
                 made = part(node.op, "cpu").construct(Use(self.graph, node, self, None))
                 lines.append(Line(f"self.{names.attribute(owner)} = {made}", spec))
+        for instance in self.graph.body.instances:
+            if instance.owned and instance.name not in done:  # only called inside a loop
+                lines.append(Line(f"self.{names.attribute(instance.name)} = {self._instance(instance.name)}"))
         for weight in self.graph.body.weights:
             if "." not in weight.name:
                 sizes = ", ".join(str(self.graph.size(d)) for d in weight.dims)
@@ -206,12 +227,14 @@ class Writer:
                 state = self.states[node.name]
                 made = part(node.op, "cpu").slot(Use(self.graph, node, self, state), state)
                 found.append(f"{names.attribute(slot_name(self.graph, node))}={made}")
-        for instance in self.graph.body.instances:
-            name = names.attribute(instance.name)
+        for node in (n for n in self.graph.nodes if n.op in STRUCTURE):
+            instance = self.graph.instance(node.attr("instance"))
+            made, lent = self._module(instance), self._lent(instance)
             if instance.schedule is None:
-                found.append(f"{name}=self.{name}.slots(stream)")
+                found.append(f"{self._slot_of(node)}={made}.slots(stream{lent})")
             else:
-                found.append(f"{name}=[{name}.slots(stream) for {name} in self.{name}]")
+                name = names.attribute(instance.name)
+                found.append(f"{name}=[{name}.slots(stream{lent}) for {name} in {made}]")
         return found
 
     def as_class(self) -> Class:
@@ -227,6 +250,7 @@ class Writer:
             self.construct(),
             self.slots(),
             [names.variable(v.name) for v in self.graph.body.inputs],
+            [names.attribute(i.name) for i in self.graph.body.instances if not i.owned],
             body,
             result,
         )

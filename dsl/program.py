@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from .selectors import START, Selector, States
 from .source import NOWHERE, Span
 
 
@@ -79,12 +80,15 @@ class Instance:
     """A use of another body that owns weights of its own: `name` is its segment in paths.
 
     `bodies` has one name, or for a loop the names of its distinct iterations; then `schedule` says which iteration is
-    which. `kinds` are the blocks that they stand for.
+    which. One that is not `owned` is shared: a body around this one owns it, and lends it. `lends` are the names of the
+    shared instances that this one must be lent.
     """
 
     name: str
     bodies: tuple[str, ...]
     schedule: tuple[int, ...] | None = None
+    owned: bool = True
+    lends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Rule:
-    """An `init` rule of a body: dotted selectors of weights' owners in it and below, and how they are filled."""
+    """An `init` rule of a body: selectors of the owners of weights in it and below, and how these are filled."""
 
-    selectors: tuple[tuple[str, ...], ...]
+    selectors: tuple[Selector, ...]
     init: Init
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
@@ -208,44 +212,90 @@ class Program:
 
     def parameters(self) -> tuple[Parameter, ...]:
         """Every weight of the model in order of declaration, initial values decided."""
-        return tuple(self._parameters(self.model, (), (), ()))
+        return tuple(self._parameters(self.model, (), (), _Selecting()))
 
-    def _parameters(self, body: Body, path: tuple, kinds: tuple, rules: tuple) -> Iterator[Parameter]:
-        rules = rules + tuple((len(path), rule) for rule in body.rules)
+    def _parameters(self, body: Body, path: tuple, kinds: tuple, above: _Selecting) -> Iterator[Parameter]:
+        selecting = above.into(body.rules)
         sizes = {d.name: d.size for d in body.dims}
         for weight in body.weights:
             segments = tuple(weight.name.split("."))
-            full = path + segments
-            full_kinds = kinds + ((weight.op, None) if len(segments) == 2 else (None,))
+            owner = segments[0] if len(segments) == 2 else None
+            init = weight.init
+            if init.kind == "free":
+                init = (selecting.behind(owner, weight.op) if owner else selecting).chosen
             dims = tuple((d, sizes[d]) for d in weight.dims)
-            yield Parameter(full, dims, full_kinds, _decide(weight, full, full_kinds, rules), weight)
-        for instance in body.instances:
+            owner_kinds = (weight.op, None) if owner else (None,)
+            yield Parameter(path + segments, dims, kinds + owner_kinds, init, weight)
+        for instance in (i for i in body.instances if i.owned):
             if instance.schedule is None:
                 callee = self.bodies[instance.bodies[0]]
-                yield from self._parameters(callee, (*path, instance.name), (*kinds, callee.block), rules)
+                inner = selecting.behind(instance.name, callee.block)
+                yield from self._parameters(callee, (*path, instance.name), (*kinds, callee.block), inner)
             else:
                 for i, which in enumerate(instance.schedule):
                     callee = self.bodies[instance.bodies[which]]
-                    yield from self._parameters(callee, (*path, instance.name, i), (*kinds, None, None), rules)
+                    inner = selecting.behind(instance.name, None, (i, len(instance.schedule)))
+                    yield from self._parameters(callee, (*path, instance.name, i), (*kinds, None, None), inner)
+
+    def selected(self) -> set[tuple[int, Selector]]:
+        """(id of the rule, selector) for each selector of an `init` rule that selects a weight of the model."""
+        found: set[tuple[int, Selector]] = set()
+        for body in self.bodies.values():
+            if body.rules:
+                found |= self._selected(body, _Selecting().into(body.rules))
+        return found
+
+    def _selected(self, body: Body, selecting: _Selecting) -> set[tuple[int, Selector]]:
+        found = {hit for w in body.weights if "." in w.name
+                 for hit in selecting.behind(w.name.split(".")[0], w.op).hits()}
+        for instance in (i for i in body.instances if i.owned):
+            schedule = (0,) if instance.schedule is None else instance.schedule
+            for i, which in enumerate(schedule):
+                callee = self.bodies[instance.bodies[which]]
+                kind, index = (callee.block, None) if instance.schedule is None else (None, (i, len(schedule)))
+                found |= self._selected(callee, selecting.behind(instance.name, kind, index))
+        return found
 
     def num_parameters(self) -> int:
         return sum(p.count for p in self.parameters())
 
 
-def _decide(weight: Weight, path: tuple, kinds: tuple, rules: tuple) -> Init:
-    """The last rule that selects a weight fills it: rules of an outer body come first, so the inner one wins."""
-    if weight.init.kind != "free":
-        return weight.init
-    chosen = Init("normal", (0.02,))
-    for depth, rule in rules:
-        if any(selects(s, path[depth:-1], kinds[depth:-1]) for s in rule.selectors):
-            chosen = rule.init
-    return chosen
+WRAPPED = "it"
+"""The segment of what a `with:` rule wrapped: it and what stands around it are one place to a selector."""
 
 
-def selects(selector: tuple[str, ...], path: tuple, kinds: tuple) -> bool:
-    """Whether a dotted selector names this weight's owner: its names are the last segments (iterations skipped),
-    each by the segment's own name or by the block or op that it stands for."""
-    named = [(s, k) for s, k in zip(path, kinds, strict=True) if isinstance(s, str)]
-    tail = named[len(named) - len(selector) :] if len(named) >= len(selector) else []
-    return bool(tail) and all(want in (name, kind) for want, (name, kind) in zip(selector, tail, strict=True))
+@dataclass(frozen=True)
+class _Selecting:
+    """The `init` rules in force somewhere in a model: each selector with its states before and behind the last segment."""
+
+    rules: tuple[tuple[Rule, tuple[tuple[Selector, States, States], ...]], ...] = ()
+
+    def into(self, rules: tuple[Rule, ...]) -> _Selecting:
+        """With the rules of a body; they come behind those of the bodies around it, so they win."""
+        return _Selecting(self.rules + tuple((r, tuple((s, START, START) for s in r.selectors)) for r in rules))
+
+    def behind(self, name: str, kind: str | None, index: tuple[int, int] | None = None) -> _Selecting:
+        """One segment further down."""
+        found = []
+        for rule, selectors in self.rules:
+            moved = []
+            for selector, before, now in selectors:
+                if name == WRAPPED:
+                    moved.append((selector, before, now | selector.advance(before, (kind,), index)))
+                else:
+                    moved.append((selector, now, selector.advance(now, (name, kind), index)))
+            found.append((rule, tuple(moved)))
+        return _Selecting(tuple(found))
+
+    def hits(self) -> Iterator[tuple[int, Selector]]:
+        """(id of the rule, selector) for each that selects this place."""
+        return ((id(r), s) for r, selectors in self.rules for s, _, now in selectors if s.accepts(now))
+
+    @property
+    def chosen(self) -> Init:
+        """The last rule that selects this place fills it."""
+        found = Init("normal", (0.02,))
+        for rule, selectors in self.rules:
+            if any(selector.accepts(now) for selector, _, now in selectors):
+                found = rule.init
+        return found

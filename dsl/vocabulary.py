@@ -58,6 +58,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "sub": "x - y",
         "mul": "x * y",
         "div": "x / y",
+        "floordiv": "x // y",
         "pow": "x ^ y",
         "neg": "-x",
         "exp": "e to the x",

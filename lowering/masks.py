@@ -7,6 +7,8 @@ None is no bound. `and` intersects, `or` takes the wider; comparisons of other c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, floor
 
 from ..dsl import syntax as sx
 
@@ -37,41 +39,71 @@ def hull(mask: sx.Expr) -> Hull:
     return ALL
 
 
+@dataclass(frozen=True)
+class _Line:
+    """key * (position of the key) + query * (position of the query) + something between low and high."""
+
+    key: Fraction
+    query: Fraction
+    low: Fraction
+    high: Fraction
+
+    def __neg__(self) -> _Line:
+        return _Line(-self.key, -self.query, -self.high, -self.low)
+
+    def __add__(self, other: _Line) -> _Line:
+        return _Line(self.key + other.key, self.query + other.query, self.low + other.low, self.high + other.high)
+
+    def times(self, factor: int) -> _Line:
+        low, high = sorted((self.low * factor, self.high * factor))
+        return _Line(self.key * factor, self.query * factor, low, high)
+
+    def divided(self, by: int) -> _Line:
+        """Floor division of what is a whole number: it takes away at most (by - 1) / by."""
+        return _Line(self.key / by, self.query / by, (self.low - (by - 1)) / by, self.high / by)
+
+
 def _comparison(mask: sx.Binary) -> Hull:
-    """`left op right` with left - right = c + a * key + b * query, where a = -b = +-1; else no bound."""
-    difference = _linear(sx.Binary("-", mask.left, mask.right))
-    if difference is None:
+    """`left op right` where left - right is a line in key.position - query.position alone; else no bound."""
+    sides = (_line(mask.left), _line(mask.right))
+    if sides[0] is None or sides[1] is None:
         return ALL
-    constant, key, query = difference
-    if (key, query) not in ((1, -1), (-1, 1)):
+    difference = sides[0] + -sides[1]
+    if not difference.key or difference.key != -difference.query:
         return ALL
-    # key * (key.position - query.position) + constant  op  0
+    # Both sides are whole numbers, so `<` is `<= -1` of their difference.
     strict = 1 if mask.operator in ("<", ">") else 0
-    upper = mask.operator in ("<", "<=")
-    if mask.operator == "==":
-        offset = -constant * key
-        return Hull(-offset, offset)
-    if upper == (key == 1):
-        return Hull(None, -constant * key - strict)
-    return Hull(constant * key - strict, None)
+    below = Hull(None, None) if mask.operator in (">", ">=") else _at_most(difference, strict)
+    above = Hull(None, None) if mask.operator in ("<", "<=") else _at_most(-difference, strict)
+    return Hull(_least(below.behind, above.behind), _least(below.ahead, above.ahead))
 
 
-def _linear(expr: sx.Expr) -> tuple[int, int, int] | None:
-    """(constant, coefficient of key.position, of query.position) of a linear expression, else None."""
+def _at_most(line: _Line, strict: int) -> Hull:
+    """Where line <= -strict is possible: slope * offset + low <= -strict, for the offset key - query."""
+    bound = (-strict - line.low) / line.key
+    return Hull(None, floor(bound)) if line.key > 0 else Hull(-ceil(bound), None)
+
+
+def _line(expr: sx.Expr) -> _Line | None:
+    """A linear expression of the two positions, with floor divisions by a number; else None."""
     match expr:
-        case sx.Number(value=value) if isinstance(value, int):
-            return value, 0, 0
-        case sx.Member(value=sx.Name(id="key"), name="position"):
-            return 0, 1, 0
-        case sx.Member(value=sx.Name(id="query"), name="position"):
-            return 0, 0, 1
+        case sx.Number(value=int(value)):
+            return _Line(Fraction(0), Fraction(0), Fraction(value), Fraction(value))
+        case sx.Member(value=sx.Name(id="key" | "query" as which), name="position"):
+            return _Line(Fraction(which == "key"), Fraction(which == "query"), Fraction(0), Fraction(0))
         case sx.Unary(operator="-", value=value):
-            inner = _linear(value)
-            return None if inner is None else (-inner[0], -inner[1], -inner[2])
+            inner = _line(value)
+            return None if inner is None else -inner
         case sx.Binary(operator="+" | "-" as op, left=left, right=right):
-            a, b = _linear(left), _linear(right)
-            sign = 1 if op == "+" else -1
-            return None if a is None or b is None else tuple(x + sign * y for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+            a, b = _line(left), _line(right)
+            return None if a is None or b is None else a + b if op == "+" else a + -b
+        case sx.Binary(operator="*", left=left, right=right):
+            for factor, other in ((left, right), (right, left)):
+                if isinstance(factor, sx.Number) and isinstance(factor.value, int) and (line := _line(other)):
+                    return line.times(factor.value)
+        case sx.Binary(operator="//", left=left, right=sx.Number(value=int(by))) if by > 0:
+            inner = _line(left)
+            return None if inner is None else inner.divided(by)
     return None
 
 

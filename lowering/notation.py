@@ -19,6 +19,7 @@ from ..dsl import syntax as sx
 from ..dsl.format import print_module
 from ..dsl.parse import parse
 from ..dsl.program import Body, Dim, Init, Instance, Node, Rule, Type, Value, Weight
+from ..dsl.selectors import read, written
 from ..dsl.source import Source
 from .graph import STRUCTURE, Graph, GraphProgram
 from .ops import table
@@ -45,7 +46,7 @@ def to_syntax(graph: Graph) -> sx.Function:
     statements += [sx.Input(v.name, _shape(v.type.dims), sx.Name(v.type.kind)) for v in body.inputs]
     statements += [_weight_line(w) for w in body.weights]
     statements += [_assign(i.name, _instance_call(i)) for i in body.instances]
-    statements += [sx.InitRule(tuple(_selector(s) for s in r.selectors), _init_call(r.init)) for r in body.rules]
+    statements += [sx.InitRule(tuple(written(s) for s in r.selectors), _init_call(r.init)) for r in body.rules]
     statements += [_node_line(n) for n in body.nodes]
     statements += [sx.Emit(keyword, label, _ref(value)) for keyword, label, value in body.emits]
     if body.outputs:
@@ -112,14 +113,14 @@ def _init_call(init: Init) -> sx.Expr:
 
 
 def _instance_call(instance: Instance) -> sx.Call:
-    bodies = _names(instance.bodies)
-    if instance.schedule is None:
-        return _call("instance", bodies)
-    return _call("instance", bodies, schedule=_list(_number(i) for i in instance.schedule))
-
-
-def _selector(parts: tuple[str, ...]) -> sx.Selector:
-    return sx.Selector(_ref(".".join(parts)))
+    named: dict[str, sx.Expr] = {}
+    if instance.schedule is not None:
+        named["schedule"] = _list(_number(i) for i in instance.schedule)
+    if not instance.owned:
+        named["owned"] = sx.Constant(False)
+    if instance.lends:
+        named["lends"] = _names(instance.lends)
+    return _call("instance", _names(instance.bodies), **named)
 
 
 def _node_line(node: Node) -> sx.Typed:
@@ -205,7 +206,7 @@ class _Reader:
             case sx.Input(name=name, shape=shape, kind=sx.Name(id=kind)):
                 self.inputs.append(Value(name, Type(kind, tuple(i.name or "" for i in shape or ()))))
             case sx.InitRule(selectors=selectors, value=value):
-                self.rules.append(Rule(tuple(tuple(_dotted(s.value).split(".")) for s in selectors), _init_of(value)))
+                self.rules.append(Rule(tuple(read(s, _whole_numbers) for s in selectors), _init_of(value)))
             case sx.Typed():
                 self.nodes.append(self._node(statement))
             case sx.Emit(keyword=keyword, name=name, value=value):
@@ -279,7 +280,8 @@ def _dim_of(name: str, call: sx.Call) -> Dim:
 def _instance_of(name: str, call: sx.Call) -> Instance:
     (bodies,), named = _arguments(call)
     schedule = tuple(_value(v) for v in _values(named["schedule"])) if "schedule" in named else None
-    return Instance(name, tuple(_dotted(v) for v in _values(bodies)), schedule)
+    lends = tuple(_dotted(v) for v in _values(named.get("lends")))
+    return Instance(name, tuple(_dotted(v) for v in _values(bodies)), schedule, "owned" not in named, lends)
 
 
 def _weight_of(name: str, call: sx.Call) -> Weight:
@@ -312,6 +314,11 @@ def _attr_of(expr: sx.Expr, op: str, name: str) -> Any:
     if kind == "mask":
         return _values(expr)
     return _value(expr)
+
+
+def _whole_numbers(expr: sx.Expr) -> list[int]:
+    value = _value(expr)
+    return list(value) if isinstance(value, tuple) else [value]
 
 
 def _value(expr: sx.Expr) -> Any:

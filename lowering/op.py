@@ -124,11 +124,14 @@ class OwnedWeight:
 
 @dataclass(frozen=True)
 class Typing:
-    """What inference found: the dims of every formal, the operands in order, and the types of the results."""
+    """What inference found: the dims of every formal, the operands in order, and the types of the results.
+
+    `sequences` are, for each mask among the settings, the dims that `query` and `key` of it stand for."""
 
     bindings: dict[str, tuple[Any, ...]]
     operands: tuple[Any, ...]
     results: tuple[tuple[str, tuple[Any, ...]], ...]
+    sequences: tuple[tuple[Any, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -267,12 +270,17 @@ def mismatch(call: OpCall, operand: str, have: Sequence[Any], want: Sequence[Any
     """The `dim-mismatch` of two bindings, each with its place where one is known."""
     pairs = [(a, b) for a, b in zip(have, want, strict=True) if a is not b]
     first, second = pairs[0]
-    if first.name == second.name and first.size != second.size:
+    help = None
+    if first.name == second.name and first.size == second.size:
+        text = f"`{call.op.name}` needs one dim here, its operands have two that are both {_dim(first)}"
+        help = "a number makes a new dim each time; name the dim once (`[heads, head_dim = 64]`), and use the name"
+    elif first.name == second.name:
         text = f"`{first.name}` is {second.size} in one operand of `{call.op.name}`, but {first.size} in another"
     else:
         text = f"`{call.op.name}` wants {_dim(second)} where this has {_dim(first)}"
     labels = [Label(d.span, f"{_dim(d)} was bound here") for d in (second, first) if getattr(d, "span", None)]
-    return fail("dim-mismatch", text, call.span_of(operand), f"this has [{', '.join(_dim(d) for d in have)}]", labels)
+    return fail("dim-mismatch", text, call.span_of(operand), f"this has [{', '.join(_dim(d) for d in have)}]", labels,
+                help)
 
 
 def _dim(dim: DimLike) -> str:

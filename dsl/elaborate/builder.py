@@ -31,6 +31,7 @@ class Builder:
     owners: dict[str, Span] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     aliases: dict[int, str] = field(default_factory=dict)
+    borrowed: dict[str, str] = field(default_factory=dict)
     coordinates: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     _spelled: list[Dim] = field(default_factory=list)
     _dims: dict[int, Dim] = field(default_factory=dict)
@@ -84,6 +85,11 @@ class Builder:
                        [Label(self.owners[name], "the first")],
                        help=f"bind each to a variable of its own: `{name}1 = ...`, `{name}2 = ...`")
         self.owners[name] = span
+
+    def borrow(self, name: str, body: str) -> None:
+        """Have a shared block that a body around this one owns."""
+        self.borrowed[name] = body
+        self.instances.append(pg.Instance(name, (body,), owned=False))
 
     # --- values -----------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from ..source import Span
 from .builder import Builder
 from .environment import Environment
 from .expressions import STATIC, number_of, truth
+from .rewriting import scope_key, scope_of
 from .values import Cell, Dim, Symbolic, TableOf, Tensor, Waiting
 
 
@@ -94,12 +95,28 @@ class Calls:
             self._repeated_arguments(op, expr, env, given)
         else:
             self._op_arguments(op, expr, env, given)
+        waiting = replace(callee, settings=given.settings, spans=given.spans, span=expr.span)
         if op.inputs and not given.tensors:
-            return Waiting(op=op, settings=given.settings, spans=given.spans, shared=callee.shared, span=expr.span)
+            return waiting
         self._all_inputs(op, given, expr)
         if elementwise(op) and not any(isinstance(t, Tensor) for t in given.tensors.values()):
             raise fail("wrong-type", f"`{op.name}` needs a tensor among its arguments", expr.span)
-        return self.apply_op(op, given.tensors, given.settings, given.spans, env, expr.span, hint, callee.shared)
+        waiting, hint = self.rewritten(waiting, env, hint)
+        return self.invoke(waiting, given.tensors, env, expr.span, hint)
+
+    def apply(
+        self, callee: Waiting, tensors: dict[str, Any], env: Environment, span: Span, hint: str | None
+    ) -> Any:
+        """Call a function that has its settings with its inputs, given by name."""
+        if callee.op is not None:
+            return self.apply_op(callee.op, tensors, callee.settings, callee.spans, env, span, hint, callee.shared)
+        return self.run_block(callee, Given(tensors, callee.settings, callee.spans), env, span, hint)
+
+    def input_names(self, callee: Waiting) -> list[str]:
+        """The names of a function's inputs, in order."""
+        if callee.op is not None:
+            return [o.name for o in callee.op.inputs]
+        return [i.name for i in inputs_of(callee.found.declaration)]
 
     def _op_arguments(self, op: Any, expr: sx.Call, env: Environment, given: Given) -> None:
         inputs = [o.name for o in op.inputs]
@@ -242,6 +259,10 @@ class Calls:
         local = {name: self._localise(value, env.builder) for name, value in tensors.items()}
         call = self.op_call(op, _only_tensors(local), full, span, spans)
         typing = op.infer(call)
+        if typing.sequences:
+            full["masks"] = tuple(
+                self.resolved(mask, query, key) for mask, (query, key) in zip(full["masks"], typing.sequences, strict=True)
+            )
         owner = None
         if any(self.is_owned(o) for o in typing.operands):
             owner = shared[0] if shared else hint or op.name
@@ -304,18 +325,19 @@ class Calls:
         declaration = found.declaration
         if declaration.keyword not in ("model", "block"):
             raise fail("not-built-yet", f"{declaration.keyword}s are not built yet", span)
-        if declaration.rules:
-            raise fail("not-built-yet", "`with:` on a model is not built yet", declaration.rules[0].span)
         if found in self.resolving:
             raise _cycle(self.resolving[self.resolving.index(found) :])
         self.resolving.append(found)
+        env = Environment(found.file, Builder(declaration.name))
         try:
-            value = self.value(declaration.value, Environment(found.file, Builder(declaration.name)))
+            value = self.value(declaration.value, env)
         finally:
             self.resolving.pop()
         if not isinstance(value, Waiting):
             raise fail("wrong-type", f"a {declaration.keyword} is a call of another, this is {kind(value)}",
                        declaration.value.span)
+        if declaration.rules:
+            value = replace(value, sheets=(*value.sheets, self.sheet_of(found, env)))
         return value
 
     def _call_block(self, callee: Waiting, expr: sx.Call, env: Environment, hint: str | None) -> Any:
@@ -324,15 +346,16 @@ class Calls:
         parameters = [p.name for p in declaration.parameters]
         given = Given({}, dict(callee.settings), dict(callee.spans))
         self._block_arguments(declaration, inputs, parameters, expr, env, given)
+        waiting = replace(callee, settings=given.settings, spans=given.spans, span=expr.span)
         if inputs and not given.tensors:
-            return Waiting(found=callee.found, settings=given.settings, spans=given.spans, shared=callee.shared,
-                           span=expr.span)
+            return waiting
         required = [i.name for i in inputs_of(declaration) if not i.optional and i.default is None]
         missing = [n for n in required if n not in given.tensors]
         if missing:
             raise fail("missing-argument", f"`{declaration.name}` needs the input `{missing[0]}` too", expr.span,
                        secondary=[Label(declaration.name_span, f"`{declaration.name}` is declared here")])
-        return self.run_block(Waiting(found=callee.found, shared=callee.shared), given, env, expr.span, hint)
+        waiting, hint = self.rewritten(waiting, env, hint)
+        return self.invoke(waiting, given.tensors, env, expr.span, hint)
 
     def _block_arguments(
         self, declaration: sx.Function, inputs: list[str], parameters: list[str], expr: sx.Call, env: Environment,
@@ -384,14 +407,16 @@ class Calls:
         """The elaborated body for these arguments, made once."""
         declaration = callee.found.declaration
         dims: list[Dim] = []
+        scope = scope_of(callee)
         key = (
             id(declaration),
+            scope_key(scope),
             tuple((n, self.key(v, dims)) for n, v in sorted(given.tensors.items())),
             tuple((n, self.key(v, dims)) for n, v in sorted(given.settings.items())),
         )
         if key not in self.memo:
             builder = Builder(declaration.name, span=declaration.span, doc=declaration.doc)
-            inner = Environment(callee.found.file, builder)
+            inner = Environment(callee.found.file, builder, scope=scope)
             tensors = {
                 name: None if t is None else builder.add_input(name, t.kind, t.dims, t.span)
                 for name, t in given.tensors.items()
@@ -438,22 +463,33 @@ class Calls:
     def _instance(self, callee: Waiting, made: Elaborated, builder: Builder, span: Span, hint: str | None) -> str:
         if callee.shared:
             name, owner = callee.shared
-            if owner is not builder:
-                raise fail("not-built-yet", "a shared block that is called inside a loop is not built yet", span)
-            if name in builder.shared:
-                if builder.shared[name] is not made:
+            self._lend(name, owner, made, builder, span)
+            if name in owner.shared:
+                if owner.shared[name] is not made:
                     raise fail("dim-mismatch", f"the shared block `{name}` is called with inputs of other types", span)
                 return name
-            builder.shared[name] = made
+            owner.shared[name] = made
+            builder = owner
         else:
             name = hint or made.builder.block
         builder.own(name, span)
         builder.instances.append(pg.Instance(name, (made.name,)))
         return name
 
+    def _lend(self, name: str, owner: Builder, made: Elaborated, builder: Builder, span: Span) -> None:
+        """Let loops between the owner of a shared block and this body pass it on."""
+        while builder is not owner:
+            if builder.parent is None:
+                raise fail("not-built-yet", f"`{name}` is shared by a block around this one, which only works inside loops yet",
+                           span, help="declare it `shared` in the block that calls it")
+            if name not in builder.borrowed:
+                builder.own(name, span)
+                builder.borrow(name, made.name)
+            builder = builder.parent
+
     def _run_inline(self, callee: Waiting, given: Given, env: Environment | None, span: Span, hint: str | None) -> Any:
         builder = env.builder if env is not None else Builder(callee.name)
-        inner = Environment(callee.found.file, builder, is_inline=True)
+        inner = Environment(callee.found.file, builder, is_inline=True, scope=scope_of(callee))
         tensors = {n: None if t is None else builder.local(t) for n, t in given.tensors.items()}
         returned = self.run_function(callee.found, Given(tensors, given.settings, given.spans), inner, span, hint)
         return returned[0] if len(returned) == 1 else tuple(returned)
@@ -464,6 +500,7 @@ class Calls:
         """Bind inputs and parameters, run the statements; gives the returned values."""
         declaration = found.declaration
         self.running.append(declaration.name)
+        outside = dict(self.coordinates)
         before = len(self.collector.found)
         try:
             for parameter in declaration.parameters:
@@ -481,6 +518,7 @@ class Calls:
             raise SpecError(_called_from(d, where) for d in error.diagnostics) from None
         finally:
             self.running.pop()
+            self.coordinates = outside
 
     def _default(self, declaration: sx.Function, parameter: sx.Parameter, env: Environment, span: Span) -> None:
         default = parameter.default
@@ -543,13 +581,16 @@ class Calls:
             if not any(d is value for d in dims):
                 dims.append(value)
             place = next(i for i, d in enumerate(dims) if d is value)
-            return ("dim", place, value.name, value.size, value.sequence, tuple(self.key(d, dims) for d in value.lead))
+            coordinates = tuple((name, made[1]) for (i, name), made in self.coordinates.items() if i == id(value))
+            leads = tuple(self.key(d, dims) for d in value.lead)
+            return ("dim", place, value.name, value.size, value.sequence, leads, coordinates)
         if isinstance(value, Tensor):
             return ("tensor", value.kind, tuple(self.key(d, dims) for d in value.dims))
         if isinstance(value, Waiting):
             target = value.op.name if value.op is not None else id(value.found.declaration) if value.found else None
             settings = tuple((n, self.key(v, dims)) for n, v in sorted(value.settings.items()))
-            return ("waiting", target, settings, None if value.shared is None else (value.shared[0], id(value.shared[1])))
+            shared = None if value.shared is None else (value.shared[0], id(value.shared[1]))
+            return ("waiting", target, settings, shared, scope_key(scope_of(value)), value.is_it)
         if isinstance(value, (list, tuple)):
             return ("list", tuple(self.key(v, dims) for v in value))
         if isinstance(value, TableOf):

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from .. import program as pg
 from .. import syntax as sx
 from ..checkpoint.static import CallValue
 from ..arithmetic import kind
-from ..diagnostics import Collector, SpecError, did_you_mean, fail
-from ..load import File, Found
+from ..diagnostics import Collector, Diagnostic, SpecError, did_you_mean, fail
+from ..load import File, Found, standard_index
 from ..source import NOWHERE, Span
 from .builder import Builder
 from .calls import Calls, Elaborated, Given, inputs_of
 from .environment import Environment
 from .expressions import Expressions
+from .rewriting import Rewrites, Rewriting
 from .statements import Statements
 from .values import Cell, Dim, Tensor, Waiting
 
 
-class Elaborator(Expressions, Calls, Statements):
+class Elaborator(Expressions, Calls, Rewriting, Statements):
     """One elaboration: the op table comes from the floor above, as data."""
 
     def __init__(self, ops: Mapping[str, Any], required: Any, op_call: Any, owned: type):
@@ -32,6 +34,10 @@ class Elaborator(Expressions, Calls, Statements):
         self.bodies: dict[str, pg.Body] = {}
         self.running: list[str] = []
         self.resolving: list[Found] = []
+        self.sheets: dict[int, Rewrites] = {}
+        self.segments: set[str] = set()
+        self.coordinates: dict[tuple[int, str], tuple[Dim, sx.Expr]] = {}
+        self.standard = frozenset(standard_index())
         self._names: set[str] = set()
 
     def op_call(self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any) -> Any:
@@ -80,7 +86,9 @@ def elaborate(
         waiting = _waiting(machine, found)
         settings = {**waiting.settings, **(overrides or {})}
         _check_overrides(waiting, overrides or {}, found)
-        program = _elaborate(machine, found, Waiting(found=waiting.found, settings=settings, spans=waiting.spans), objective)
+        program = _elaborate(machine, found, replace(waiting, settings=settings), objective)
+        for diagnostic in (*machine.unused_rules(), *_unused_inits(machine, program)):
+            machine.collector.add(diagnostic)
     except SpecError as error:
         machine.collector.add(error)
         machine.collector.finish()
@@ -113,6 +121,16 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: s
         machine.finish(elaborated)
     arguments = {p.name: _plain(made.variables.get(p.name)) for p in declaration.parameters}
     return pg.Program(found.declaration.name, declaration.name, made.name, machine.bodies, objectives, arguments, span)
+
+
+def _unused_inits(machine: Elaborator, program: pg.Program) -> Iterator[Diagnostic]:
+    """A diagnostic for every selector of `init` that selects no weight: `selects-nothing`."""
+    selected = program.selected()
+    for body in program.bodies.values():
+        for rule in body.rules:
+            for selector in rule.selectors:
+                if (id(rule), selector) not in selected and not machine.may_be_absent(selector):
+                    yield machine.selects_nothing(selector, rule.span, f"`{body.block}`")
 
 
 def _objective(

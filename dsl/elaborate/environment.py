@@ -10,16 +10,24 @@ from .builder import Builder
 from .values import Cell
 
 
+Scope = tuple[tuple[Any, Any], ...]
+"""The sheets in force with the states of their selectors, the innermost first: see `rewriting.py`."""
+
+
 class Environment:
     """Variables of one block or loop iteration; `parent` are those around a loop. Declarations come from `file`.
 
     `is_inline` is true for a block whose statements go into its caller's body: it does not name that body's dims."""
 
-    def __init__(self, file: File, builder: Builder, parent: Environment | None = None, is_inline: bool = False):
+    def __init__(
+        self, file: File, builder: Builder, parent: Environment | None = None, is_inline: bool = False,
+        scope: Scope | None = None,
+    ):  # fmt: skip
         self.file = file
         self.builder = builder
         self.parent = parent
         self.is_inline = is_inline
+        self.scope: Scope = scope if scope is not None else parent.scope if parent is not None else ()
         self.cells: dict[str, Cell] = {}
 
     def cell(self, name: str) -> Cell | None:

@@ -15,7 +15,10 @@ from ..vocabulary import BUILTINS
 from .environment import Environment
 from .values import POISON, Cell, Dim, Lazy, Poison, SequenceName, Symbolic, TableOf, Tensor, Waiting
 
-OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "^": "pow"}
+COORDINATES = ("position", "document", "valid")
+"""What every sequence has."""
+
+OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "//": "floordiv", "^": "pow"}
 CONSTANTS: dict[str, Any] = {"pi": math.pi, "query": SequenceName("query"), "key": SequenceName("key")}
 
 
@@ -229,11 +232,16 @@ class Expressions:
             for plain, other in ((left, right), (right, left)):
                 if not isinstance(plain, Symbolic):
                     return other if truth(plain) == (op == "and") else truth(plain)
-        sides = [self._term(v, e.span) for v, e in ((left, expr.left), (right, expr.right))]
+        if op in ("/", "^"):
+            raise fail("wrong-type", f"coordinates are whole numbers, `{op}` does not keep them whole", expr.span,
+                       help="`//` divides and rounds down" if op == "/" else None)
+        if op == "//" and not isinstance(right, Symbolic) and number_of(right, expr.right.span) == 0:
+            raise fail("divide-by-zero", "a coordinate is divided by 0", expr.right.span)
+        sides = [self.term(v, e.span) for v, e in ((left, expr.left), (right, expr.right))]
         made = sx.Binary(op, sides[0], sides[1], span=expr.span)
         return Symbolic(made, is_mask=op in ("and", "or", "==", "!=", "<", "<=", ">", ">="))
 
-    def _term(self, value: Any, span: Span) -> sx.Expr:
+    def term(self, value: Any, span: Span) -> sx.Expr:
         value = number_of(value, span)
         if isinstance(value, Symbolic):
             return value.expr
@@ -273,6 +281,8 @@ class Expressions:
             return self._coordinate_of(base, expr, env)
         if isinstance(base, Tensor):
             return self._part_of(base, expr, env)
+        if isinstance(base, Waiting) and base.op is not None and expr.name in ("ins", "outs"):
+            return self._side_of(base, expr)
         raise fail("no-such-member", f"{kind(base)} has no part named `{expr.name}`", expr.span)
 
     def _members(self, expr: sx.Members, env: Environment, hint: str | None) -> Any:
@@ -282,14 +292,53 @@ class Expressions:
         if not dim.sequence:
             raise fail("no-sequence", f"`{dim.name}` is no sequence, it has no `{expr.name}`", expr.span,
                        help="coordinates exist on the last dim of an input of kind `token`")
-        if expr.name not in ("position", "document", "valid"):
-            raise fail("not-built-yet", f"the coordinate `{expr.name}` cannot be used here yet", expr.span)
         builder = env.builder
+        if expr.name not in COORDINATES:
+            return self._computed(dim, expr, env)
         if (id(dim), expr.name) not in builder.coordinates:
             made = self.apply_op(self.ops["coordinate"], {}, {"dim": (dim,), "which": expr.name}, {}, env, expr.span,
                                  expr.name)
             builder.coordinates[id(dim), expr.name] = made
         return builder.coordinates[id(dim), expr.name]
+
+    def _computed(self, dim: Dim, expr: sx.Member, env: Environment) -> Any:
+        """A computed coordinate as a tensor, or as a number where it is one everywhere."""
+        asked = Environment(env.file, env.builder)
+        asked.bind("query", dim, expr.span)
+        return self.value(self._definition(dim, expr), asked)
+
+    def _definition(self, dim: Dim, expr: sx.Member) -> sx.Expr:
+        """What a computed coordinate of a dim is, in the coordinates that every sequence has, of `query`."""
+        if (id(dim), expr.name) not in self.coordinates:
+            here = [name for i, name in self.coordinates if i == id(dim)]
+            raise fail("no-such-member", f"`{dim.name}` has no coordinate `{expr.name}` here", expr.span,
+                       help=did_you_mean(expr.name, (*COORDINATES, *here), "a coordinate")
+                       or f"`{dim.name}.{expr.name} = ...` computes one")
+        return self.coordinates[id(dim), expr.name][1]
+
+    def resolved(self, expr: sx.Expr, query: Dim, key: Dim) -> sx.Expr:
+        """An expression of `query` and `key` in the coordinates that every sequence has: position and document."""
+        match expr:
+            case sx.Member(value=sx.Name(id="query" | "key" as which), name=name):
+                if name in ("position", "document"):
+                    return expr
+                if name == "valid":
+                    raise fail("no-such-member", "attention never sees what is not valid, no mask has to say it", expr.span)
+                made = self._definition(query if which == "query" else key, expr)
+                return made if which == "query" else _asked_of_key(made)
+            case sx.Binary():
+                sides = (self.resolved(expr.left, query, key), self.resolved(expr.right, query, key))
+                return sx.Binary(expr.operator, *sides, span=expr.span)
+            case sx.Unary():
+                return sx.Unary(expr.operator, self.resolved(expr.value, query, key), span=expr.span)
+        return expr
+
+    def _side_of(self, waiting: Waiting, expr: sx.Member) -> tuple[Dim, ...]:
+        """`it.ins`, `it.outs`: the dims that a linear map comes from and goes to."""
+        sides = next((waiting.settings.get(s.name) for s in waiting.op.settings if s.kind == "map"), None)
+        if sides is None:
+            raise fail("no-such-member", f"`{waiting.name}` maps no dims to others, it has no `{expr.name}`", expr.span)
+        return sides[expr.name == "outs"]
 
     def _part_of(self, tensor: Tensor, expr: sx.Member, env: Environment) -> Any:
         if tensor.owner is not None:
@@ -308,6 +357,12 @@ class Expressions:
         if not is_number(value):
             raise fail("wrong-type", f"a number is needed here, this is {kind(value)}", expr.span)
         return value
+
+    def whole_numbers(self, expr: sx.Expr, env: Environment) -> list[int]:
+        """What picks iterations: a whole number, a list of them, or a range."""
+        value = self.value(expr, env)
+        values = value if isinstance(value, list) else [value]
+        return [whole(number_of(v, expr.span), "an iteration", expr.span, 0) for v in values]
 
     def items(self, expr: sx.Expr, env: Environment) -> list[Any]:
         """What a loop runs over: a list, the letters of a string, or 0 .. n - 1."""
@@ -337,6 +392,8 @@ class Expressions:
         value = self.value(expr, env)
         if isinstance(value, Dim):
             return (value,)
+        if isinstance(value, tuple) and value and all(isinstance(v, Dim) for v in value):
+            return value
         return (Dim("units", whole(value, "the size of a dim", expr.span), span=expr.span),)
 
     def _dims_of_item(self, item: sx.Argument, env: Environment) -> tuple[Dim, ...]:
@@ -383,6 +440,20 @@ class Expressions:
                 raise fail("wrong-arity", f"`{name}` takes {DISTRIBUTIONS[name]} numbers, this has {len(values)}", expr.span)
             return Init(_SPELLED.get(name, name), values)
         return Init("constant", (float(self.number(expr, env)),))
+
+
+def _asked_of_key(expr: sx.Expr) -> sx.Expr:
+    """A coordinate of `query` as that of `key`."""
+    match expr:
+        case sx.Name(id="query"):
+            return sx.Name("key", span=expr.span)
+        case sx.Member():
+            return sx.Member(_asked_of_key(expr.value), expr.name, span=expr.span)
+        case sx.Binary():
+            return sx.Binary(expr.operator, _asked_of_key(expr.left), _asked_of_key(expr.right), span=expr.span)
+        case sx.Unary():
+            return sx.Unary(expr.operator, _asked_of_key(expr.value), span=expr.span)
+    return expr
 
 
 def _plain(value: Any) -> Any:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .. import program as pg
 from .. import syntax as sx
-from ..arithmetic import kind, whole
-from ..diagnostics import Label, SpecError, fail
+from ..arithmetic import is_number, kind, whole
+from ..diagnostics import Label, SpecError, did_you_mean, fail
 from ..load import Found
+from ..selectors import read
 from ..source import Span
 from .builder import Builder
-from .environment import Environment
-from .expressions import truth
-from .values import POISON, Dim, Lazy, Tensor, Waiting
+from .environment import Environment, Scope
+from .expressions import COORDINATES, truth
+from .rewriting import advance, scope_key
+from .values import POISON, Dim, Lazy, SequenceName, Symbolic, Tensor, Waiting
 
 
 class Returned(Exception):
@@ -70,6 +73,12 @@ class Statements:
                 self._emit(statement, env)
             case sx.Declare(keyword="param"):
                 self._param(statement, env)
+            case sx.Coordinate():
+                self._coordinate(statement, env)
+            case sx.CoordinateInput() if statement.optional:
+                pass  # absent: whoever asks for it sees that no data give it
+            case sx.CoordinateInput() if statement.default is not None:
+                self._coordinate(sx.Coordinate(statement.dim, statement.name, statement.default, span=statement.span), env)
             case _:
                 raise fail("not-built-yet", _later(statement), statement.span)
 
@@ -107,8 +116,7 @@ class Statements:
             if not isinstance(value, Waiting):
                 raise fail("wrong-type", f"`shared` keeps one set of weights of a function that waits, this is {kind(value)}",
                            expr.span)
-            env.bind(name, Waiting(value.op, value.found, value.positional, value.settings, value.spans,
-                                   (name, env.builder), expr.span), statement.span)
+            env.bind(name, replace(value, shared=(name, env.builder), span=expr.span), statement.span)
 
     def _name_dims(self, statement: sx.Assign, value: Any, env: Environment) -> None:
         shape = statement.shape or ()
@@ -135,7 +143,7 @@ class Statements:
     # --- what a block declares --------------------------------------------------------------------
 
     def _init(self, statement: sx.InitRule, env: Environment) -> None:
-        selectors = tuple(dotted(s) for s in statement.selectors)
+        selectors = tuple(read(s, lambda e: self.whole_numbers(e, env)) for s in statement.selectors)
         init = self.distribution(statement.value, env)
         env.builder.rules.append(pg.Rule(selectors, init, statement.span))
 
@@ -154,6 +162,26 @@ class Statements:
                                         statement.span)
         env.bind(statement.name, tensor, statement.span)
 
+    def _coordinate(self, statement: sx.Coordinate, env: Environment) -> None:
+        """`seq.piece = seq.position // 16`: seen by this block and what it calls, from here on."""
+        dim = env.cell(statement.dim).value if env.cell(statement.dim) is not None else None
+        if not isinstance(dim, Dim):
+            raise fail("unknown-dim", f"`{statement.dim}` is no dim of an input of this block", statement.span,
+                       help=did_you_mean(statement.dim, env.names(), "a dim"))
+        if not dim.sequence:
+            raise fail("no-sequence", f"`{dim.name}` is no sequence, it has no position to compute `{statement.name}` from",
+                       statement.span, help="coordinates exist on the last dim of an input of kind `token`")
+        if statement.name in COORDINATES:
+            raise fail("bound-twice", f"every sequence has a `{statement.name}` already", statement.span,
+                       help="choose another name for this coordinate")
+        asking = Environment(env.file, env.builder, env)
+        asking.bind(statement.dim, SequenceName("query"), statement.span)
+        value = self.value(statement.value, asking)
+        if not (is_number(value) or isinstance(value, Symbolic) and not value.is_mask):
+            raise fail("wrong-type", f"a coordinate is a whole number along `{statement.dim}`, this is {kind(value)}",
+                       statement.value.span)
+        self.coordinates[id(dim), statement.name] = (dim, self.resolved(self.term(value, statement.value.span), dim, dim))
+
     def _dims_of_shape(self, item: sx.DimItem, env: Environment) -> tuple[Dim, ...]:
         if item.name is None:
             return (Dim("one", whole(self.number(item.size, env), "the size of a dim", item.span), span=item.span),)
@@ -170,21 +198,22 @@ class Statements:
         items = self.items(statement.source, env)
         carried = [n for n in assigned(statement.body) if env.has(n)]
         loop = _Loop(statement, env, carried)
-        for item in items:
-            self._iteration(loop, item)
+        self.segments.add(statement.names[0])
+        for i, item in enumerate(items):
+            self._iteration(loop, item, advance(env.scope, statement.names[:1], (i, len(items))))
         self._close(loop)
 
-    def _iteration(self, loop: _Loop, item: Any) -> None:
+    def _iteration(self, loop: _Loop, item: Any, scope: Scope) -> None:
         values = [loop.env.cell(n).value for n in loop.carried]
         for value in values:
             if value is POISON:
                 raise SpecError([])
         item = item.get() if isinstance(item, Lazy) else item
-        state = tuple(self.key(v, []) for v in values)
+        state = (scope_key(scope), *(self.key(v, []) for v in values))
         key = (state, self.key(item, []))
         done = loop.memo.get((state, None)) or loop.memo.get(key)
         if done is None:
-            done = self._elaborate_iteration(loop, item, values)
+            done = self._elaborate_iteration(loop, item, values, scope)
             loop.memo[key if done.reads_item else (state, None)] = done
         loop.schedule.append(done)
         for name, before, after in zip(loop.carried, values, done.after, strict=True):
@@ -198,10 +227,10 @@ class Statements:
             if not isinstance(after, Tensor):
                 loop.env.bind(name, after, loop.statement.span)
 
-    def _elaborate_iteration(self, loop: _Loop, item: Any, values: list[Any]) -> _Iteration:
+    def _elaborate_iteration(self, loop: _Loop, item: Any, values: list[Any], scope: Scope) -> _Iteration:
         statement, outer = loop.statement, loop.env
         builder = Builder(statement.names[0], parent=outer.builder, span=statement.span)
-        env = Environment(outer.file, builder, outer)
+        env = Environment(outer.file, builder, outer, scope=scope)
         inputs = {}
         for name, value in zip(loop.carried, values, strict=True):
             if isinstance(value, Tensor):
@@ -229,8 +258,10 @@ class Statements:
         env, statement = loop.env, loop.statement
         tensors = [n for n in loop.carried if isinstance(env.cell(n).value, Tensor)]
         captured: dict[int, Tensor] = {}
+        borrowed: dict[str, str] = {}
         for done in distinct:
             captured.update({i: outer for i, (outer, _) in done.builder.captured.items()})
+            borrowed.update(done.builder.borrowed)
         names = []
         for tensor in [*(env.cell(n).value for n in tensors), *captured.values()]:
             env.builder.names_of(tensor.dims)
@@ -241,6 +272,8 @@ class Statements:
                     inner = Tensor(done.builder.fresh(outer.name), outer.kind, outer.dims, done.builder, span=outer.span)
                     done.builder.captured[i] = (outer, inner)
                 inputs.append(done.builder.captured[i][1])
+            for shared in (n for n in borrowed if n not in done.builder.borrowed):
+                done.builder.borrow(shared, borrowed[shared])
             name = self.fresh_body(done.name)
             outputs = [a for n, a in zip(loop.carried, done.after, strict=True) if n in tensors]
             self.finish_later(name, done.builder, inputs, outputs)
@@ -249,7 +282,7 @@ class Statements:
         instance = statement.names[0]
         env.builder.own(instance, statement.span)
         schedule = tuple(place[id(d)] for d in loop.schedule)
-        env.builder.instances.append(pg.Instance(instance, tuple(names), schedule))
+        env.builder.instances.append(pg.Instance(instance, tuple(names), schedule, lends=tuple(borrowed)))
         befores = [env.cell(n).value for n in tensors]
         results = tuple((n, t.kind, t.dims) for n, t in zip(tensors, befores, strict=True))
         made = env.builder.add_node("loop", (*befores, *captured.values()), results, {"instance": instance}, {},
@@ -292,20 +325,8 @@ def assigned(statements: Any) -> list[str]:
     return list(found)
 
 
-def dotted(selector: sx.Selector) -> tuple[str, ...]:
-    """The names of a plain selector: `out`, `moe.up`."""
-    parts: list[str] = []
-    expr = selector.value
-    while isinstance(expr, sx.Member):
-        parts.insert(0, expr.name)
-        expr = expr.value
-    if not isinstance(expr, sx.Name):
-        raise fail("not-built-yet", "selectors of `init` with `in` or an index are not built yet", selector.span)
-    return (expr.id, *parts)
-
-
 def _later(statement: sx.Statement) -> str:
-    words = {sx.Coordinate: "computed coordinates", sx.CoordinateInput: "coordinates from the data"}
+    words = {sx.CoordinateInput: "coordinates from the data"}
     what = words.get(type(statement), f"`{getattr(statement, 'keyword', 'this')}`")
     return f"{what} are not built yet" if type(statement) in words else f"{what} is not built yet"
 

@@ -89,7 +89,8 @@ def _bytes(program: GraphProgram, graph: Graph, length: int, item_bytes: int) ->
         else:
             rows = length if state.keep is None else min(state.keep, length) if state.kind == "cache" else state.keep
             total["rows"] += rows * item_bytes * sum(math.prod(size) for _, size in state.rows)
-    for instance in graph.body.instances:
+    for node in (n for n in graph.nodes if n.op in STRUCTURE):
+        instance = graph.instance(node.attr("instance"))
         schedule = (0,) if instance.schedule is None else instance.schedule
         each = [_bytes(program, program.graphs[b], length, item_bytes) for b in instance.bodies]
         for which in schedule:

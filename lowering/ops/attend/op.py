@@ -17,6 +17,7 @@ def _infer(call: OpCall) -> Typing:
     call.op._check_kinds(call)
     bindings: dict[str, tuple[Any, ...]] = {}
     leading = _match(call, signature.operand("q"), q, bindings)
+    sequences: list[tuple[Any, Any]] = []
     sources = list(zip(call.tensors["k"], call.tensors["v"], strict=True))
     for i, (k, v) in enumerate(sources):
         mine = {"D": bindings["D"]}
@@ -26,6 +27,10 @@ def _infer(call: OpCall) -> Typing:
             if bindings.setdefault(formal, mine[formal]) != mine[formal]:
                 raise mismatch(call, "k", mine[formal], bindings[formal])
         bindings["S" if i == 0 else f"S{i + 1}"] = mine["S"]
+        sequences.append((bindings["Q"][0], mine["S"][0]))
+        if mine["S"] != bindings["Q"] or not mine["S"][0].sequence:
+            raise fail("not-built-yet", f"attention along `{bindings['Q'][0].name}` to the keys along `{mine['S'][0].name}` is "
+                       "not built yet", call.span, "the queries and keys of one sequence can attend")
     (heads,), (kv_heads,) = bindings["H"], bindings["K"]
     call.known(bindings["D"][0], "q")
     if call.known(heads, "q") % call.known(kv_heads, "k"):
@@ -33,7 +38,7 @@ def _infer(call: OpCall) -> Typing:
                    f"`{kv_heads.name}` = {kv_heads.size} key heads evenly", call.span,
                    f"{heads.size} divided by {kv_heads.size} leaves {heads.size % kv_heads.size}")
     result = leading + bindings["Q"] + bindings["H"] + bindings["E"]
-    return Typing(bindings, (q, *(t for pair in sources for t in pair)), (("real", result),))
+    return Typing(bindings, (q, *(t for pair in sources for t in pair)), (("real", result),), tuple(sequences))
 
 
 def _flops(sizes: dict[str, int], attrs: dict[str, Any]) -> float:

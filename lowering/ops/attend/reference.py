@@ -38,7 +38,9 @@ def lift(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> State:
 def combine(a: State, b: State) -> State:
     """Keys of both."""
     top = torch.maximum(a[0], b[0])
-    scale = [torch.where(torch.isinf(s[0]), torch.zeros_like(top), torch.exp(s[0] - top)) for s in (a, b)]
+    # Where no key was seen yet, -inf minus -inf would be NaN, in the gradient even behind a `where`.
+    safe = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+    scale = [torch.exp(s[0] - safe) for s in (a, b)]
     total = a[1] * scale[0] + b[1] * scale[1]
     return top, total, a[2] * scale[0][..., None] + b[2] * scale[1][..., None]
 
@@ -46,4 +48,5 @@ def combine(a: State, b: State) -> State:
 def finish(state: State) -> Tensor:
     """The weighted mean; 0 where no key was seen."""
     _, total, values = state
-    return torch.where(total[..., None] > 0, values / total.clamp(min=1e-300)[..., None], torch.zeros_like(values))
+    some = total > 0
+    return torch.where(some[..., None], values / torch.where(some, total, torch.ones_like(total))[..., None], 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+State = tuple[Tensor]
+
 
 def causal_conv(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x[*, S, C], w[C, J], b[C] -> y[*, S, C]."""
@@ -18,3 +20,23 @@ def window(before: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None) -> Ten
     rows = torch.cat([zeros, before[..., max(0, before.shape[-2] - taps + 1) :, :], x], -2)
     y = sum(w[:, j] * rows[..., j : j + x.shape[-2], :] for j in range(taps))
     return y if b is None else y + b
+
+
+def identity(x: Tensor) -> State:
+    """No rows."""
+    return (x[..., :0, :],)
+
+
+def lift(x: Tensor, taps: int) -> State:
+    """The last J - 1 rows of a part: all that a later row may still read."""
+    return (x[..., max(0, x.shape[-2] - taps + 1) :, :],)
+
+
+def combine(a: State, b: State, taps: int) -> State:
+    """Rows of a, then rows of b: not commutative."""
+    return lift(torch.cat([a[0], b[0]], -2), taps)
+
+
+def finish(state: State, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """The results of a part, from the rows before it."""
+    return window(state[0], x, w, b)

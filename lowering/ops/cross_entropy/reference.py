@@ -15,6 +15,8 @@ State = tuple[Tensor, Tensor, Tensor]
 def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
     """z[*, V], target[*] -> total[]."""
     known = target >= 0
+    # Selected, not multiplied by 0: a row that does not count may hold anything.
+    z = torch.where(known[..., None], z, torch.zeros_like(z))
     log_p = z - torch.log(torch.exp(z - z.amax(-1, keepdim=True)).sum(-1, keepdim=True)) - z.amax(-1, keepdim=True)
     picked = log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0]
     return -(picked * known).sum()
@@ -27,8 +29,8 @@ def identity(z: Tensor) -> State:
 
 def lift(z: Tensor, target: Tensor, offset: int) -> State:
     """(max, sum, the target's logit if it is here) of columns [offset, offset + z.shape[-1])."""
-    here = (target[..., None] == offset + torch.arange(z.shape[-1])).to(z.dtype)
-    return (*lift_sums(z), (here * z).sum(-1))
+    here = target[..., None] == offset + torch.arange(z.shape[-1])
+    return (*lift_sums(z), torch.where(here, z, torch.zeros_like(z)).sum(-1))
 
 
 def combine(a: State, b: State) -> State:
@@ -39,4 +41,5 @@ def combine(a: State, b: State) -> State:
 def finish(state: State, target: Tensor) -> Tensor:
     """The total."""
     top, total, picked = state
-    return ((torch.log(total) + top - picked) * (target >= 0)).sum()
+    loss = torch.log(total) + top - picked
+    return torch.where(target >= 0, loss, torch.zeros_like(loss)).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"}
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "**"}
 CALLS = {
     "exp": "torch.exp", "log": "torch.log", "sqrt": "torch.sqrt", "abs": "torch.abs", "sigmoid": "torch.sigmoid",
     "silu": "F.silu", "relu": "F.relu", "relu2": "lib.relu2", "tanh": "torch.tanh", "softplus": "F.softplus",

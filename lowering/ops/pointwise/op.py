@@ -34,13 +34,15 @@ BINARY = {
     "sub": "x - y",
     "mul": "x * y",
     "div": "x / y",
+    "floordiv": "the largest whole number that is at most x / y",
     "pow": "x to the y",
     "max": "the larger",
     "min": "the smaller",
 }
 LINEAR = {"neg": (("x",),), "add": (("x", "y"),), "sub": (("x", "y"),), "mul": (("x",), ("y",)), "div": (("x",),)}
-SIGNS = {"neg": "-", "add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "^"}
+SIGNS = {"neg": "-", "add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "^"}
 _KINDS = ("real", "coordinate", "index")
+_WHOLE = ("add", "sub", "mul", "floordiv", "max", "min", "neg", "abs")
 
 
 def _infer(call: OpCall) -> Typing:
@@ -54,7 +56,7 @@ def _infer(call: OpCall) -> Typing:
             raise fail("dim-mismatch", f"the operands of `{SIGNS.get(call.op.name, call.op.name)}` have different dims, and neither has all "
                        "dims of the other", call.span, f"{shown(widest)} and {shown(t)}",
                        help="`outer(a, b)` gives the dims of both")
-    kind = "coordinate" if all(t.kind != "real" for t in tensors) and call.op.name in ("add", "sub", "mul") else "real"
+    kind = "coordinate" if all(t.kind != "real" for t in tensors) and call.op.name in _WHOLE else "real"
     return Typing({"D": tuple(widest.dims)}, tuple(call.tensors.values()), ((kind, tuple(widest.dims)),))
 
 

@@ -8,21 +8,43 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+
+def log_sum(x: Tensor) -> Tensor:
+    """log(e^0 + e^x), wherever x is."""
+    return torch.logaddexp(torch.zeros_like(x), x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e^-x) = e^-log(1 + e^-x), which no large x overflows."""
+    return torch.exp(-log_sum(-x))
+
+
+def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """x[D] -> z[D], in [low, high]."""
+    x = x if low is None else torch.where(x < low, low, x)
+    return x if high is None else torch.where(x > high, high, x)
+
+
+def outer(x: Tensor, y: Tensor) -> Tensor:
+    """x[A], y[B] -> z[A, B]; z[a, b] = x[a] y[b]."""
+    return torch.tensordot(x, y, 0)
+
+
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "neg": lambda x: -x,
     "exp": torch.exp,
     "log": torch.log,
     "sqrt": torch.sqrt,
     "abs": torch.abs,
-    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
-    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "sigmoid": sigmoid,
+    "silu": lambda x: x * sigmoid(x),
     "relu": lambda x: x * (x > 0),
     "relu2": lambda x: (x * (x > 0)) ** 2,
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "tanh": lambda x: (torch.exp(2 * x) - 1) / (torch.exp(2 * x) + 1),
-    "softplus": lambda x: torch.log(1 + torch.exp(-x.abs())) + x.clamp(min=0),
-    "log_sigmoid": lambda x: -(torch.log(1 + torch.exp(-x.abs())) + (-x).clamp(min=0)),
+    "tanh": lambda x: 2 * sigmoid(2 * x) - 1,
+    "softplus": log_sum,
+    "log_sigmoid": lambda x: -log_sum(-x),
     "sin": torch.sin,
     "cos": torch.cos,
 }
@@ -31,7 +53,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sub": lambda x, y: x - y,
     "mul": lambda x, y: x * y,
     "div": lambda x, y: x / y,
-    "pow": lambda x, y: torch.exp(y * torch.log(x)),
+    "pow": torch.pow,
     "max": lambda x, y: torch.where(x > y, x, y),
     "min": lambda x, y: torch.where(x < y, x, y),
 }

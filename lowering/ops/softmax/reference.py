@@ -1,4 +1,4 @@
-"""softmax(x)_i = exp(x_i) / sum_j exp(x_j)."""
+"""softmax(x)_i = exp(x_i) / sum_j exp(x_j), and its logarithm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def softmax(x: Tensor) -> Tensor:
 
 def log_softmax(x: Tensor) -> Tensor:
     """x[*, D] -> y[*, D]."""
-    return torch.log(softmax(x))
+    x = x - x.amax(-1, keepdim=True)
+    return x - torch.log(torch.exp(x).sum(-1, keepdim=True))
 
 
 def identity(x: Tensor) -> State:
@@ -27,16 +28,25 @@ def identity(x: Tensor) -> State:
 def lift(x: Tensor) -> State:
     """(max, sum of exp(x - max)) of a part of D."""
     top = x.amax(-1)
-    return top, torch.exp(x - top[..., None]).sum(-1)
+    return top, torch.exp(x - _finite(top)[..., None]).sum(-1)
 
 
 def combine(a: State, b: State) -> State:
     """Both parts."""
     top = torch.maximum(a[0], b[0])
-    scale = [torch.where(torch.isinf(s[0]), torch.zeros_like(top), torch.exp(s[0] - top)) for s in (a, b)]
-    return top, a[1] * scale[0] + b[1] * scale[1]
+    return top, a[1] * torch.exp(a[0] - _finite(top)) + b[1] * torch.exp(b[0] - _finite(top))
+
+
+def _finite(top: Tensor) -> Tensor:
+    """0 for the largest of nothing: -inf minus -inf would be NaN, in the gradient even behind a `where`."""
+    return torch.where(torch.isinf(top), torch.zeros_like(top), top)
 
 
 def finish(state: State, x: Tensor) -> Tensor:
     """A part of y, from the statistic of all parts."""
     return torch.exp(x - state[0][..., None]) / state[1][..., None]
+
+
+def finish_log(state: State, x: Tensor) -> Tensor:
+    """A part of log y, from the statistic of all parts."""
+    return x - state[0][..., None] - torch.log(state[1])[..., None]

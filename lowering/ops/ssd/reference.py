@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 State = tuple[Tensor, Tensor]
@@ -25,12 +24,14 @@ def run(state: State, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor
     """Rows behind a state: their results, and the state behind them."""
     heads = u.shape[2] // B.shape[2]
     B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)
-    d, A = F.softplus(dt + dt_bias), -torch.exp(A_log)
+    raw = dt + dt_bias
+    d, A = torch.logaddexp(torch.zeros_like(raw), raw), -torch.exp(A_log)
     decay, S = state
     rows = []
     for t in range(u.shape[1]):
         if starts is not None:
             S = torch.where(starts[:, t, None, None, None], torch.zeros_like(S), S)
+            decay = torch.where(starts[:, t, None], torch.zeros_like(decay), decay)
         a = torch.exp(d[:, t] * A)
         S = a[..., None, None] * S + (d[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None]
         decay = decay * a
@@ -45,11 +46,18 @@ def identity(u: Tensor, B: Tensor) -> State:
     return torch.ones(b, h, dtype=u.dtype), torch.zeros(b, h, p, B.shape[-1], dtype=u.dtype)
 
 
-def lift(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor) -> State:
-    """(decay, state) of some rows, whoever asks."""
-    return run(identity(u, B), u, dt, B, C, A_log, D, dt_bias)[1]
+def lift(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
+         starts: Tensor | None = None) -> State:
+    """(decay, state) of some rows, whoever asks; the decay is 0 where a document starts in them."""
+    return run(identity(u, B), u, dt, B, C, A_log, D, dt_bias, starts)[1]
 
 
 def combine(a: State, b: State) -> State:
     """Rows of a, then rows of b: not commutative."""
     return a[0] * b[0], b[0][..., None, None] * a[1] + b[1]
+
+
+def finish(state: State, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
+           starts: Tensor | None = None) -> Tensor:
+    """The results of some rows, from the state of all rows before them."""
+    return run(state, u, dt, B, C, A_log, D, dt_bias, starts)[0]

@@ -1,0 +1,450 @@
+"""One use of an op as a test case: drawn from its signature, typed by its room, emitted by its room and run.
+
+A `Case` is a graph of one node. Its dims are named after the formals of the signature, so that a law about a role can
+find every axis that it speaks of. Sizes are 1, odd and prime; weights stand alone or in the module that the room makes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from types import CodeType, SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from heddle.codegen.emit import Writer
+from heddle.codegen.facts import Use
+from heddle.dsl import syntax as sx
+from heddle.dsl.program import Body, Dim, Init, Node, Program, Type, Value, Weight
+from heddle.lowering.graph import Graph, GraphProgram, State
+from heddle.lowering.op import Op
+from heddle.lowering.ops import part, table
+from heddle.lowering.ops.pointwise.op import BINARY, UNARY
+from heddle.lowering.passes.infer_types import GraphDim, infer
+from heddle.lowering.passes.stream import stream
+from heddle.runtime import lib
+
+Tensors = dict[str, Tensor]
+Draw = Callable[[Any], Any]
+
+SIZES = st.sampled_from((1, 2, 3, 5, 7))
+SMALL = st.sampled_from((1, 2, 3))
+POINTWISE = (*UNARY, *BINARY, "clip", "outer")
+
+
+@dataclass(frozen=True)
+class Arg:
+    """An operand of the node: `operand` is its name in the signature, `formals` say which formal each dim belongs to."""
+
+    name: str
+    operand: str
+    dims: tuple[str, ...]
+    formals: tuple[str, ...]
+    kind: str = "real"
+    weight: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A drawn use. `sums` are dims as long as others together; `tied` are dims that must be multiples of another."""
+
+    name: str
+    sizes: Mapping[str, int]
+    args: tuple[Arg | None, ...]
+    attrs: tuple[tuple[str, Any], ...] = ()
+    sequence: str | None = None
+    lead: tuple[str, ...] = ()
+    sums: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    reach: tuple[int, int] = (0, 0)
+
+    @property
+    def op(self) -> Op:
+        return table()[self.name]
+
+    @property
+    def given(self) -> tuple[Arg, ...]:
+        return tuple(a for a in self.args if a is not None)
+
+    def attr(self, name: str) -> Any:
+        setting = self.op.setting(name)
+        return dict(self.attrs).get(name, setting.default if setting else None)
+
+    def resized(self, **sizes: int) -> Case:
+        return replace(self, sizes={**self.sizes, **sizes})
+
+    def size(self, dim: str) -> int:
+        if dim in self.sums:
+            return sum(math.prod(self.sizes[d] for d in dims) for dims in self.sums[dim])
+        return self.sizes[dim]
+
+    def shape(self, dims: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(self.size(d) for d in dims)
+
+    def dims_of(self, formal: str) -> tuple[str, ...]:
+        """The dims that a formal stands for; `*` is the leading dims."""
+        found = (d for a in self.given for d, f in zip(a.dims, a.formals, strict=True) if f == formal)
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def dims(self) -> tuple[Dim, ...]:
+        names = dict.fromkeys((*self.sizes, *self.sums))
+        lead = self.lead
+        return tuple(Dim(d, self.size(d), d == self.sequence, lead if d == self.sequence else ()) for d in names)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The typed graph: results and bindings are what the room's rule says."""
+        inputs = tuple(Value(a.name, Type(a.kind, a.dims)) for a in self.given if not a.weight)
+        weights = tuple(Weight(a.name, a.dims, Init("free"), self.name) for a in self.given if a.weight)
+        body = Body("case", "case", self.dims, inputs, weights, (), (), ())
+        operands = tuple(None if a is None else a.name for a in self.args)
+        node = Node((), self.name, operands, self.attrs)
+        dims = {d.name: GraphDim(d.name, d.size, d.sequence) for d in self.dims}
+        for d in self.dims:
+            dims[d.name].lead = tuple(dims[x] for x in d.lead)
+        typing = infer(node, Graph(body), dims)
+        results = tuple(
+            Value(f"y{i}", Type(kind, tuple(d.name for d in ds))) for i, (kind, ds) in enumerate(typing.results)
+        )
+        bindings = tuple((f, tuple(d.name for d in ds)) for f, ds in typing.bindings.items())
+        node = replace(node, results=results, bindings=bindings)
+        return Graph(replace(body, nodes=(node,), outputs=tuple(r.name for r in results)))
+
+    @property
+    def results(self) -> tuple[tuple[str, ...], ...]:
+        """Dims of the results, as the room's rule says."""
+        return tuple(r.type.dims for r in self.graph.nodes[0].results)
+
+    @cached_property
+    def program(self) -> GraphProgram:
+        whole = Program("case", "case", "model", {}, {}, {})
+        return stream(GraphProgram(whole, {"case": self.graph}, frozenset({"built", "hoisted", "stacked", "typed"})))
+
+    @property
+    def state(self) -> State | None:
+        """What a stream keeps for it, as the stream pass derives it."""
+        return next(iter(self.program.states["case"]), None)
+
+    @cached_property
+    def emitted(self) -> Emitted:
+        return emit(self)
+
+
+@dataclass
+class Emitted:
+    """The text that the op's room prints, ready to run."""
+
+    text: str
+    construct: str | None
+    slot: str | None
+    masks: dict[str, Any]
+
+
+def emit(case: Case) -> Emitted:
+    """What the emitter writes for the case's node."""
+    masks: dict[str, tuple[str, str]] = {}
+    writer = Writer(case.graph, case.program, masks, inline=False)
+    (node,) = case.graph.nodes
+    use = Use(case.graph, node, writer, case.state)
+    text = writer.call(node)
+    construct = f"dict({use.own.removeprefix('self.')}={part(node.op, 'cpu').construct(use)})" if use.own else None
+    slots = writer.slots()
+    made = {name: eval(_code(source), {"lib": lib}) for name, source in masks.values()}
+    return Emitted(text, construct, f"lib.Slots({slots[0]})" if slots else None, made)
+
+
+@lru_cache(4096)
+def _code(text: str) -> CodeType:
+    return compile(text, "<emitted>", "eval")
+
+
+def run(case: Case, tensors: Tensors, document: Tensor | None = None, at: Any = None, state: Any = None) -> tuple[Tensor, ...]:
+    """The results of the emitted code. It is differentiable in every operand, weights of modules included."""
+    code = case.emitted
+    if at is None and case.sequence:
+        batch = math.prod(case.size(d) for d in case.lead)
+        at = lib.At((batch, case.size(case.sequence)), None, document=document)
+    weights = {a.name: tensors[a.name] for a in case.given if a.weight}
+    names = {"torch": torch, "F": F, "lib": lib, "at": at, "state": lib.STATELESS if state is None else state}
+    names |= {"self": _owner(code, weights), **code.masks}
+    names |= {a.name: tensors[a.name] for a in case.given if not a.weight}
+    found = eval(_code(code.text), names)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _owner(code: Emitted, weights: Tensors) -> Any:
+    """`self` of the emitted code: the bare weights, or the room's module with weights that gradients flow through."""
+    if code.construct is None:
+        return SimpleNamespace(**weights)
+    owner = nn.Module()
+    for name, module in eval(_code(code.construct), {"lib": lib}).items():
+        owner.add_module(name, module)
+    owner.double()
+    held = {id(p): (module, name, p) for module in owner.modules() for name, p in module._parameters.items() if p is not None}
+    for p in owner.parameters():
+        p.data = torch.arange(p.numel(), dtype=p.dtype).view_as(p)
+    filled = {key: torch.zeros(p.numel(), dtype=p.dtype) for key, (_, _, p) in held.items()}
+    left = dict(weights)
+    for path, holder, view in lib.named_logical_parameters(owner):
+        weight = left.pop(path)
+        assert view.shape == weight.shape
+        filled[id(holder)] = filled[id(holder)].index_copy(0, view.reshape(-1).long(), weight.reshape(-1))
+    assert not left, f"the module does not own {sorted(left)}"
+    for key, (module, name, p) in held.items():
+        delattr(module, name)
+        setattr(module, name, filled[key].view(p.shape))
+    return owner
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def draw_case(draw: Draw, name: str, sizes: Any = SIZES, joined: bool = False) -> Case:
+    """A use of an op with drawn dims and settings. `joined` allows results of a product that stand side by side."""
+    if name in POINTWISE:
+        return _pointwise(draw, name, sizes)
+    special = {"attend": _attend, "parallel_linear": _parallel_linear, "parallel_conv": _parallel_conv,
+               "index": _index, "coordinate": _coordinate}  # fmt: skip
+    if name in special:
+        return special[name](draw, sizes, joined)
+    return _by_signature(draw, table()[name], sizes)
+
+
+# Formals that may stand for several dims; formals that are a multiple of another one.
+COMPOUND = {"linear": "KN", "rms_norm": "D", "layer_norm": "D", "softmax": "D", "log_softmax": "D", "causal_conv": "C",
+            "embed": "N", "sum": "D", "mean": "D", "max_over": "D"}  # fmt: skip
+TIED = {"ssd": {"h": "g"}}
+
+
+def _by_signature(draw: Draw, op: Op, sizes: Any) -> Case:
+    """Operands as the signature writes them."""
+    count = 1 if op.coordinates or op.name == "rotate" else draw(st.integers(0, 2))
+    lead = ("batch", "outer")[:count]
+    dims: dict[str, tuple[str, ...]] = {"*": lead}
+    for formal in op.signature.formals():
+        low = formal.lower()
+        several = formal in COMPOUND.get(op.name, "") and draw(st.booleans())
+        dims[formal] = (f"{low}_outer", low) if several else (low,)
+    if op.name == "causal_conv":
+        dims["J"] = ("taps",)
+    size = {d: draw(SMALL if d in ("batch", "outer") else sizes) for ds in dims.values() for d in ds}
+    for many, few in TIED.get(op.name, {}).items():
+        size[many] = size[few] * draw(SMALL)
+    if op.name == "rotate":
+        size["d"] = 2 * size["r"] + draw(st.integers(0, 2))
+    attrs, absent = SETTINGS.get(op.name, lambda *_: ([], ()))(draw, dims, size)
+    weights = {w.operand for w in op.weights}
+    dot = "own." if weights and draw(st.booleans()) else ""
+    args: list[Arg | None] = []
+    for operand in op.signature.operands:
+        if operand.name in absent:
+            args.append(None)
+            continue
+        formals = (("*",) if operand.leading else ()) + tuple(f.name for f in operand.formals)
+        pairs = [(d, f) for f in formals for d in dims[f]]
+        owned = operand.name in weights
+        kind = op.operand_kinds.get(operand.name, ("real",))[0]
+        names = tuple(d for d, _ in pairs), tuple(f for _, f in pairs)
+        args.append(Arg(dot + operand.name if owned else operand.name, operand.name, *names, kind, owned))
+    reach = {"causal_conv": (size.get("taps", 1) - 1, 0), "next": (0, dict(attrs).get("by", 1))}.get(op.name, (0, 0))
+    sequence = "s" if op.coordinates else None
+    return Case(op.name, size, tuple(args), tuple(attrs), sequence, lead, tied=TIED.get(op.name, {}), reach=reach)
+
+
+Settings = tuple[list[tuple[str, Any]], tuple[str, ...]]
+
+
+def _map(draw: Draw, dims: Any, size: Any) -> Settings:
+    absent = () if draw(st.booleans()) else ("bias",)
+    return [("map", (dims["K"], dims["N"]))], absent
+
+
+def _table(draw: Draw, dims: Any, size: Any) -> Settings:
+    return [("map", (dims["V"], dims["N"]))], ()
+
+
+def _over(draw: Draw, dims: Any, size: Any) -> Settings:
+    return [("over", dims["D"])], ()
+
+
+def _rms(draw: Draw, dims: Any, size: Any) -> Settings:
+    first = size[dims["D"][0]]
+    groups = draw(st.sampled_from([g for g in range(1, first + 1) if first % g == 0]))
+    return [("over", dims["D"]), ("groups", groups), ("eps", draw(st.sampled_from((1e-5, 1e-2))))], ()
+
+
+def _layer(draw: Draw, dims: Any, size: Any) -> Settings:
+    absent = () if draw(st.booleans()) else ("bias",)
+    return [("over", dims["D"]), ("zero_centred", draw(st.booleans()))], absent
+
+
+def _conv(draw: Draw, dims: Any, size: Any) -> Settings:
+    return [("taps", size["taps"])], () if draw(st.booleans()) else ("bias",)
+
+
+def _ssd(draw: Draw, dims: Any, size: Any) -> Settings:
+    return [("chunk", draw(st.integers(1, size["s"] + 1)))], ()
+
+
+def _next(draw: Draw, dims: Any, size: Any) -> Settings:
+    return [("by", draw(st.integers(1, 3)))], ()
+
+
+SETTINGS: dict[str, Callable[..., Settings]] = {
+    "linear": _map, "embed": _table, "rms_norm": _rms, "layer_norm": _layer, "softmax": _over, "log_softmax": _over,
+    "sum": _over, "mean": _over, "max_over": _over, "causal_conv": _conv, "ssd": _ssd, "next": _next,
+}  # fmt: skip
+
+
+def _pointwise(draw: Draw, name: str, sizes: Any) -> Case:
+    """One operand has all dims, the other some of them in any order, or is a number."""
+    dims = tuple("abc"[: draw(st.integers(0, 3))])
+    size = {d: draw(SMALL if d == "a" else sizes) for d in dims}
+    if name == "outer":
+        other = tuple("de"[: draw(st.integers(0, 2))])
+        size |= {d: draw(SMALL) for d in other}
+        x, y = Arg("x", "x", dims, ("A",) * len(dims)), Arg("y", "y", other, ("B",) * len(other))
+        return Case(name, size, (x, y))
+    wide = Arg("x", "x", dims, ("D",) * len(dims))
+    if name == "clip":
+        low = draw(st.sampled_from((-0.5, 0.0)))
+        bounds = draw(st.sampled_from(((low, 0.75), (low, None), (None, 0.75))))
+        return Case(name, size, (wide,), (("low", bounds[0]), ("high", bounds[1])))
+    if name in UNARY:
+        return Case(name, size, (wide,))
+    number = draw(st.sampled_from((None, None, 2, 0.5)))
+    if number is not None:
+        first = draw(st.booleans())
+        tensor = replace(wide, name="y", operand="y") if first else wide
+        return Case(name, size, (None, tensor) if first else (tensor, None), (("x" if first else "y", number),))
+    chosen = draw(st.permutations(dims))[: draw(st.integers(0, len(dims)))]
+    narrow = Arg("y", "y", tuple(chosen), ("D",) * len(chosen))
+    if draw(st.booleans()):
+        wide, narrow = replace(narrow, name="x", operand="x"), replace(wide, name="y", operand="y")
+    return Case(name, size, (wide, narrow))
+
+
+def _compare(left: sx.Expr, operator: str, right: sx.Expr) -> sx.Expr:
+    return sx.Binary(operator, left, right)
+
+
+_KEY, _QUERY = (sx.Member(sx.Name(n), "position") for n in ("key", "query"))
+_CAUSAL = _compare(_KEY, "<=", _QUERY)
+# Masks with what they say of (query, key) positions; under the last two some rows see nothing.
+MASKS: dict[str, tuple[sx.Expr, Callable[[Tensor, Tensor], Tensor]]] = {
+    "causal": (_CAUSAL, lambda q, k: k <= q),
+    "full": (sx.Constant(True), lambda q, k: (k == k) & (q == q)),
+    "window": (sx.Binary("and", _CAUSAL, _compare(sx.Binary("-", _QUERY, _KEY), "<", sx.Number(2))), lambda q, k: (k <= q) & (q - k < 2)),
+    "past": (_compare(_KEY, "<", _QUERY), lambda q, k: k < q),
+    "next": (_compare(_KEY, "==", sx.Binary("+", _QUERY, sx.Number(1))), lambda q, k: k == q + 1),
+}  # fmt: skip
+
+
+def mask_name(mask: sx.Expr) -> str:
+    return next(name for name, (known, _) in MASKS.items() if known == mask)
+
+
+def _attend(draw: Draw, sizes: Any, joined: bool) -> Case:
+    """Queries and keys are the rows of one call, so their sequence is one dim."""
+    size = {"batch": draw(SMALL), "s": draw(sizes), "k": draw(SMALL), "d": draw(sizes), "e": draw(sizes)}
+    size["h"] = size["k"] * draw(SMALL)
+    count = draw(st.sampled_from((1, 1, 2)))
+    masks = tuple(MASKS[draw(st.sampled_from(tuple(MASKS)))][0] for _ in range(count))
+    args = [Arg("q", "q", ("batch", "s", "h", "d"), ("*", "Q", "H", "D"))]
+    for i in range(count):
+        args.append(Arg(f"k{i}", "k", ("batch", "s", "k", "d"), ("*", "S", "K", "D")))
+        args.append(Arg(f"v{i}", "v", ("batch", "s", "k", "e"), ("*", "S", "K", "E")))
+    attrs = [("masks", masks)] + ([("scale", draw(st.sampled_from((0.5, 1.0))))] if draw(st.booleans()) else [])
+    return Case("attend", size, tuple(args), tuple(attrs), "s", ("batch",), tied={"h": "k"})
+
+
+def _parallel_linear(draw: Draw, sizes: Any, joined: bool) -> Case:
+    ins = ("k_outer", "k") if draw(st.booleans()) else ("k",)
+    lead = ("batch", "outer")[: draw(st.integers(0, 2))]
+    size = {d: draw(SMALL) for d in (*lead, *ins)}
+    args: list[Arg | None] = [Arg("x", "x", (*lead, *ins), ("*",) * len(lead) + ("K",) * len(ins))]
+    parts = tuple(f"p{i}" for i in range(draw(st.integers(1, 3))))
+    outs = {}
+    for p in parts:
+        outs[p] = (f"{p}_n_outer", f"{p}_n") if draw(st.booleans()) else (f"{p}_n",)
+        size |= {d: draw(SMALL) for d in outs[p]}
+        n = ("N",) * len(outs[p])
+        args.append(Arg(f"{p}.weight", "weights", (*outs[p], *ins), n + ("K",) * len(ins), weight=True))
+        args.append(Arg(f"{p}.bias", "biases", outs[p], n, weight=True) if draw(st.booleans()) else None)
+    cut = draw(st.integers(0, len(parts))) if joined else 0
+    give = ((parts[:cut],) if cut else ()) + tuple((p,) for p in parts[cut:])
+    attrs = [("ins", ins), ("parts", parts), ("give", give)]
+    sums = {}
+    if cut > 1:
+        sums["joined"] = tuple(outs[p] for p in parts[:cut])
+        attrs.append(("joined", ("joined",)))
+    return Case("parallel_linear", size, tuple(args), tuple(attrs), lead=lead, sums=sums)
+
+
+def _parallel_conv(draw: Draw, sizes: Any, joined: bool) -> Case:
+    size = {"batch": draw(SMALL), "s": draw(sizes), "taps": draw(sizes)}
+    parts = tuple(f"p{i}" for i in range(draw(st.integers(1, 3))))
+    outs = {p: (f"{p}_c_outer", f"{p}_c") if draw(st.booleans()) else (f"{p}_c",) for p in parts}
+    size |= {d: draw(SMALL) for ds in outs.values() for d in ds}
+    args: list[Arg | None] = [Arg("x", "x", ("batch", "s", "joined"), ("*", "S", "C"))]
+    has_bias = draw(st.booleans())
+    for p in parts:
+        c = ("C",) * len(outs[p])
+        args.append(Arg(f"{p}.weight", "weights", (*outs[p], "taps"), (*c, "J"), weight=True))
+        args.append(Arg(f"{p}.bias", "biases", outs[p], c, weight=True) if has_bias else None)
+    attrs = (("taps", size["taps"]), ("parts", parts))
+    sums = {"joined": tuple(outs.values())}
+    return Case("parallel_conv", size, tuple(args), attrs, "s", ("batch",), sums, reach=(size["taps"] - 1, 0))
+
+
+def _index(draw: Draw, sizes: Any, joined: bool) -> Case:
+    return Case("index", {"d": draw(sizes)}, (), (("dim", ("d",)),))
+
+
+def _coordinate(draw: Draw, sizes: Any, joined: bool) -> Case:
+    size = {"batch": draw(SMALL), "s": draw(sizes)}
+    which = draw(st.sampled_from(("position", "document")))
+    return Case("coordinate", size, (), (("dim", ("s",)), ("which", which)), "s", ("batch",))
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+POSITIVE = {("log", "x"), ("sqrt", "x"), ("pow", "x"), ("div", "y")}
+
+
+def draw_tensors(draw: Draw, case: Case) -> Tensors:
+    """Values of every operand, in fp64. Bases of powers, logarithms and divisors are positive and not small."""
+    make = torch.Generator().manual_seed(draw(st.integers(0, 1 << 16)))
+    found = {}
+    for a in case.given:
+        shape = case.shape(a.dims)
+        if a.kind == "real":
+            x = torch.randn(shape, generator=make, dtype=torch.float64)
+            found[a.name] = x.abs() + 0.25 if (case.name, a.operand) in POSITIVE else x
+        else:
+            least, end = (-1, case.size("v")) if case.name == "cross_entropy" else (0, case.size("v") if "v" in case.sizes else 11)
+            found[a.name] = torch.randint(least, end, shape, generator=make)
+    return found
+
+
+def draw_document(draw: Draw, case: Case) -> Tensor | None:
+    """int64 [batch, seq]: documents that stand one behind the other; None for a case without coordinates."""
+    if case.sequence is None:
+        return None
+    batch = math.prod(case.size(d) for d in case.lead)
+    starts = st.lists(st.booleans(), min_size=case.size(case.sequence), max_size=case.size(case.sequence))
+    return torch.tensor([draw(starts) for _ in range(batch)]).view(batch, -1).cumsum(1)
+
+
+def cuts(draw: Draw, size: int) -> list[tuple[int, int]]:
+    """[0, size) in parts, at any places, single elements included."""
+    inner = sorted(draw(st.sets(st.integers(1, size - 1)))) if size > 1 else []
+    bounds = [0, *inner, size]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))

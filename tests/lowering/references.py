@@ -1,0 +1,253 @@
+"""How a drawn case is put to its room's `reference.py`: the function, and the monoid of its marked dim.
+
+Formals that stand for several dims are one axis here; packed documents are computed each alone and laid end to end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heddle.lowering.ops import part
+
+from .cases import MASKS, POINTWISE, Case, Tensors, mask_name
+
+State = tuple[Tensor, ...]
+
+
+def flat(case: Case, tensors: Tensors) -> dict[str, Any]:
+    """Operands by name in the signature, one axis a formal; repeated operands are lists, absent ones None."""
+    found: dict[str, Any] = {o.name: [] if o.repeated else None for o in case.op.signature.operands}
+    for a in case.given:
+        shape = list(case.shape(tuple(d for d, f in zip(a.dims, a.formals, strict=True) if f == "*")))
+        for formal in dict.fromkeys(f for f in a.formals if f != "*"):
+            shape.append(math.prod(case.size(d) for d, f in zip(a.dims, a.formals, strict=True) if f == formal))
+        x = tensors[a.name].reshape(shape)
+        if isinstance(found[a.operand], list):
+            found[a.operand].append(x)
+        else:
+            found[a.operand] = x
+    return found
+
+
+def reference(case: Case, tensors: Tensors, document: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The results by the room's reference math, with the dims that its type rule says."""
+    made = FORWARD[case.name](case, tensors if case.name in POINTWISE else flat(case, tensors), document)
+    results = made if isinstance(made, tuple) else (made,)
+    return tuple(y.reshape(case.shape(dims)) for y, dims in zip(results, case.results, strict=True))
+
+
+def room(case: Case) -> Any:
+    return part(case.name, "reference")
+
+
+def pieces(document: Tensor | None, batch: int, seq: int) -> list[list[tuple[int, int]]]:
+    """The documents of each batch row as ranges of rows."""
+    if document is None:
+        return [[(0, seq)]] * batch
+    rows = document.tolist()
+    return [list(pairwise([0, *(t for t in range(1, seq) if r[t] != r[t - 1]), seq])) for r in rows]
+
+
+def by_document(f: Callable[..., Tensor], document: Tensor | None, *rows: Tensor) -> Tensor:
+    """f of each document alone; rows are [b, S, ...]."""
+    batch, seq = rows[0].shape[:2]
+    found = pieces(document, batch, seq)
+    return torch.stack([torch.cat([f(*(x[i : i + 1, s:e] for x in rows))[0] for s, e in found[i]]) for i in range(batch)])
+
+
+def seen(case: Case, document: Tensor | None) -> list[Tensor]:
+    """bool [b, S, S] for each source: the mask's rule on positions that restart with each document."""
+    batch, seq = case.size("batch"), case.size("s")
+    found = []
+    for mask in case.attr("masks"):
+        allowed = torch.zeros(batch, seq, seq, dtype=torch.bool)
+        for i, row in enumerate(pieces(document, batch, seq)):
+            for s, e in row:
+                position = torch.arange(e - s)
+                allowed[i, s:e, s:e] = MASKS[mask_name(mask)][1](position[:, None], position[None])
+        found.append(allowed)
+    return found
+
+
+def scale(case: Case) -> float:
+    given = case.attr("scale")
+    return case.size("d") ** -0.5 if given is None else given
+
+
+def _elementwise(case: Case, t: Tensors, _: Any) -> Tensor:
+    """Operands aligned by the names of their dims."""
+    ops = room(case)
+    wanted = case.results[0]
+    args: list[Tensor] = []
+    for arg, operand in zip(case.args, case.op.signature.operands, strict=True):
+        if arg is None:
+            args.append(torch.tensor(float(case.attr(operand.name)), dtype=torch.float64))
+        elif case.name == "outer":
+            args.append(t[arg.name])
+        else:
+            x = t[arg.name].permute([arg.dims.index(d) for d in wanted if d in arg.dims])
+            args.append(x.reshape([case.size(d) if d in arg.dims else 1 for d in wanted]))
+    if case.name == "clip":
+        return ops.clip(args[0], case.attr("low"), case.attr("high"))
+    return {**ops.UNARY, **ops.BINARY, "outer": ops.outer}[case.name](*args)
+
+
+def _parallel(case: Case, o: Any) -> list[tuple[Tensor, Tensor | None]]:
+    """(weight, bias or None) of each part, one axis a formal."""
+    biases = {a.name.split(".")[0]: a for a in case.given if a.operand == "biases"}
+    left = list(o["biases"])
+    return [(w, left.pop(0) if p in biases else None) for p, w in zip(case.attr("parts"), o["weights"], strict=True)]
+
+
+def _parallel_linear(case: Case, o: Any, _: Any) -> tuple[Tensor, ...]:
+    by_part = [room(case).linear(o["x"], w, b) for w, b in _parallel(case, o)]
+    return tuple(torch.cat([by_part.pop(0) for _ in group], -1) for group in case.attr("give"))
+
+
+def _parallel_conv(case: Case, o: Any, document: Any) -> tuple[Tensor, ...]:
+    weights = _parallel(case, o)
+    xs = o["x"].split([len(w) for w, _ in weights], -1)
+    pairs = zip(xs, weights, strict=True)
+    return tuple(by_document(lambda rows, w=w, b=b: room(case).causal_conv(rows, w, b), document, x) for x, (w, b) in pairs)
+
+
+def _ssd(case: Case, o: Any, document: Any) -> Tensor:
+    per_head = (o["A_log"], o["D"], o["dt_bias"])
+    rows = (o["u"], o["dt"], o["b"], o["c"])
+    return by_document(lambda *x: room(case).ssd(*x, *per_head), document, *rows)
+
+
+def _attend(case: Case, o: Any, document: Any) -> Tensor:
+    return room(case).attend(o["q"], list(zip(o["k"], o["v"], seen(case, document), strict=True)), scale(case))
+
+
+def _coordinate(case: Case, o: Any, document: Any) -> Tensor:
+    return room(case).coordinate(document, case.attr("which"))
+
+
+FORWARD: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(POINTWISE, _elementwise),
+    "linear": lambda c, o, d: room(c).linear(o["x"], o["weight"], o["bias"]),
+    "parallel_linear": _parallel_linear,
+    "embed": lambda c, o, d: room(c).embed(o["ids"], o["weight"]),
+    "rms_norm": lambda c, o, d: room(c).rms_norm(o["x"], o["weight"], c.attr("eps"), c.attr("groups")),
+    "layer_norm": lambda c, o, d: room(c).layer_norm(o["x"], o["weight"], o["bias"], c.attr("eps"), c.attr("zero_centred")),
+    "softmax": lambda c, o, d: room(c).softmax(o["x"]),
+    "log_softmax": lambda c, o, d: room(c).log_softmax(o["x"]),
+    "sum": lambda c, o, d: room(c).sum(o["x"]),
+    "mean": lambda c, o, d: room(c).mean(o["x"]),
+    "max_over": lambda c, o, d: room(c).max_over(o["x"]),
+    "cross_entropy": lambda c, o, d: room(c).cross_entropy(o["logits"], o["target"]),
+    "rotate": lambda c, o, d: room(c).rotate(o["x"], o["cos"], o["sin"]),
+    "next": lambda c, o, d: room(c).next_token(o["ids"], d, c.attr("by")),
+    "causal_conv": lambda c, o, d: by_document(lambda x: room(c).causal_conv(x, o["weight"], o["bias"]), d, o["x"]),
+    "parallel_conv": _parallel_conv,
+    "ssd": _ssd,
+    "attend": _attend,
+    "index": lambda c, o, d: room(c).index(c.size("d")),
+    "coordinate": _coordinate,
+}
+
+
+# --- monoids --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The monoid of a case's marked dim, its operands filled in. `width` is the length of the dim, `axis` where it
+    stands in the results (None where they lack it); `finish` gives the results of one part."""
+
+    width: int
+    axis: int | None
+    identity: State
+    lift: Callable[[int, int], State]
+    combine: Callable[[State, State], State]
+    finish: Callable[[State, int, int], Tensor]
+
+
+def _softmax(c: Case, o: Any, _: Any) -> Partial:
+    x, r = o["x"], room(c)
+    finish = r.finish if c.name == "softmax" else r.finish_log
+    return Partial(x.shape[-1], -1, r.identity(x), lambda s, e: r.lift(x[..., s:e]), r.combine,
+                   lambda state, s, e: finish(state, x[..., s:e]))
+
+
+def _reduce(c: Case, o: Any, _: Any) -> Partial:
+    x, r = o["x"], room(c).PARTIAL[c.name]
+    return Partial(x.shape[-1], None, r.identity(x), lambda s, e: r.lift(x[..., s:e]), r.combine,
+                   lambda state, s, e: r.finish(state))
+
+
+def _norm(c: Case, o: Any, _: Any) -> Partial:
+    """Each group of a grouped norm has a statistic of its own, so it is a leading dim."""
+    r = room(c)
+    groups = c.attr("groups") if c.name == "rms_norm" else 1
+    x, g = o["x"].unflatten(-1, (groups, -1)), o["weight"].unflatten(-1, (groups, -1))
+    b = None if o.get("bias") is None else o["bias"].unflatten(-1, (groups, -1))
+
+    def finish(state: State, s: int, e: int) -> Tensor:
+        if c.name == "rms_norm":
+            return r.finish(state, x[..., s:e], g[..., s:e], c.attr("eps"))
+        part_b = None if b is None else b[..., s:e]
+        return r.finish(state, x[..., s:e], g[..., s:e], part_b, c.attr("eps"), c.attr("zero_centred"))
+
+    return Partial(x.shape[-1], -1, r.identity(x), lambda s, e: r.lift(x[..., s:e]), r.combine, finish)
+
+
+def _cross_entropy(c: Case, o: Any, _: Any) -> Partial:
+    z, target, r = o["logits"], o["target"], room(c)
+    return Partial(z.shape[-1], None, r.identity(z), lambda s, e: r.lift(z[..., s:e], target, s), r.combine,
+                   lambda state, s, e: r.finish(state, target))
+
+
+def _keys(c: Case, o: Any, document: Any) -> Partial:
+    """Keys of all sources, one source behind the other."""
+    r, width = room(c), c.size("s")
+    sources = list(zip(o["k"], o["v"], seen(c, document), strict=True))
+
+    def lift(s: int, e: int) -> State:
+        state = r.identity(o["q"], c.size("e"))
+        for i, (k, v, allowed) in enumerate(sources):
+            a, b = max(0, s - i * width), min(width, e - i * width)
+            if a < b:
+                state = r.combine(state, r.lift(o["q"], k[:, a:b], v[:, a:b], allowed[:, :, a:b], scale(c)))
+        return state
+
+    identity = r.identity(o["q"], c.size("e"))
+    return Partial(width * len(sources), None, identity, lift, r.combine, lambda state, s, e: r.finish(state))
+
+
+def _window(c: Case, o: Any, _: Any) -> Partial:
+    r, x, taps = room(c), o["x"], c.size("taps")
+    if c.name == "causal_conv":
+        w, b = o["weight"], o["bias"]
+    else:
+        weights = _parallel(c, o)
+        w = torch.cat([w for w, _ in weights])
+        b = torch.cat([b for _, b in weights]) if weights[0][1] is not None else None
+    return Partial(x.shape[1], 1, r.identity(x), lambda s, e: r.lift(x[:, s:e], taps), lambda a, b: r.combine(a, b, taps),
+                   lambda state, s, e: r.finish(state, x[:, s:e], w, b))
+
+
+def _scan(c: Case, o: Any, document: Any) -> Partial:
+    r, rows, per_head = room(c), [o[n] for n in ("u", "dt", "b", "c")], [o[n] for n in ("A_log", "D", "dt_bias")]
+    starts = None
+    if document is not None:
+        starts = torch.cat([torch.ones_like(document[:, :1]), document.diff()], 1) != 0
+    cut = lambda s, e: (*(x[:, s:e] for x in rows), *per_head, None if starts is None else starts[:, s:e])  # noqa: E731
+    return Partial(o["u"].shape[1], 1, r.identity(o["u"], o["b"]), lambda s, e: r.lift(*cut(s, e)), r.combine,
+                   lambda state, s, e: r.finish(state, *cut(s, e)))
+
+
+MONOIDS: dict[str, Callable[..., Partial]] = {
+    "softmax": _softmax, "log_softmax": _softmax, "sum": _reduce, "mean": _reduce, "max_over": _reduce,
+    "rms_norm": _norm, "layer_norm": _norm, "cross_entropy": _cross_entropy, "attend": _keys,
+    "causal_conv": _window, "parallel_conv": _window, "ssd": _scan,
+}  # fmt: skip
