@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
@@ -14,8 +15,10 @@ import jinja2
 
 from ..dsl import syntax as sx
 from ..dsl.format import print_expr
-from ..dsl.program import Instance, Node
+from ..dsl.diagnostics import fail
+from ..dsl.program import Instance, Node, Weight
 from ..dsl.source import Span
+from ..lowering.afterwards import parts
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..lowering.masks import hull
 from ..lowering.ops import part
@@ -23,6 +26,7 @@ from ..lowering.passes.stream import streaming_errors
 from . import names
 from .facts import Use, owner_of, slot_name
 
+_COMMENT = re.compile(r'^((?:[^"#]|"[^"]*")*)#.*$')
 NAMED_MASKS = {"key.position <= query.position": "CAUSAL", "true": "FULL"}
 
 
@@ -32,6 +36,7 @@ class Line:
 
     text: str
     spec: str = ""
+    depth: int = 0
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Class:
     body: list[Line]
     result: str
     is_model: bool = False
+    after: list[Line] = field(default_factory=list)
     losses: list[Line] = field(default_factory=list)
     loss_result: str = ""
     counts: list[Line] = field(default_factory=list)
@@ -60,6 +66,9 @@ class Writer:
     def __init__(self, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]], inline: bool = True):
         self.graph, self.program, self.masks = graph, program, masks
         self.states = {s.node: s for s in program.states.get(graph.name, ())}
+        self.parts = parts(graph, program.emitting)
+        self._when = {n.name: i for i, part_ in enumerate((self.parts.result, self.parts.stated, self.parts.after))
+                      for n in part_}
         self.constants = self._constant_nodes() if graph.name == program.program.root else {}
         self._inline = inline
         self._names = self._variables()
@@ -69,17 +78,22 @@ class Writer:
     def _variables(self) -> dict[str, str]:
         """Python names: a value takes its variable's plain name again where the older one is dead."""
         last: dict[str, int] = {}
-        for i, node in enumerate(self.graph.nodes):
+        order = self.parts.result + self.parts.stated + self.parts.after
+        place = {node.name: i for i, node in enumerate(order)}
+        for node in order:
+            reader = node
+            while self.is_inlined(reader):  # what it reads is read where its own reader stands
+                (reader,) = self.graph.users[reader.name]
             for operand in node.operands:
                 if operand is not None:
-                    last[operand] = i
-        last.update({name: len(self.graph.nodes) for name in self.graph.results})
+                    last[operand] = max(last.get(operand, -1), place[reader.name])
+        last.update({name: len(order) for name in (*self.graph.results, *self.parts.sums)})
         taken: dict[str, str] = {}
         found: dict[str, str] = {}
         for value in self.graph.body.inputs:
             found[value.name] = names.variable(value.name)
             taken[found[value.name]] = value.name
-        for i, node in enumerate(self.graph.nodes):
+        for i, node in enumerate(order):
             for result in node.results:
                 plain = names.variable(_base(result.name, self.graph))
                 holder = taken.get(plain)
@@ -108,6 +122,8 @@ class Writer:
         if len(users) != 1 or node.name in self.graph.results or users[0].operands.count(node.name) != 1:
             return False
         user = users[0]
+        if self._when[node.name] != self._when[user.name]:
+            return False
         return user.op not in STRUCTURE and _pointwise(user) and user.name not in self.constants
 
     def mask(self, mask: sx.Expr) -> str:
@@ -138,6 +154,10 @@ class Writer:
             inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
             instance = self.graph.instance(node.attr("instance"))
             return f"{self._module(instance)}({inputs}, at, state.{self._slot_of(node)}{self._lent(instance)})"
+        if node.op == "route":
+            x, routing, *more = [self.expression(o) for o in node.operands if o is not None]
+            instance = self.graph.instance(node.attr("instance"))
+            return f"lib.route({', '.join([x, routing, self._module(instance), 'at', *more])}{self._lent(instance)})"
         return part(node.op, "cpu").emit(Use(self.graph, node, self, self.states.get(node.name)))
 
     def _module(self, instance: Instance) -> str:
@@ -202,13 +222,20 @@ class Writer:
                 lines.append(Line(f"self.{names.attribute(instance.name)} = {self._instance(instance.name)}"))
         for weight in self.graph.body.weights:
             if "." not in weight.name:
-                sizes = ", ".join(str(self.graph.size(d)) for d in weight.dims)
-                lines.append(Line(f"self.{names.attribute(weight.name)} = lib.empty({sizes})", spec_line((weight.span,))))
+                lines.append(Line(self._bare(weight), spec_line((weight.span,))))
         for node in self.constants.values():
             text = part(node.op, "cpu").emit(Use(self.graph, node, self, None))
             name = names.variable(node.name)
             lines.append(Line(f'self.register_buffer("{name}", {text}, persistent=False)', spec_line(node.spans)))
         return lines
+
+    def _bare(self, weight: Weight) -> str:
+        """A `param`, which must still get its values, or a `buffer`, which starts as one number."""
+        name, sizes = names.attribute(weight.name), tuple(self.graph.size(d) for d in weight.dims)
+        if weight.trained:
+            return f"self.{name} = lib.empty({', '.join(map(str, sizes))})"
+        start = {"zeros": 0.0, "ones": 1.0}.get(weight.init.kind, *weight.init.values)
+        return f'self.register_buffer("{name}", torch.full({sizes}, {start!r}))'
 
     def _instance(self, name: str) -> str:
         instance = self.graph.instance(name)
@@ -227,7 +254,7 @@ class Writer:
                 state = self.states[node.name]
                 made = part(node.op, "cpu").slot(Use(self.graph, node, self, state), state)
                 found.append(f"{names.attribute(slot_name(self.graph, node))}={made}")
-        for node in (n for n in self.graph.nodes if n.op in STRUCTURE):
+        for node in (n for n in self.graph.nodes if n.op in ("call", "loop")):
             instance = self.graph.instance(node.attr("instance"))
             made, lent = self._module(instance), self._lent(instance)
             if instance.schedule is None:
@@ -238,9 +265,12 @@ class Writer:
         return found
 
     def as_class(self) -> Class:
-        body = self.statements(self.graph.nodes)
+        body = self.statements(self.parts.result)
         result = ", ".join(self.expression(o) for o in self.graph.body.outputs)
-        if body and len(self.graph.body.outputs) == 1 and body[-1].text.startswith(f"{result} = "):
+        stated = self.stated()
+        if stated:
+            body += [Line("if at.gathered is not None:"), *(replace(line, depth=line.depth + 1) for line in stated)]
+        elif body and len(self.graph.body.outputs) == 1 and body[-1].text.startswith(f"{result} = "):
             last = body.pop()
             body.append(Line(f"return {last.text.split(' = ', 1)[1]}", last.spec))
             result = ""
@@ -253,7 +283,44 @@ class Writer:
             [names.attribute(i.name) for i in self.graph.body.instances if not i.owned],
             body,
             result,
+            after=self.after(),
         )
+
+    def stated(self) -> list[Line]:
+        """What runs only where losses are asked for: losses, metrics and sums for the end of the step."""
+        lines = self.statements(self.parts.stated)
+        for label, value in self.parts.losses:
+            lines.append(Line(f'at.lose("{label}", {self.expression(value)})'))
+        for label, value in self.parts.means:
+            lines.append(Line(f'at.gathered.mean("{label}", {self.expression(value)}, {self.count_of(value)[0]})'))
+        if self.parts.sums:
+            given = ", ".join(f"{self._names[v]}={self._names[v]}" for v in self.parts.sums)
+            lines.append(Line(f"at.gathered.add(self, {given})"))
+        return lines
+
+    def after(self) -> list[Line]:
+        """The method that runs behind a step: updates of buffers, then the metrics that it gives."""
+        if not self.parts.sums:
+            return []
+        lines = [Line(f'{self._names[v]} = sums["{self._names[v]}"]') for v in self.parts.sums]
+        lines += self.statements(self.parts.after)
+        for label, value in self.parts.updates:
+            lines.append(Line(f"self.{names.attribute(label)}.copy_({self.expression(value)})"))
+        given = ", ".join(f'"{label}": {self.expression(value)}' for label, value in self.parts.metrics)
+        return [*lines, Line(f"return {{{given}}}")]
+
+    def count_of(self, loss: str) -> tuple[str, tuple[Node, ...]]:
+        """The number of places that a loss is a sum over, and the nodes that must run for it."""
+        node = self.graph.producers[loss]
+        while _pointwise(node):  # a loss times a number
+            node = self.graph.producers[next(o for o in node.operands if o is not None)]
+        wanted = {node.operands[1]} if len(node.operands) > 1 else set()
+        needed: list[Node] = []
+        for before in reversed(self.graph.nodes):
+            if any(r.name in wanted for r in before.results):
+                needed.insert(0, before)
+                wanted.update(o for o in before.operands if o is not None)
+        return part(node.op, "cpu").count(Use(self.graph, node, self, None)), tuple(needed)
 
 
 def _pointwise(node: Node) -> bool:
@@ -285,7 +352,7 @@ def spec_line(spans: tuple[Span, ...]) -> str:
         return ""
     span = real[0]
     file = span.source.name.replace("\\", "/").rsplit("/", 1)[-1]
-    text = span.source.line(span.line).strip()
+    text = _COMMENT.sub(r"\1", span.source.line(span.line)).strip()
     return f"{file}:{span.line}  {text}"
 
 
@@ -348,19 +415,36 @@ def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dic
     """The objective as two methods: the sums, and the counts that they are divided by."""
     writer = _ObjectiveWriter(graph, program, masks)
     model.objective_input = names.variable(graph.body.inputs[0].name)
-    emits = [(label, value) for _, label, value in graph.body.emits]
+    emits = [(label, value) for keyword, label, value in graph.body.emits if keyword == "loss"]
     model.losses = writer.statements(graph.nodes)
+    inner = _stated_counts(program, masks, {label for label, _ in emits})
     model.loss_result = ", ".join(f'"{label}": {writer.expression(value)}' for label, value in emits)
-    nodes = [graph.producers[value] for _, value in emits]
-    wanted = {n.operands[1] for n in nodes}
-    needed: list[Node] = []
-    for node in reversed(graph.nodes):
-        if any(r.name in wanted for r in node.results):
-            needed.insert(0, node)
-            wanted.update(o for o in node.operands if o is not None)
-    model.counts = writer.statements(needed)
-    uses = [(label, part(n.op, "cpu").count(Use(graph, n, writer, None))) for (label, _), n in zip(emits, nodes, strict=True)]
-    model.count_result = ", ".join(f'"{label}": {text}' for label, text in uses)
+    model.loss_result += ", **at.losses" if inner else ""
+    counts = {label: writer.count_of(value) for label, value in emits}
+    needed = {n.name: n for _, nodes in counts.values() for n in nodes}
+    model.counts = writer.statements(n for n in graph.nodes if n.name in needed)
+    model.count_result = ", ".join(f'"{label}": {text}' for label, text in
+                                   [*((label, text) for label, (text, _) in counts.items()), *inner.items()])
+
+
+def _stated_counts(program: GraphProgram, masks: dict[str, tuple[str, str]], taken: set[str]) -> dict[str, str]:
+    """The counts of the losses that blocks of the model state. Raises `SpecError` for one that two losses disagree on."""
+    found: dict[str, str] = {}
+    objectives = set(program.program.objectives.values())
+    for graph in program.callees_first():
+        if graph.name in objectives or not graph.body.emits:
+            continue
+        writer = Writer(graph, program, masks)
+        for label, value in writer.parts.losses:
+            text, needed = writer.count_of(value)
+            span = graph.producers[value].spans[0]
+            if needed or "at." not in text:
+                raise fail("not-built-yet", f"the loss `{label}` of a block counts places by more than its input's rows, which "
+                           "is not built yet", span)
+            if label in taken or found.get(label, text) != text:
+                raise fail("duplicate-name", f"two losses named `{label}` are means over different places", span)
+            found[label] = text
+    return found
 
 
 class _ObjectiveWriter(Writer):
@@ -377,7 +461,7 @@ def _grouped(lines: list[Line]) -> list[Line]:
     """Lines with the spec line only where it changes."""
     out, last = [], ""
     for line in lines:
-        out.append(Line(line.text, line.spec if line.spec != last else ""))
+        out.append(replace(line, spec=line.spec if line.spec != last else ""))
         last = line.spec or last
     return out
 

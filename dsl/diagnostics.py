@@ -103,8 +103,28 @@ class Collector:
 
 
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> list[str]:
-    """At most three names that look like `name`, the nearest first."""
-    return difflib.get_close_matches(name, sorted(set(candidates)), n=most, cutoff=0.6)
+    """At most three names that look like `name`, the nearest first: `RMSNorm` is `rms_norm`, and where a name is that
+    near, others that share some letters are not given."""
+    if len(name) > _LONGEST:
+        return []
+    matcher = difflib.SequenceMatcher(b=_letters(name))
+    rated: list[tuple[float, str]] = []
+    for candidate in sorted(set(candidates)):
+        matcher.set_seq1(_letters(candidate))
+        if matcher.real_quick_ratio() >= _ALIKE and matcher.quick_ratio() >= _ALIKE:
+            rated.append((matcher.ratio(), candidate))
+    best = max((rate for rate, _ in rated), default=0.0)
+    near = [(rate, c) for rate, c in rated if rate >= max(_ALIKE, best - _MARGIN)]
+    return [c for _, c in sorted(near, key=lambda pair: (-pair[0], pair[1]))][:most]
+
+
+_LONGEST = 200
+_ALIKE = 0.6
+_MARGIN = 0.15
+
+
+def _letters(name: str) -> str:
+    return name.casefold().replace("_", "")
 
 
 def did_you_mean(name: str, candidates: Iterable[str], what: str) -> str | None:
@@ -113,5 +133,16 @@ def did_you_mean(name: str, candidates: Iterable[str], what: str) -> str | None:
     if not near:
         return None
     if len(near) == 1:
-        return f"{what} `{near[0]}` exists"
-    return f"names that look like it: {', '.join(f'`{n}`' for n in near)}"
+        return f"{what} named `{near[0]}` exists"
+    return f"names that look like it: {listed(near)}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as they stand in a message, with commas between them."""
+    return ", ".join(f"`{n}`" for n in names)
+
+
+def near_or_all(name: str, candidates: Iterable[str], what: str, all_are: str, most: int = 8) -> str | None:
+    """Help that states which near names exist; where none is near, all of them if they are few, behind `all_are`."""
+    known = list(dict.fromkeys(candidates))
+    return did_you_mean(name, known, what) or (f"{all_are} {listed(known)}" if 0 < len(known) <= most else None)

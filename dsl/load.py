@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from . import syntax as sx
-from .diagnostics import Collector, Label, SpecError, did_you_mean, fail, nearest
+from .diagnostics import Collector, Label, SpecError, fail, listed, near_or_all
 from .parse import MOST_CHARACTERS, parse
 from .source import Source, Span
 
@@ -128,8 +128,9 @@ def _read(path: Path, shown: str, span: Span) -> str:
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
-            what = "a folder" if stat.S_ISDIR(info.st_mode) else "a device"
-            raise fail("no-such-file", f"`{shown}` is {what}, not a spec file", span)
+            is_folder = stat.S_ISDIR(info.st_mode)
+            raise fail("no-such-file", f"`{shown}` is {'a folder' if is_folder else 'a device'}, not a spec file", span,
+                       help=_specs_in(path) if is_folder else None)
         if info.st_size > MOST_CHARACTERS:
             raise fail("too-large", f"`{shown}` has {info.st_size} bytes, at most {MOST_CHARACTERS} are read", span)
         data = path.read_bytes()
@@ -146,16 +147,21 @@ def _read(path: Path, shown: str, span: Span) -> str:
             "not-text",
             f"byte {error.start} of `{shown}` is 0x{data[error.start]:02x}, which is not UTF-8",
             Span(source, at, at),
-            help="specs are UTF-8 text",
+            help="specs are UTF-8 text; `iconv` converts a file",
         ) from None
 
 
 def _nearby(path: Path) -> str | None:
     try:
-        names = [p.name for p in path.parent.iterdir() if p.suffix == ".spec"]
+        names = sorted(p.name for p in path.parent.iterdir() if p.suffix == ".spec")
     except OSError:
         return f"there is no folder `{path.parent.name}` either"
-    return did_you_mean(path.name, names, "a file")
+    return near_or_all(path.name, names, "a file", "the specs there are")
+
+
+def _specs_in(folder: Path) -> str | None:
+    names = sorted(p.name for p in folder.glob("*.spec"))
+    return f"specs in it: {listed(names[:3])}{', ...' * (len(names) > 3)}" if names else "it has no specs"
 
 
 class _Loader:
@@ -193,6 +199,7 @@ class _Loader:
                         d.name_span,
                         "the second",
                         [Label(first.name_span, "the first")],
+                        "rename one of them, or remove it",
                     )
                 )
             elif d.name in standard_index() and standard_index()[d.name] != file.path:
@@ -212,7 +219,8 @@ class _Loader:
         cycle = next((i for i, (p, _) in enumerate(self.open) if p == path), None)
         if cycle is not None:
             chain = " -> ".join(p.name for p, _ in [*self.open[cycle:], self.open[cycle]])
-            raise fail("use-cycle", f"these files use each other: {chain}", use.path_span, "closes the circle")
+            raise fail("use-cycle", f"these files use each other: {chain}", use.path_span, "closes the circle",
+                       help="what both need can stand in a third file")
         if path not in self.files:
             shown = self._shown(file, path)
             self.files[path] = self.file(path, Source(shown, _read(path, use.path, use.path_span)))
@@ -238,7 +246,7 @@ class _Loader:
                 f"`{use.path}` declares nothing named `{name.id}`",
                 name.span,
                 "not declared there",
-                help=did_you_mean(name.id, other.declared, "a declaration"),
+                help=near_or_all(name.id, other.declared, "a declaration", f"`{use.path}` declares"),
             )
         if name.id in file.declared:
             raise fail(
@@ -247,9 +255,12 @@ class _Loader:
                 name.span,
                 "used here",
                 [Label(file.declared[name.id].name_span, "declared here")],
+                "rename the one of this file",
             )
         if name.id in file.used:
-            raise fail("duplicate-name", f"`{name.id}` is used twice", name.span, "used here again")
+            first = next(n for u in file.module.uses for n in u.names if n.id == name.id)
+            raise fail("duplicate-name", f"`{name.id}` is used twice", name.span, "the second",
+                       [Label(first.span, "the first")], "one `use` of it is enough")
         return other
 
     def _resolve(self, file: File, use: sx.Use) -> Path:
@@ -282,14 +293,12 @@ class _Loader:
                 "outside the project's folder",
                 help=f"the project is the folder `{self.root.name}`",
             )
-        names = [p.name for p in near.parent.glob("*.spec")] if near.parent.is_dir() else []
-        near_names = nearest(near.name, names)
         raise fail(
             "no-such-file",
             f"there is no file `{use.path}`",
             use.path_span,
             "not found beside this file, and not shipped",
-            help=f"a file named `{near_names[0]}` exists" if near_names else None,
+            help=_nearby(near),
         )
 
     def _shown(self, file: File, path: Path) -> str:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from . import syntax as sx
 from .bindings import bound_twice
-from .diagnostics import Diagnostic, Label, did_you_mean
+from .diagnostics import Diagnostic, Label, did_you_mean, near_or_all
 from .load import File, Found, standard_file, standard_index
 from .sheets import sheet_errors
 from .source import Span
@@ -35,8 +35,8 @@ _IN_HOLE = re.compile(r"[\w.()\[\], +*-]*")
 def check_names(file: File) -> list[Diagnostic]:
     """Everything wrong with the names of a file, in the order of the text. Never raises for a parsed file.
 
-    Codes: unknown-name, duplicate-name, no-such-parameter, too-many-arguments, shadows-op, and those of `sheets.py` and
-    `bindings.py`.
+    Codes: unknown-name, duplicate-name, no-such-parameter, too-many-arguments, duplicate-argument, shadows-op, and those
+    of `sheets.py` and `bindings.py`.
     """
     found: list[Diagnostic] = []
     for declaration in file.module.declarations:
@@ -286,6 +286,7 @@ class _Checker:
             sized = name in SIZED and name not in scope and isinstance(a.value, sx.Arrow)
             work += self._sized(a.value, scope) if sized else [(self.expr, a.value, scope)]
         self.later(work)
+        self._named_twice(e)
         if name is not None and name not in scope:
             self._fits(e, name)
 
@@ -319,18 +320,42 @@ class _Checker:
         declared = Label(d.name_span, "declared here")
         for a in e.arguments:
             if a.name is not None and not a.given and a.name not in names:
-                span = _head(a.span, a.name)
-                message = f"`{name}` has no parameter or input named `{a.name}`"
-                self.found.append(Diagnostic("no-such-parameter", message, Label(span, "not declared"), (declared,),
-                                             did_you_mean(a.name, names, "a parameter")))
+                message = f"`{name}` has no parameter `{a.name}`"
+                help = near_or_all(a.name, names, "a parameter", "its inputs and parameters are")
+                self.found.append(Diagnostic("no-such-parameter", message, Label(_head(a.span, a.name)), (declared,),
+                                             help))
         if any(isinstance(s.kind, sx.Name) and s.kind.id == "keys" for s in inputs):
             return
         given = [a for a in e.arguments if a.name is None]
         if len(given) > len(names):
-            most = f"{len(names)} argument{'s' * (len(names) != 1)}"
-            message = f"`{name}` takes at most {most}, this call gives {len(given)}"
-            surplus = Label(given[len(names)].span, "one too many")
-            self.found.append(Diagnostic("too-many-arguments", message, surplus, (declared,)))
+            message = f"`{name}` takes {len(names)} argument{'s' * (len(names) != 1)}, this is one more"
+            self.found.append(Diagnostic("too-many-arguments", message, Label(given[len(names)].span), (declared,)))
+        elif given and found.declaration is getattr(self.file.lookup(name), "declaration", None):
+            self._given_twice(e, given, [s.name for s in inputs], [p.name for p in d.parameters])
+
+    def _given_twice(self, e: sx.Call, given: list[sx.Argument], inputs: list[str], parameters: list[str]) -> None:
+        """A parameter by its place and again by its name, where that is so whether or not the call has its inputs."""
+        by_place = [dict(zip(slots, given, strict=False)) for slots in (inputs + parameters, parameters)]
+        if not inputs or isinstance(given[0].value, (sx.Number, sx.String, sx.Constant)):
+            by_place = by_place[1:]
+        elif len(given) > len(parameters):
+            by_place = by_place[:1]
+        for a in e.arguments:
+            if a.name is not None and not a.given and all(a.name in places for places in by_place):
+                self._twice(a.name, by_place[0][a.name], a)
+
+    def _named_twice(self, e: sx.Call) -> None:
+        """`f(x, a = 1, a = 2)`, whatever is called."""
+        seen: dict[str, sx.Argument] = {}
+        for a in e.arguments:
+            if a.name is not None and not a.given and seen.setdefault(a.name, a) is not a:
+                self._twice(a.name, seen[a.name], a)
+
+    def _twice(self, name: str, first: sx.Argument, second: sx.Argument) -> None:
+        by_place = first.name is None
+        self.found.append(Diagnostic(
+            "duplicate-argument", f"`{name}` is given twice", Label(second.span, "the second"),
+            (Label(first.span, f"the first: this is `{name}`, by its place" if by_place else "the first"),)))
 
     def _holes(self, e: sx.String, scope: _Scope, part: bool = False) -> None:
         """The names in `{...}` of a text, where texts are filled in: pipelines, recipes, checkpoint maps."""

@@ -63,7 +63,8 @@ class Weight:
     """A parameter that a body owns: `name` is `<instance>.<part>` or the name of a bare `param`.
 
     `op` is the op whose room made it, `keep` is true where low precision would hurt (the room says so). `layout` groups
-    its dims into the axes that published checkpoints store (an empty group is an axis of length one).
+    its dims into the axes that published checkpoints store (an empty group is an axis of length one). One that is not
+    `trained` is a `buffer`: state without gradient.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Weight:
     op: str
     keep: bool = False
     layout: tuple[tuple[str, ...], ...] = ()
+    trained: bool = True
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
 
@@ -80,7 +82,7 @@ class Instance:
     """A use of another body that owns weights of its own: `name` is its segment in paths.
 
     `bodies` has one name, or for a loop the names of its distinct iterations; then `schedule` says which iteration is
-    which. One that is not `owned` is shared: a body around this one owns it, and lends it. `lends` are the names of the
+    which (for a layer of experts, which expert). One that is not `owned` is shared: a body around this one owns it, and lends it. `lends` are the names of the
     shared instances that this one must be lent.
     """
 
@@ -95,8 +97,8 @@ class Instance:
 class Node:
     """One use of an op. `operands` are names of values of the body (None for an absent optional one).
 
-    `bindings` say which dims the formals of the op's signature stand for. For `call` and `loop` the attribute
-    `instance` names the instance and `bindings` map the callee's dims to ours.
+    `bindings` say which dims the formals of the op's signature stand for. For `call`, `loop` and `route` the attribute
+    `instance` names the instance, and for `call` `bindings` map the callee's dims to ours.
     """
 
     results: tuple[Value, ...]
@@ -210,9 +212,13 @@ class Program:
     def model(self) -> Body:
         return self.bodies[self.root]
 
-    def parameters(self) -> tuple[Parameter, ...]:
-        """Every weight of the model in order of declaration, initial values decided."""
+    def tensors(self) -> tuple[Parameter, ...]:
+        """Every weight and buffer of the model in order of declaration, initial values decided."""
         return tuple(self._parameters(self.model, (), (), _Selecting()))
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Every weight of the model: what training changes by gradient."""
+        return tuple(p for p in self.tensors() if p.weight.trained)
 
     def _parameters(self, body: Body, path: tuple, kinds: tuple, above: _Selecting) -> Iterator[Parameter]:
         selecting = above.into(body.rules)
@@ -234,8 +240,8 @@ class Program:
             else:
                 for i, which in enumerate(instance.schedule):
                     callee = self.bodies[instance.bodies[which]]
-                    inner = selecting.behind(instance.name, None, (i, len(instance.schedule)))
-                    yield from self._parameters(callee, (*path, instance.name, i), (*kinds, None, None), inner)
+                    inner = selecting.behind(instance.name, callee.block, (i, len(instance.schedule)))
+                    yield from self._parameters(callee, (*path, instance.name, i), (*kinds, callee.block, None), inner)
 
     def selected(self) -> set[tuple[int, Selector]]:
         """(id of the rule, selector) for each selector of an `init` rule that selects a weight of the model."""
@@ -252,8 +258,8 @@ class Program:
             schedule = (0,) if instance.schedule is None else instance.schedule
             for i, which in enumerate(schedule):
                 callee = self.bodies[instance.bodies[which]]
-                kind, index = (callee.block, None) if instance.schedule is None else (None, (i, len(schedule)))
-                found |= self._selected(callee, selecting.behind(instance.name, kind, index))
+                index = None if instance.schedule is None else (i, len(schedule))
+                found |= self._selected(callee, selecting.behind(instance.name, callee.block, index))
         return found
 
     def num_parameters(self) -> int:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from . import syntax as sx
-from .diagnostics import Diagnostic, Label, did_you_mean
+from .diagnostics import Diagnostic, Label, did_you_mean, listed
 from .load import File
 from .source import Span
 from .vocabulary import PRECISION_SETTINGS
@@ -123,8 +123,8 @@ def _axis(name: str, span: Span, axes: Axes) -> Iterator[Diagnostic]:
     """An axis that the mesh must have; `axes` is None where the mesh is not known."""
     if axes is None or name in axes:
         return
-    listed = ", ".join(axes)
-    mesh = (Label(next(iter(axes.values())).to(list(axes.values())[-1]), f"the mesh has {listed}"),) if axes else ()
+    known = ", ".join(axes)
+    mesh = (Label(next(iter(axes.values())).to(list(axes.values())[-1]), f"the mesh has {known}"),) if axes else ()
     yield Diagnostic(
         "unknown-name",
         f"no axis of the mesh is named `{name}`",
@@ -140,7 +140,10 @@ def _axis(name: str, span: Span, axes: Axes) -> Iterator[Diagnostic]:
 def _base_errors(file: File, d: sx.Variant) -> Iterator[Diagnostic]:
     if not isinstance(d.value, sx.Name):
         yield Diagnostic(
-            "wrong-base", f"a {d.keyword} is made from the name of another {d.keyword}", Label(d.value.span)
+            "wrong-base",
+            f"a {d.keyword} is made from the name of another {d.keyword}",
+            Label(d.value.span, "this is no name"),
+            help=f"`{d.keyword} {d.name} = other with:`",
         )
         return
     found = file.lookup(d.value.id)
@@ -151,13 +154,29 @@ def _base_errors(file: File, d: sx.Variant) -> Iterator[Diagnostic]:
         yield Diagnostic(
             "wrong-base",
             f"`{d.value.id}` is a {keyword}, not a {d.keyword}",
-            Label(d.value.span),
+            Label(d.value.span, f"expected a {d.keyword}"),
             (Label(found.declaration.name_span, "declared here"),),
+            help=_others(file, d),
         )
     elif (chain := _chain(file, d))[-1] == d.name:
         yield Diagnostic(
-            "cyclic-definition", f"`{d.name}` is made from itself: {' -> '.join(chain)}", Label(d.value.span)
+            "cyclic-definition",
+            f"`{d.name}` is made from itself: {' -> '.join(chain)}",
+            Label(d.value.span),
+            help=_without_base(d),
         )
+
+
+def _others(file: File, d: sx.Variant) -> str:
+    """What a sheet could be made from instead."""
+    own = [n for n, o in file.declared.items() if getattr(o, "keyword", "") == d.keyword and n != d.name]
+    if own:
+        return f"{d.keyword}s of this file: {listed(own[:3])}"
+    return _without_base(d)
+
+
+def _without_base(d: sx.Variant) -> str:
+    return f"a {d.keyword} that is made from no other starts with `{d.keyword} {d.name}:`"
 
 
 def _chain(file: File, d: sx.Variant) -> list[str]:

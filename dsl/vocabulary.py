@@ -83,7 +83,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "mean": "the mean over dims",
         "max": "the largest",
         "min": "the smallest",
-        "max_over": "the largest over dims",
+        "max_over": "the largest along dims",
         "count": "how many are true over dims",
         "size": "the length of a dim",
         "cosine": "the cosine of two vectors; in recipes, a schedule that decays like one",

@@ -149,13 +149,14 @@ def _layout(u: Unexpected) -> SpecError | None:
     if u.token.type == "_TAB":
         return fail("tabs", "this line is indented with a tab", u.span, "a tab", help="indent with four spaces")
     if u.token.type == "_TOO_DEEP":
-        return fail("too-deep", f"brackets nest more than {DEEPEST} deep", u.span)
+        return fail("too-deep", f"brackets nest more than {DEEPEST} deep", u.span, help="bind the inner parts to variables")
     if u.token.type == "_BAD_DEDENT":
         return fail(
             "bad-indentation",
             "this line is indented like no line above it",
             u.span,
-            help="the lines of a body start in one column",
+            f"starts in column {_column(u)}",
+            help=f"what is open above it starts in column {_either(_columns(u))}",
         )
     return None
 
@@ -164,7 +165,9 @@ def _brackets(u: Unexpected) -> SpecError | None:
     token = u.token
     closes = token.text in (")", "]", "}")
     if closes and not u.brackets:
-        return fail("unclosed-bracket", f"`{token.text}` closes nothing that is open here", u.span)
+        opening = next(o for o, c in OPENS.items() if c == token.text)
+        return fail("unclosed-bracket", f"`{token.text}` closes nothing that is open here", u.span,
+                    help=f"no `{opening}` stands before it")
     if not u.brackets:
         return None
     opened = u.brackets[-1]
@@ -200,10 +203,9 @@ def _starts_something(u: Unexpected) -> bool:
 
 
 def _empty_body(u: Unexpected) -> SpecError | None:
-    if "_INDENT" in u.accepted and u.token.type != "_INDENT":
-        return fail("empty-body", "a body must follow, indented", u.behind)
-    if u.token.type in LAYOUT and u.previous and u.previous.text == ":" and u.first_word in _HEADERS:
-        return fail("empty-body", "a body must follow, indented", u.behind)
+    opened = u.token.type in LAYOUT and u.previous and u.previous.text == ":" and u.first_word in _HEADERS
+    if opened or "_INDENT" in u.accepted and u.token.type != "_INDENT":
+        return fail("empty-body", "a body must follow, indented", u.behind, "no line below is indented more than this one")
     return None
 
 
@@ -216,7 +218,36 @@ def _indent(u: Unexpected) -> SpecError | None:
         "bad-indentation",
         "this line is indented, but nothing above it opens a body",
         Span(u.source, u.token.start, end),
+        f"starts in column {_column(u)}",
+        help=f"the lines around it start in column {_columns(u)[-1]}",
     )
+
+
+def _column(u: Unexpected) -> int:
+    """The column of the first word of the line of a token; columns count from 1."""
+    line = u.text[u.text.rfind("\n", 0, u.token.start) + 1 :]
+    return len(line[:10_000]) - len(line[:10_000].lstrip(" ")) + 1
+
+
+def _columns(u: Unexpected) -> list[int]:
+    """Where the lines of the bodies start that are open above the line of a token, the outermost first."""
+    found: list[int] = []
+    depth = 0
+    for line in u.text[u.began : u.text.rfind("\n", 0, u.token.start) + 1].split("\n"):
+        said = _UNSAID.sub("", line)
+        if said.strip() and not depth:
+            column = len(line) - len(line.lstrip(" ")) + 1
+            found = [*(c for c in found if c < column), column]
+        depth += sum(said.count(c) for c in "([{") - sum(said.count(c) for c in ")]}")
+    return found or [1]
+
+
+def _either(columns: list[int]) -> str:
+    *most, last = map(str, columns)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+_UNSAID = re.compile(r'"[^"]*"|#.*')
 
 
 def _colon(u: Unexpected) -> SpecError | None:

@@ -23,11 +23,33 @@ def _graph_flops(program: GraphProgram, graph: Graph, length: int, known: dict[s
         if node.op in STRUCTURE:
             instance = graph.instance(node.attr("instance"))
             each = [_graph_flops(program, program.graphs[b], length, known) for b in instance.bodies]
+            if node.op == "route":
+                active = _at_most(program, graph, node.operands[1] or "")
+                total += each[0] * (len(instance.schedule or ()) if active is None else active)
+                continue
             total += sum(each[i] for i in (instance.schedule or (0,))) if instance.schedule != () else 0.0
         elif _has_rows(graph, node.results[0].type.dims):
             total += _node_flops(graph, node, length)
     known[graph.name] = total
     return total
+
+
+def _at_most(program: GraphProgram, graph: Graph, value: str) -> int | None:
+    """How many places of a value can be other than 0, by the `top_k` that it was masked with; None if any can."""
+    node = graph.producers.get(value)
+    if node is None:
+        return None
+    if node.op == "top_k":
+        return int(node.attr("k"))
+    if node.op == "call":
+        callee = program.graphs[graph.instance(node.attr("instance")).bodies[0]]
+        return _at_most(program, callee, callee.body.outputs[[r.name for r in node.results].index(value)])
+    if node.op == "where":  # where(chosen, score, 0)
+        return _at_most(program, graph, node.operands[0] or "") if node.attr("y") == 0 else None
+    if node.op in ("mul", "div"):
+        bounds = [_at_most(program, graph, o) for o in node.operands[: 2 if node.op == "mul" else 1] if o is not None]
+        return min((b for b in bounds if b is not None), default=None)
+    return None
 
 
 def _has_rows(graph: Graph, dims: tuple[str, ...]) -> bool:

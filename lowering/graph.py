@@ -18,7 +18,8 @@ from ..dsl.program import Body, Dim, Instance, Node, Program, Value
 from .op import Op
 from .ops import table
 
-STRUCTURE = ("call", "loop")
+STRUCTURE = ("call", "loop", "route")
+"""Nodes that run other graphs: once, one after the other, or each on the rows that are routed to it."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,15 @@ class GraphProgram:
     @property
     def model(self) -> Graph:
         return self.graphs[self.program.root]
+
+    @cached_property
+    def emitting(self) -> frozenset[str]:
+        """Names of the graphs that state a loss, a metric or an update, or call one that does."""
+        found: set[str] = set()
+        for graph in self.callees_first():
+            if graph.body.emits or any(b in found for i in graph.body.instances for b in i.bodies):
+                found.add(graph.name)
+        return frozenset(found)
 
     def callees_first(self) -> Iterator[Graph]:
         """Every graph behind those that it calls, in a fixed order."""

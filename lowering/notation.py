@@ -102,8 +102,10 @@ def _dim_call(dim: Dim) -> sx.Call:
 
 def _weight_line(weight: Weight) -> sx.Statement:
     layout = _list(_names(axis) for axis in weight.layout)
-    keep = {"keep": sx.Constant(True)} if weight.keep else {}
-    call = _call("weight", _names(weight.dims), _init_call(weight.init), sx.String(weight.op), layout=layout, **keep)
+    flags = {"keep": sx.Constant(True)} if weight.keep else {}
+    if not weight.trained:
+        flags["trained"] = sx.Constant(False)
+    call = _call("weight", _names(weight.dims), _init_call(weight.init), sx.String(weight.op), layout=layout, **flags)
     owner, _, part = weight.name.rpartition(".")
     return sx.Coordinate(owner, part, call) if owner else _assign(weight.name, call)
 
@@ -135,8 +137,10 @@ def _structure(node: Node) -> sx.Call:
         sx.Name(theirs) if (theirs,) == ours else sx.TupleOf((sx.Argument(sx.Name(theirs)), sx.Argument(sx.Name(ours[0]))))
         for theirs, ours in node.bindings
     ]
-    dims = {"dims": _list(pairs)} if pairs else {}
-    return _call(node.op, sx.Name(node.attr("instance")), *(_ref(o) for o in node.operands), **dims)
+    named: dict[str, sx.Expr] = {"dims": _list(pairs)} if pairs else {}
+    if node.attr("over"):
+        named["over"] = _names(node.attr("over"))
+    return _call(node.op, sx.Name(node.attr("instance")), *(_ref(o) for o in node.operands), **named)
 
 
 def _op_call(node: Node) -> sx.Call:
@@ -234,9 +238,12 @@ class _Reader:
         if op in STRUCTURE:
             bindings = tuple(_binding(i.value) for i in named["dims"].items) if "dims" in named else ()  # type: ignore
             operands = tuple(_operand(p) for p in positional[1:])
-            return Node(results, op, operands, (("instance", _dotted(positional[0])),), bindings)
-        attrs = tuple((k, _attr_of(v, op, k)) for k, v in named.items())
-        node = Node(results, op, tuple(_operand(p) for p in positional), attrs)
+            attrs: tuple[tuple[str, Any], ...] = (("instance", _dotted(positional[0])),)
+            if "over" in named:
+                attrs += (("over", tuple(_dotted(v) for v in _values(named["over"]))),)
+            return Node(results, op, operands, attrs, bindings)
+        settings = tuple((k, _attr_of(v, op, k)) for k, v in named.items())
+        node = Node(results, op, tuple(_operand(p) for p in positional), settings)
         return self._with_bindings(node)
 
     def _with_bindings(self, node: Node) -> Node:
@@ -287,7 +294,8 @@ def _instance_of(name: str, call: sx.Call) -> Instance:
 def _weight_of(name: str, call: sx.Call) -> Weight:
     (dims, init, op), named = _arguments(call)
     return Weight(name, tuple(_dotted(v) for v in _values(dims)), _init_of(init), _value(op), "keep" in named,
-                  tuple(tuple(_dotted(v) for v in _values(axis)) for axis in _values(named["layout"])))
+                  tuple(tuple(_dotted(v) for v in _values(axis)) for axis in _values(named["layout"])),
+                  "trained" not in named)
 
 
 def _init_of(expr: sx.Expr) -> Init:

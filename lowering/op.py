@@ -8,7 +8,7 @@ Loads neither torch nor networkx: the reference math of a room is in its `refere
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -142,6 +142,7 @@ class Op:
     `per_weight` are the operations a row for each element of its weights, where that is all an op does;
     `coordinates` is true if it reads position and document of its sequence. `stacked` names the op that does several
     of these side by side, `epilogues` are pointwise ops that it can apply to its result.
+    `random` ops draw anew each time, so equal ones are not one.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Op:
     per_weight: float = 0.0
     stacked: str | None = None
     epilogues: tuple[str, ...] = ()
+    random: bool = False
     infer_with: Callable[[OpCall], Typing] | None = None
 
     @cached_property
@@ -182,10 +184,14 @@ class Op:
             return self.infer_with(call)
         self._check_kinds(call)
         bindings = dict(self.bind(call)) if self.bind else {}
-        leading: tuple[Any, ...] = ()
+        leading: tuple[Any, ...] | None = None
         for operand in self.inputs:
             for tensor in tensors_of(call.tensors.get(operand.name)):
-                leading = join_leading(leading, _match(call, operand, tensor, bindings), call)
+                own = _match(call, operand, tensor, bindings)
+                leading = own if leading is None else join_leading(leading, own, call) if operand.leading else leading
+        leading = leading or ()
+        if self.coordinates and "S" in bindings:
+            alone_along(call, leading, bindings["S"][0])
         operands: list[Any] = []
         for operand in self.signature.operands:
             rule = next((w for w in self.weights if w.operand == operand.name), None)
@@ -234,14 +240,20 @@ def tensors_of(value: Any) -> list[Any]:
 
 
 def join_leading(a: Sequence[Any], b: Sequence[Any], call: OpCall) -> tuple[Any, ...]:
-    """The longer of two lists of leading dims; the shorter must be a part of it, in order."""
-    long, short = (tuple(a), tuple(b)) if len(a) >= len(b) else (tuple(b), tuple(a))
-    rest: Iterable[Any] = iter(long)
-    if all(any(dim is other for other in rest) for dim in short):
-        return long
-    names = [", ".join(d.name for d in dims) for dims in (long, short)]
+    """The leading dims that two operands share. Raises `dim-mismatch` where they have different ones."""
+    if len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)):
+        return tuple(a)
+    names = [", ".join(d.name for d in dims) for dims in (a, b)]
     raise fail("dim-mismatch", f"the operands of `{call.op.name}` have different leading dims", call.span,
                f"[{names[0]}] and [{names[1]}]")
+
+
+def alone_along(call: OpCall, leading: Sequence[Any], sequence: Any) -> None:
+    """Raises `not-built-yet` where something runs beside a sequence that its positions do not vary along."""
+    if sequence.sequence and tuple(leading) != tuple(sequence.lead):
+        have, want = (", ".join(d.name for d in dims) for dims in (leading, sequence.lead))
+        raise fail("not-built-yet", f"`{call.op.name}` along `{sequence.name}` for each of [{have}] is not built yet", call.span,
+                   f"positions vary along [{want}]")
 
 
 def _match(call: OpCall, operand: Operand, tensor: TensorLike, bindings: dict[str, tuple[Any, ...]]) -> tuple[Any, ...]:

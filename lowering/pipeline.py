@@ -10,11 +10,13 @@ from .passes.drop_dead import drop_dead
 from .passes.fuse_parallel import fuse_parallel
 from .passes.hoist import hoist
 from .passes.infer_types import infer_types
+from .passes.settle import settle
 from .passes.stream import stream
 
 PASSES: tuple[Pass, ...] = (
     infer_types,  # first: everything later trusts the types
     drop_dead,  # before fusion, which must not see readers that are not there
+    settle,  # before fusion, which may join what runs at different times
     hoist,  # before fusion, which must not mix constants with data
     fuse_parallel,  # before state, which belongs to the fused op
     stream,  # last: state of what is really computed

@@ -192,7 +192,7 @@ def _computed(text: str, values: Mapping[str, Any], rename: Rename) -> int | str
         value = MISSING
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise fail("map-shape", f"`{{{text}}}` stands for no number in `{rename.text}`", rename.span,
-                   help=did_you_mean(text, [*values, *(i for _, i in rename.path if i)], "a name"))
+                   help=did_you_mean(text, [*values, *(i for _, i in rename.path if i)], "something"))
     return value
 
 

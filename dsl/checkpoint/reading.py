@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import syntax as sx
-from ..diagnostics import Collector, fail
+from ..diagnostics import Collector, Label, fail, listed
 from ..source import Span
 from .config import field_of, fields_in, get, is_plain, is_spelled, lines, same, shown, spelled, target
 from .static import MISSING, MissingField, evaluate
@@ -95,12 +95,14 @@ class _Reader(Mapping[str, Any]):
                 continue
             if not is_plain(value):
                 where = field_of(line.theirs) or "the config"
-                raise fail("config-mismatch", f"`{where}` is {shown(value)}, which `{name}` cannot be", line.span)
+                raise fail("config-mismatch", f"`{where}` is {shown(value)}, which `{name}` cannot be", line.span,
+                           "expected a number, a line of text without quotes, or a list of such")
             if holds is None:
                 self.found[name], holds = value, line
             elif not same(value, self.found[name]):
                 raise fail("config-mismatch", f"`{_source(holds)}` gives `{name}` = {shown(self.found[name])}, "
-                           f"`{_source(line)}` gives {shown(value)}", line.span, "must agree")
+                           f"`{_source(line)}` gives {shown(value)}", line.span, "must agree",
+                           [Label(holds.span, "holds, since it comes first")])
         if holds is None:
             self._stay_silent(name)
 
@@ -126,12 +128,13 @@ class _Reader(Mapping[str, Any]):
         span = about[0].span if about else self.checkpoint.name_span
         if there:
             absent = [f for f in named if f not in there]
-            help = self._known(name) or (f"not in the config: {_listed(absent)}" if absent else None)
+            help = self._known(name) or (f"not in the config: {listed(absent)}" if absent else None)
             raise fail("config-mismatch", f"{self._unknown(name, there)}: no line of this map gives `{name}` for that",
                        span, help=help)
         if self.parameters[name].default is None:
-            what = f"the config has no {_listed(named)}" if named else "no line of the map gives it"
-            raise fail("config-mismatch", f"`{name}` has no value: {what}", span)
+            what = f"the config has no {listed(named)}" if named else "no line of the map gives it"
+            help = f"add `{named[0]}` to the config" if named else f"a line such as `{name} = config.{name}` gives it"
+            raise fail("config-mismatch", f"`{name}` has no value: {what}", span, help=help)
 
     def _unknown(self, name: str, there: list[str]) -> str:
         """The fields that decide and that no line knows; of a list its first such word."""
@@ -173,7 +176,8 @@ class _Reader(Mapping[str, Any]):
             return
         if not same(ours, theirs):
             raise fail("config-mismatch", f"`{_source(line)}` is {shown(theirs)}, this map holds for {shown(ours)}",
-                       _whole(selector, line), "must be equal")
+                       _whole(selector, line), "must be equal",
+                       help=f"a model with {shown(theirs)} needs another spec, or another map")
 
 
 def _whole(selector: sx.Selector, line: sx.Equation) -> Span:
@@ -182,10 +186,6 @@ def _whole(selector: sx.Selector, line: sx.Equation) -> Span:
 
 def _source(line: sx.Equation) -> str:
     return field_of(line.theirs) or ", ".join(fields_in(line.theirs, line.condition)) or line.theirs.span.text
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{n}`" for n in names)
 
 
 def _letters(expr: sx.Expr, words: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import syntax as sx
 from ..arithmetic import binary, check_length, kind, negate
-from ..diagnostics import did_you_mean, fail
+from ..diagnostics import fail, listed, near_or_all
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def evaluate(expr: sx.Expr, env: Env) -> Any:
             return _index(expr, env)
         case sx.Call():
             return _call(expr, env)
-    raise fail("wrong-type", "a checkpoint map cannot compute this", expr.span)
+    raise fail("wrong-type", "a checkpoint map cannot compute this", expr.span, help=_COMPUTES)
 
 
 class _Within(Mapping[str, Any]):
@@ -133,6 +133,9 @@ def _items(source: Any, expr: sx.Expr) -> Iterable[Any]:
     raise fail("wrong-type", f"a list or a number of turns stands here, this is {kind(_present(source))}", expr.span)
 
 
+_COMPUTES = "maps compute with numbers, strings, lists, tables and fields of `config`"
+
+
 def _member(base: Any, expr: sx.Member) -> Any:
     if base is MISSING or base is None:
         return MISSING
@@ -147,13 +150,17 @@ def _index(expr: sx.Index, env: Env) -> Any:
     try:
         return base[at]
     except (KeyError, IndexError, TypeError):
-        help = did_you_mean(at, base, "an entry") if isinstance(at, str) and isinstance(base, dict) else None
-        raise fail("out-of-range", f"there is no entry {at!r}", expr.span, help=help) from None
+        if isinstance(at, str) and isinstance(base, dict):
+            raise fail("out-of-range", f"there is no entry `{at}`", expr.span,
+                       help=near_or_all(at, map(str, base), "an entry", "the entries are")) from None
+        has = f"this has {len(base)} items, counted from 0" if isinstance(base, (str, list)) else f"this is {kind(base)}"
+        raise fail("out-of-range", f"there is no entry {at!r}", expr.span, has) from None
 
 
 def _call(expr: sx.Call, env: Env) -> Any:
     if not isinstance(expr.function, sx.Name):
-        raise fail("wrong-type", "a checkpoint map cannot call this", expr.span)
+        raise fail("wrong-type", "a checkpoint map cannot call this", expr.span, "expected the name of a function",
+                   help=f"maps compute with {listed(FUNCTIONS)}")
     name = expr.function.id
     values = [(a.name, evaluate(a.value, env)) for a in expr.arguments]
     if name in FUNCTIONS:

@@ -11,10 +11,10 @@ from itertools import groupby
 from typing import Any
 
 from .. import syntax as sx
-from ..diagnostics import Collector, Label, SpecError, fail
-from ..program import Parameter
+from ..diagnostics import Collector, Label, SpecError, fail, near_or_all
+from ..program import WRAPPED, Parameter
 from ..source import Span
-from .naming import Group, Place, place, read_lines
+from .naming import Group, Place, Rename, place, read_lines
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def tensor_map(
     for rename in renames:
         absent = any(word in kinds and word not in occurring for word, _ in rename.path)
         if not (rename.used or rename.optional or absent or rename.group in joined):
-            collector.add(fail("map-unused-line", f"no weight of the model is at `{rename.shown}`", rename.span))
+            collector.add(fail("map-unused-line", f"no weight of the model is at `{rename.shown}`", rename.span,
+                               help=_near_path(rename, parameters)))
     entries: list[Entry] = []
     for theirs, home in homes.items():
         with collector.collecting():
@@ -109,21 +110,38 @@ def tensor_map(
     return TensorMap(tuple(entries), tuple(ignored))
 
 
+def _near_path(rename: Rename, parameters: Sequence[Parameter]) -> str | None:
+    """What lies where a line looks: the parts beside what it names, else paths that look like it."""
+    *before, last = (word for word, _ in rename.path)
+    paths = list(dict.fromkeys(tuple(w for w in p.path if isinstance(w, str) and w != WRAPPED) for p in parameters))
+    beside = dict.fromkeys(
+        path[at + len(before)] for path in paths for at in range(len(path) - len(before))
+        if before and list(path[at : at + len(before)]) == before
+    )
+    words = dict.fromkeys(w for path in paths for w in path)
+    if beside:
+        return near_or_all(last, beside, f"a part of `{'.'.join(before)}`", f"the parts of `{'.'.join(before)}` are")
+    return near_or_all(last, words, "a part", "the parts of the model are")
+
+
 def _move_in(homes: dict[str, _Home], parameter: Parameter, where: Place, checkpoint: sx.Checkpoint) -> None:
     home = homes.setdefault(where.name, _Home(where))
     group = where.rename.group if where.rename is not None else None
     key = where.rename.path[-1][0] if where.rename is not None else ""
     other = next(iter(home.pieces.values()), None)
     if other is not None and (key in home.pieces or group is None or home.group is not group):
-        span = where.span or home.place.span or checkpoint.name_span
-        raise _collision(parameter.name, other.name, where.name, span, checkpoint)
+        spans = list(dict.fromkeys(s for s in (home.place.span, where.span) if s is not None))
+        raise _collision(other.name, parameter.name, where.name, spans, checkpoint)
     home.pieces[key] = parameter
 
 
-def _collision(name: str, other: str, theirs: str, span: Span, checkpoint: sx.Checkpoint) -> SpecError:
-    return fail("map-collision", f"`{name}` and `{other}` would both be `{theirs}`", span, "this line gives the name",
-                [Label(checkpoint.name_span, "in this map")],
-                help="several of ours in one of theirs: `a.[b, c] = \"name\" as rows`")
+def _collision(name: str, other: str, theirs: str, spans: Sequence[Span], checkpoint: sx.Checkpoint) -> SpecError:
+    """`spans` are the lines that give the name, if there are any."""
+    span = spans[-1] if spans else checkpoint.name_span
+    before = [Label(s, "as this one does") for s in spans[:-1]] or [Label(checkpoint.name_span, "in this map")]
+    return fail("map-collision", f"`{name}` and `{other}` would both be `{theirs}`", span,
+                "this line gives the name" if spans else "", before if spans else (),
+                help="to join them: `a.[b, c] = \"name\" as rows`")
 
 
 def _check_names(entries: Sequence[Entry], checkpoint: sx.Checkpoint, collector: Collector) -> None:
@@ -132,10 +150,10 @@ def _check_names(entries: Sequence[Entry], checkpoint: sx.Checkpoint, collector:
     for entry in entries:
         other = seen.setdefault(entry.theirs, entry)
         if other is not entry:
-            collector.add(_collision(entry.pieces[0].name, other.pieces[0].name, entry.theirs, checkpoint.name_span,
-                                     checkpoint))
+            collector.add(_collision(other.pieces[0].name, entry.pieces[0].name, entry.theirs, (), checkpoint))
         if not entry.theirs:
-            collector.add(fail("map-shape", f"`{entry.pieces[0].name}` would have no name", checkpoint.name_span))
+            collector.add(fail("map-shape", f"`{entry.pieces[0].name}` would have no name", checkpoint.name_span,
+                               "every line that speaks of it gives \"\"", help="one of them must give a name"))
 
 
 # --- one home, one or more tensors of theirs -----------------------------------------------------
@@ -195,7 +213,8 @@ def _joined(theirs: str, parameters: list[Parameter], form: sx.Name) -> Entry:
     rest = {s[:axis] + s[axis + 1 :] for s in shapes}
     if any(len(s) <= axis for s in shapes) or len(rest) != 1:
         shown = ", ".join(f"{p.name} {list(p.stored_shape)}" for p in parameters)
-        raise fail("map-shape", f"the parts of `{theirs}` do not fit side by side", form.span, shown)
+        raise fail("map-shape", f"the parts of `{theirs}` do not fit side by side", form.span, shown,
+                   help="`rows` joins along the first axis, `columns` along the second; the others must be the same")
     total = sum(s[axis] for s in shapes)
     shape = (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
     return Entry(theirs, shape, tuple(_piece(p) for p in parameters), axis)
@@ -209,14 +228,24 @@ def _as_axes(theirs: str, parameters: list[Parameter], form: sx.ListOf) -> Entry
     sizes = dict(first.dims)
     order = tuple(n for n in names if n in sizes or n == "parts")
     if sorted(n for n in order if n != "parts") != sorted(sizes) or order.count("parts") > 1:
-        raise fail("map-shape", f"`as` must name each dim of `{first.name}` once: {', '.join(sizes)}", form.span)
+        raise fail("map-shape", f"`as` must name each dim of `{first.name}` once: {', '.join(sizes)}", form.span,
+                   _unlike(names, sizes))
     if any(p.dims != first.dims for p in parameters):
         shown = ", ".join(f"{p.name} [{', '.join(f'{n} = {s}' for n, s in p.dims)}]" for p in parameters)
         raise fail("map-shape", f"the parts of `{theirs}` have not the same dims", form.span, shown)
     if len(parameters) > 1 and "parts" not in order:
-        raise fail("map-shape", "`parts` must stand where the parts lie", form.span)
+        raise fail("map-shape", "`parts` must stand where the parts lie", form.span, "names dims only",
+                   help=f"for example `[parts, {', '.join(names)}]`")
     shape = _flattened(order, {**sizes, "parts": len(parameters)}, first, form.span)
     return Entry(theirs, shape, tuple(_piece(p) for p in parameters), 0, order, first.dims)
+
+
+def _unlike(names: Sequence[str], sizes: Mapping[str, int]) -> str:
+    """What a list of dims has too few and too many of."""
+    missing = [n for n in sizes if n not in names]
+    twice = [n for n in dict.fromkeys(names) if names.count(n) > 1]
+    found = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(twice)} twice"] * bool(twice)
+    return " and ".join(found)
 
 
 def _flattened(order: tuple[str, ...], sizes: Mapping[str, int], first: Parameter, span: Span) -> tuple[int, ...]:

@@ -171,7 +171,8 @@ def _now(parameter: sx.Parameter, again: Mapping[str, Any], values: Mapping[str,
 def _lost(checkpoint: sx.Checkpoint, parameter: sx.Parameter, value: Any, values: Mapping[str, Any]) -> Diagnostic:
     mine = [line.span for selector, line in lines(checkpoint) if target(selector, values) == parameter.name]
     return Diagnostic("config-mismatch", f"no line of the map can write `{parameter.name}` = {shown(value)}",
-                      Label(mine[-1], "tried last") if mine else Label(checkpoint.name_span, "in this map"))
+                      Label(mine[-1], "tried last") if mine else Label(checkpoint.name_span, "in this map"),
+                      help=f"a line such as `{parameter.name} = config.{parameter.name}` would")
 
 
 def _older(checkpoint: sx.Checkpoint) -> list[str]:

@@ -21,8 +21,9 @@ class Builder:
     span: Span = NOWHERE
     doc: str = ""
     inputs: list[Tensor] = field(default_factory=list)
-    weights: list[tuple[str, tuple[Dim, ...], pg.Init, str, bool, tuple, Span]] = field(default_factory=list)
+    weights: list[tuple[str, tuple[Dim, ...], pg.Init, str, bool, tuple, bool, Span]] = field(default_factory=list)
     weight_tensors: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
     instances: list[pg.Instance] = field(default_factory=list)
     nodes: list[dict[str, Any]] = field(default_factory=list)
     emits: list[tuple[str, str, Tensor]] = field(default_factory=list)
@@ -99,10 +100,11 @@ class Builder:
         return tensor
 
     def add_weight(
-        self, name: str, dims: tuple[Dim, ...], init: pg.Init, op: str, keep: bool, layout: tuple, span: Span
-    ) -> Tensor:
+        self, name: str, dims: tuple[Dim, ...], init: pg.Init, op: str, keep: bool, layout: tuple, span: Span,
+        trained: bool = True,
+    ) -> Tensor:  # fmt: skip
         self._names.add(name)
-        self.weights.append((name, dims, init, op, keep, layout, span))
+        self.weights.append((name, dims, init, op, keep, layout, trained, span))
         tensor = Tensor(name, "real", dims, self, span=span)
         self.weight_tensors[name] = tensor
         return tensor
@@ -146,8 +148,8 @@ class Builder:
         made_inputs = tuple(self._value(t) for t in inputs)
         nodes = tuple(self._node(n) for n in self.nodes)
         weights = tuple(
-            pg.Weight(w, self.names_of(dims), init, op, keep, tuple(self.names_of(axis) for axis in layout), span)
-            for w, dims, init, op, keep, layout, span in self.weights
+            pg.Weight(w, self.names_of(dims), init, op, keep, tuple(self.names_of(axis) for axis in layout), trained, span)
+            for w, dims, init, op, keep, layout, trained, span in self.weights
         )
         outs = tuple(self.local(t).name for t in outputs)
         emits = tuple((keyword, label, self.local(t).name) for keyword, label, t in self.emits)

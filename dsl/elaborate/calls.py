@@ -50,6 +50,8 @@ class Calls:
                 made = self._static_call(function.id, expr, env)
                 if made is not None:
                     return made[0]
+            if function.id == "route" and env.file.lookup("route") is None:
+                return self._route(expr, env, hint)
             if function.id == "constant" and len(expr.arguments) == 1:
                 raise self.unknown("constant", function.span, env)
         callee = self.value(function, env)
@@ -59,6 +61,64 @@ class Calls:
         if given is not None:
             raise fail("not-built-yet", "`given` is not built yet", given.span)
         return self.call(callee, expr, env, hint)
+
+    def _route(self, expr: sx.Call, env: Environment, hint: str | None) -> Tensor:
+        """`route(x, routing, expert, over = experts)`: the sum over experts of routing times expert(x)."""
+        positional = [a for a in expr.arguments if a.name is None]
+        over = next((a for a in expr.arguments if a.name == "over"), None)
+        if len(positional) != 3 or over is None or len(expr.arguments) != 4:
+            raise fail("wrong-arity", "`route` takes an input, a weight for each expert, the expert, and the dim of the experts",
+                       expr.span, "expected route(x, routing, expert, over = experts)")
+        x, routing, expert = (self.value(a.value, env) for a in positional)
+        for value, argument in zip((x, routing), positional, strict=False):
+            if not isinstance(value, Tensor) or value.kind != "real":
+                raise fail("wrong-type", f"`route` needs a real tensor here, this is {kind(value)}", argument.span)
+        if not isinstance(expert, Waiting) or expert.found is None or len(self.input_names(expert)) != 1:
+            raise fail("wrong-type", f"an expert is a block that waits for its input, this is {kind(expert)}", positional[2].span,
+                       help="`expert = mlp(ffn)` is one")
+        (dim,) = self.dims(over.value, env)
+        rows = tuple(d for d in routing.dims if d is not dim)
+        if len(rows) == len(routing.dims) or tuple(x.dims[:-1]) != rows:
+            raise fail("dim-mismatch", f"`route` needs a weight for each place of its input and each of `{dim.name}`",
+                       positional[1].span, f"the input is [{', '.join(d.name for d in x.dims)}], the weights are "
+                       f"[{', '.join(d.name for d in routing.dims)}]")
+        name = positional[2].value.id if isinstance(positional[2].value, sx.Name) else expert.name
+        expert, _ = self.rewritten(expert, env, name)
+        tensors = dict(zip(self.input_names(expert), (x,), strict=True))
+        made = self.body_of(expert, Given(tensors, expert.settings, expert.spans), env, expr.span)
+        along = self._along_sequence(made.builder)
+        if along is not None:
+            raise fail("not-built-yet", f"an expert that looks along the sequence, as `{along}` does, is not built yet",
+                       positional[2].span)
+        result = made.returned[0] if len(made.returned) == 1 else None
+        if not isinstance(result, Tensor) or len(result.dims) != len(x.dims):
+            raise fail("wrong-type", "an expert returns one tensor with as many dims as its input", positional[2].span)
+        dims: list[Dim] = []
+        for values in (tensors, expert.settings):
+            for _, value in sorted(values.items()):
+                self.key(value, dims)
+        swap = {id(a): b for a, b in zip(made.formals, dims, strict=True)}
+        last = swap.get(id(result.dims[-1]), result.dims[-1])
+        env.builder.own(name, expr.span)
+        size = whole(number_of(dim, over.span), f"the size of `{dim.name}`", over.span)
+        env.builder.instances.append(pg.Instance(name, (made.name,), (0,) * size))
+        (out,) = env.builder.add_node("route", (x, routing), ((hint or "route", "real", (*x.dims[:-1], last)),),
+                                      {"instance": name, "over": (dim,)}, {}, expr.span)
+        return out
+
+    def _along_sequence(self, builder: Builder) -> str | None:
+        """An op of a body or below it that reads other places of a sequence."""
+        for node in builder.nodes:
+            op = self.ops.get(node["op"])
+            if op is not None and op.coordinates and any(d.sequence for ds in node["bindings"].values() for d in ds):
+                return op.name
+        for instance in builder.instances:
+            for name in instance.bodies:
+                inner = self.finished[name].builder if name in self.finished else self.loops.get(name)
+                found = None if inner is None else self._along_sequence(inner)
+                if found is not None:
+                    return found
+        return None
 
     def _static_call(self, name: str, expr: sx.Call, env: Environment) -> tuple[Any] | None:
         """A function of numbers, strings and lists; None if an argument is a tensor."""
@@ -257,7 +317,8 @@ class Calls:
                 raise fail("missing-argument", f"`{op.name}` needs `{setting.name}`", span, setting.meaning)
         builder = shared[1] if shared else env.builder
         local = {name: self._localise(value, env.builder) for name, value in tensors.items()}
-        call = self.op_call(op, _only_tensors(local), full, span, spans)
+        numbers = {name: as_float(value) for name, value in local.items() if is_number(value)}
+        call = self.op_call(op, _only_tensors(local), {**full, **numbers}, span, spans)
         typing = op.infer(call)
         if typing.sequences:
             full["masks"] = tuple(
@@ -269,7 +330,7 @@ class Calls:
         operands = self._operands(op, typing, owner, builder, shared, span)
         attrs = {name: value for name, value in full.items() if op.setting(name).kind != "weight"
                  and value is not None and value != op.setting(name).default}
-        attrs.update({name: as_float(value) for name, value in local.items() if is_number(value)})
+        attrs.update(numbers)
         results = tuple((hint or op.name, kind_, dims) for kind_, dims in typing.results)
         made = env.builder.add_node(op.name, operands, results, attrs, typing.bindings, span)
         made[0].owner = owner

@@ -32,6 +32,7 @@ class Elaborator(Expressions, Calls, Rewriting, Statements):
         self.memo: dict[Any, Elaborated] = {}
         self.finished: dict[str, Any] = {}
         self.bodies: dict[str, pg.Body] = {}
+        self.loops: dict[str, Builder] = {}
         self.running: list[str] = []
         self.resolving: list[Found] = []
         self.sheets: dict[int, Rewrites] = {}
@@ -55,6 +56,7 @@ class Elaborator(Expressions, Calls, Rewriting, Statements):
         return name
 
     def finish_later(self, name: str, builder: Builder, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        self.loops[name] = builder
         self.bodies[name] = builder.finish(name, inputs, outputs)
 
     def finish(self, made: Elaborated) -> None:

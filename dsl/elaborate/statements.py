@@ -69,9 +69,11 @@ class Statements:
                 self._for(statement, env)
             case sx.InitRule():
                 self._init(statement, env)
-            case sx.Emit(keyword="loss" | "metric"):
+            case sx.Emit(keyword="update"):
+                self._update(statement, env)
+            case sx.Emit():
                 self._emit(statement, env)
-            case sx.Declare(keyword="param"):
+            case sx.Declare():
                 self._param(statement, env)
             case sx.Coordinate():
                 self._coordinate(statement, env)
@@ -149,17 +151,40 @@ class Statements:
 
     def _emit(self, statement: sx.Emit, env: Environment) -> None:
         value = self.value(statement.value, env, statement.name)
-        if not isinstance(value, Tensor) or value.kind != "loss":
-            raise fail("wrong-type", f"`{statement.keyword}` needs a sum over scored places, such as `cross_entropy`, this "
-                       f"is {kind(value)}", statement.value.span)
-        env.builder.emits.append((statement.keyword, statement.name, value))
+        kinds = ("loss", "real") if statement.keyword == "metric" else ("loss",)
+        if not isinstance(value, Tensor) or value.kind not in kinds or value.dims:
+            raise fail("wrong-type", f"`{statement.keyword}` needs a sum over scored places, such as `cross_entropy`, or a mean "
+                       f"over all places, this is {kind(value)}", statement.value.span)
+        env.builder.emits.append((statement.keyword, statement.name, env.builder.local(value)))
+
+    def _update(self, statement: sx.Emit, env: Environment) -> None:
+        """`update bias = ...`: the value of a buffer of this block after a step."""
+        cell = env.cell(statement.name)
+        buffer = cell.value if cell is not None else None
+        if not isinstance(buffer, Tensor) or statement.name not in env.builder.buffers:
+            raise fail("not-a-buffer", f"`{statement.name}` is no buffer of this block", statement.span,
+                       help=did_you_mean(statement.name, env.builder.buffers, "a buffer")
+                       or f"`buffer {statement.name}[...] = 0` declares one")
+        value = self.value(statement.value, env, f"next_{statement.name}")
+        if not isinstance(value, Tensor) or value.kind != "real" or {id(d) for d in value.dims} != {id(d) for d in buffer.dims}:
+            shown = ", ".join(d.name for d in buffer.dims)
+            have = f"[{', '.join(d.name for d in value.dims)}]" if isinstance(value, Tensor) else kind(value)
+            raise fail("dim-mismatch", f"the buffer `{statement.name}` has the dims [{shown}], its new value has others",
+                       statement.value.span, f"this is {have}")
+        env.builder.emits.append(("update", statement.name, env.builder.local(value)))
 
     def _param(self, statement: sx.Declare, env: Environment) -> None:
         dims = tuple(d for item in statement.shape for d in self._dims_of_shape(item, env))
+        trained = statement.keyword == "param"
         init = pg.Init("zeros") if statement.value is None else self.distribution(statement.value, env)
+        if not trained and init.kind not in ("zeros", "ones", "constant"):
+            raise fail("wrong-type", "a buffer starts with one number everywhere", (statement.value or statement).span,
+                       "this is random")
         env.builder.own(statement.name, statement.span)
-        tensor = env.builder.add_weight(statement.name, dims, init, "param", False, tuple((d,) for d in dims),
-                                        statement.span)
+        tensor = env.builder.add_weight(statement.name, dims, init, statement.keyword, False, tuple((d,) for d in dims),
+                                        statement.span, trained)
+        if not trained:
+            env.builder.buffers[statement.name] = tensor
         env.bind(statement.name, tensor, statement.span)
 
     def _coordinate(self, statement: sx.Coordinate, env: Environment) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...dsl.program import Dim, Node, Type, Value
-from ..graph import Graph, GraphProgram, op_of
+from ..graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..ops import table
 from . import each_graph, lowering_pass
 
@@ -35,7 +35,7 @@ def _owner(node: Node) -> str:
 def _fuse_linears(graph: Graph) -> Graph:
     groups: dict[tuple[str, object], list[Node]] = {}
     for node in graph.nodes:
-        if node.op != "call" and node.op != "loop" and op_of(node).stacked and op_of(node).linear and node.attr("map"):
+        if node.op not in STRUCTURE and op_of(node).stacked and op_of(node).linear and node.attr("map"):
             if all(_own_once(graph, o) for o in node.operands[1:]):
                 groups.setdefault((node.operands[0] or "", node.attr("map")[0]), []).append(node)
     for members in groups.values():
@@ -84,7 +84,7 @@ def _stack_channelwise(graph: Graph) -> Graph:
 
 
 def _stackable(graph: Graph, node: Node, operand: str) -> bool:
-    if node.op in ("call", "loop") or node.operands[0] != operand:
+    if node.op in STRUCTURE or node.operands[0] != operand:
         return False
     op = op_of(node)
     return bool(op.stacked) and op.name in _channelwise() and all(_own_once(graph, o) for o in node.operands[1:])
@@ -162,7 +162,7 @@ def _count(graph: Graph, node: Node) -> int:
 def _fuse_epilogues(graph: Graph) -> Graph:
     """A pointwise op that is the only reader of every result of an op that can apply it becomes a part of it."""
     for node in graph.nodes:
-        if node.op in ("call", "loop") or not op_of(node).epilogues or node.attr("act"):
+        if node.op in STRUCTURE or not op_of(node).epilogues or node.attr("act"):
             continue
         users = [graph.users.get(r.name, ()) for r in node.results]
         if any(len(u) != 1 for u in users) or any(r.name in graph.results for r in node.results):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...dsl.program import Dim, Node, Value
-from ..graph import STRUCTURE, Graph, GraphProgram
+from ..graph import STRUCTURE, Graph, GraphProgram, op_of
 from . import lowering_pass
 
 
@@ -41,7 +41,7 @@ def _free(graph: Graph) -> dict[str, Node]:
     """Nodes that depend on nothing but coordinates and constants."""
     found: dict[str, Node] = {}
     for node in graph.nodes:
-        plain = node.op not in STRUCTURE and all(r.type.kind in ("real", "coordinate") for r in node.results)
+        plain = node.op not in STRUCTURE and not op_of(node).random and all(r.type.kind in ("real", "coordinate") for r in node.results)
         if plain and all(o is None or o in found for o in node.operands):
             found.update((r.name, node) for r in node.results)
     return found

@@ -71,6 +71,7 @@ def infer(node: Node, graph: Graph, dims: dict[str, GraphDim]) -> Any:
     for i, name in enumerate(repeated):
         tensors[name] = [None if o is None else _tensor(o, graph, dims) for o in operands[i :: len(repeated)]]
     settings = {s.name: _setting(node.attr(s.name, s.default), s.kind, dims) for s in op.settings}
+    settings.update((o.name, node.attr(o.name)) for o in op.inputs if node.attr(o.name) is not None)
     for rule in op.weights:
         if rule.when is not None:
             settings[rule.when] = weights.get(rule.operand) is not None

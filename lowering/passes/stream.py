@@ -11,6 +11,7 @@ import math
 from ...dsl.diagnostics import Diagnostic, Label, SpecError
 from ...dsl.program import Node
 from ...dsl.source import NOWHERE
+from ..afterwards import parts
 from ..graph import STRUCTURE, Graph, GraphProgram, State, op_of
 from ..masks import hull
 from . import lowering_pass
@@ -89,7 +90,7 @@ def _bytes(program: GraphProgram, graph: Graph, length: int, item_bytes: int) ->
         else:
             rows = length if state.keep is None else min(state.keep, length) if state.kind == "cache" else state.keep
             total["rows"] += rows * item_bytes * sum(math.prod(size) for _, size in state.rows)
-    for node in (n for n in graph.nodes if n.op in STRUCTURE):
+    for node in (n for n in graph.nodes if n.op in ("call", "loop")):  # an expert keeps nothing
         instance = graph.instance(node.attr("instance"))
         schedule = (0,) if instance.schedule is None else instance.schedule
         each = [_bytes(program, program.graphs[b], length, item_bytes) for b in instance.bodies]
@@ -104,7 +105,7 @@ def streaming_errors(program: GraphProgram) -> tuple[Diagnostic, ...]:
     found: list[Diagnostic] = []
     reached = _reached(program)
     for graph in (g for g in program.graphs.values() if g.name in reached):
-        for node in graph.nodes:
+        for node in parts(graph, program.emitting).result:  # losses may look ahead
             if node.op in STRUCTURE or op_of(node).monoid is None:
                 continue
             found.extend(_late(graph, node))

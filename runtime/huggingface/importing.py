@@ -129,7 +129,7 @@ def _contradicting(
 
 def _write_weights(path: Path, program: Program, mapped: TensorMap, tensors: Tensors) -> None:
     dtypes = {p.name: tensors.dtype(e.theirs) for e in mapped.entries for p in e.pieces}
-    with writing(path, {p.name: (dtypes[p.name], p.shape) for p in program.parameters()}) as put:
+    with writing(path, {p.name: (dtypes[p.name], p.shape) for p in program.tensors()}) as put:
         for entry in mapped.entries:
             for piece, tensor in take_apart(entry, tensors.get(entry.theirs)):
                 put(piece.name, tensor, piece.index)

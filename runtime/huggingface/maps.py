@@ -60,4 +60,4 @@ def declared(file: File, checkpoint: sx.Checkpoint) -> sx.Function:
 def map_of(checkpoint: sx.Checkpoint, program: Program) -> TensorMap:
     """The proved map of a model's weights."""
     kinds = frozenset(standard_index()) | frozenset(table())
-    return tensor_map(checkpoint, program.parameters(), program.arguments, kinds)
+    return tensor_map(checkpoint, program.tensors(), program.arguments, kinds)

@@ -3,13 +3,15 @@
 from .attend import attend
 from .buffers import STATELESS, Slots
 from .conv import Conv, ParallelConv, causal_conv
+from .experts import route, top_k
+from .gathered import Gathered
 from .initial import initialise
-from .linear import Embed, Linear, Parallel, Weights, empty, named_logical_parameters
+from .linear import Embed, Linear, Parallel, Weights, embed, empty, named_logical_parameters
 from .loss import cross_entropy, known, linear_cross_entropy
 from .model import Model
 from .norm import LayerNorm, RmsNorm, layer_norm, rms_norm
 from .pointwise import angles, relu2, rotate, silu_mul
-from .rows import At, Coordinates, Mask, next_token
+from .rows import At, Coordinates, Mask, next_token, reduce_rows
 from .ssd import ssd
 from .stream import Stream
 
@@ -19,6 +21,7 @@ __all__ = [
     "Conv",
     "Coordinates",
     "Embed",
+    "Gathered",
     "LayerNorm",
     "Linear",
     "Mask",
@@ -33,6 +36,7 @@ __all__ = [
     "attend",
     "causal_conv",
     "cross_entropy",
+    "embed",
     "empty",
     "initialise",
     "known",
@@ -40,9 +44,12 @@ __all__ = [
     "linear_cross_entropy",
     "named_logical_parameters",
     "next_token",
+    "reduce_rows",
     "relu2",
     "rms_norm",
     "rotate",
+    "route",
     "silu_mul",
     "ssd",
+    "top_k",
 ]

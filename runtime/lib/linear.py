@@ -169,10 +169,14 @@ class Embed(nn.Module):
         self.weight = empty(vocab, *outs)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        weight = self.weight
-        if weight.dim() > 2:
-            return F.embedding(tokens, weight.flatten(1)).unflatten(-1, weight.shape[1:])
-        return F.embedding(tokens, weight)
+        return embed(tokens, self.weight)
+
+
+def embed(tokens: Tensor, weight: Tensor) -> Tensor:
+    """tokens int64[...], weight [vocab, *outs] -> [..., *outs]."""
+    if weight.dim() > 2:
+        return F.embedding(tokens, weight.flatten(1)).unflatten(-1, weight.shape[1:])
+    return F.embedding(tokens, weight)
 
 
 def named_logical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:

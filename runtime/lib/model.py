@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .buffers import STATELESS, Slots
+from .gathered import Gathered
 from .initial import initialise
 from .linear import Embed, named_logical_parameters, spec_paths
 from .rows import At
@@ -61,12 +62,23 @@ class Model(nn.Module):
         """tokens int64[batch, seq] -> logits [batch, seq, vocab]; document, position, valid as in `At`."""
         return self.run(tokens, At(tokens.shape, tokens.device, position, document, valid), STATELESS)
 
-    def losses(self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """{loss: 0-d sum over scored tokens}. The total is the sum of losses[name] / counts[name]."""
-        return self.losses_of(tokens, At(tokens.shape, tokens.device, None, document, valid))
+    def losses(
+        self,
+        tokens: Tensor,
+        document: Tensor | None = None,
+        valid: Tensor | None = None,
+        gathered: Gathered | None = None,
+    ) -> dict[str, Tensor]:
+        """{loss: 0-d sum over scored tokens}. The total is the sum of losses[name] / counts[name].
+
+        With `gathered`, as a training step asks, the losses that blocks state beside the objective are there, too.
+        """
+        at = At(tokens.shape, tokens.device, None, document, valid)
+        at.gathered = gathered
+        return self.losses_of(tokens, at)
 
     def counts(self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """{loss: 0-d number of scored tokens}: without weights, so that micro-batches can be added up first."""
+        """{loss: number of scored tokens}: without weights, so that micro-batches can be added up first."""
         return self.counts_of(tokens, At(tokens.shape, tokens.device, None, document, valid))
 
     # Token by token.
@@ -171,6 +183,9 @@ class Model(nn.Module):
         castable = set(self._castable())
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype if parameter in castable else kept)
+        for buffer in self.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(kept)
         return self
 
     def _castable(self) -> list[nn.Parameter]:

@@ -95,7 +95,8 @@ class _RmsNorm(torch.autograd.Function):
             along = product.sum(-1, keepdim=True)
         else:
             if ctx.needs_input_grad[1]:
-                grad_weight = product.flatten(0, -1 - weight.dim()).sum(0).to(weight.dtype)
+                rows = product.dim() - weight.dim()
+                grad_weight = (product.sum(tuple(range(rows))) if rows else product.clone()).to(weight.dtype)
             along = product.mul_(weight).sum(-1, keepdim=True)
             grad = torch.mul(grad, weight, out=product)
         # d y / d x of x / rms(x): what points along x does not change it.

@@ -71,7 +71,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x[b, t, h, d] by cos, sin [b, t, pairs]; -> the same shape and dtype.
 
     Dim j turns with dim j + pairs (NeoX layout, Su et al. 2021) for j < pairs; dims from 2 * pairs on pass through.
-    Raises ValueError where 2 * pairs > d. cos and sin get no gradient.
+    Raises ValueError where 2 * pairs > d.
     """
     if 2 * cos.shape[-1] > x.shape[-1]:
         raise ValueError(f"rotate: {cos.shape[-1]} pairs need {2 * cos.shape[-1]} dims, found {x.shape[-1]}")
@@ -82,14 +82,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
+        learned = cos.requires_grad or sin.requires_grad
+        ctx.save_for_backward(cos, sin, x if learned else None)
         return _turn(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        cos, sin, x = ctx.saved_tensors
+        if x is None:
+            return _turn(grad, cos, sin, -1), None, None
+        pairs = cos.shape[-1]
+        (a, b), (p, q) = ((t[..., :pairs], t[..., pairs : 2 * pairs]) for t in (x, grad))
+        by_cos, by_sin = a * p + b * q, a * q - b * p
+        return _turn(grad, cos, sin, -1), by_cos.sum_to_size(cos.shape), by_sin.sum_to_size(sin.shape)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .gathered import Gathered
+
 
 class Coordinates(NamedTuple):
     """What a mask may ask about queries (int64 [b, t, 1]) or keys (int64 [b, 1, k]); `b` may be 1."""
@@ -50,6 +52,7 @@ class At:
     valid:    bool [batch, seq]; rows that are False are padding: they see and change nothing.
     starts:   bool [batch, seq], rows that start a document; None where only row 0 of each batch row does.
     step:     the stream's `Step`, in prefill and decode only.
+    gathered: takes what blocks state beside their results, in training; None where nobody asked. `losses` are theirs.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class At:
         self._step: Step | None = None
         self.first = 0
         self.memo: dict[Any, Any] = {}
+        self.gathered: Gathered | None = None
+        self.losses: dict[str, Tensor] = {}
         self._position = None if position is None else position.expand(batch, seq)
         if document is not None:
             document = document.expand(batch, seq)
@@ -127,6 +132,19 @@ class At:
             assert self.starts is not None
             self.memo["segment"] = self.starts.cumsum(1)
         return self.memo["segment"]
+
+    @property
+    def validity(self) -> Tensor:
+        """bool [batch, seq]: `valid`, also where all rows are."""
+        return self.valid if self.valid is not None else torch.ones_like(self.position, dtype=torch.bool)
+
+    def count(self) -> int | Tensor:
+        """How many rows are valid."""
+        return self.batch * self.seq if self.valid is None else self.valid.sum()
+
+    def lose(self, label: str, value: Tensor) -> None:
+        """Add to a loss that blocks state, a 0-d sum."""
+        self.losses[label] = self.losses[label] + value if label in self.losses else value
 
     def keys(self) -> Keys:
         """This call's own rows, as keys."""
@@ -259,3 +277,25 @@ def next_token(tokens: Tensor, at: At, by: int = 1) -> Tensor:
         ahead = ahead.masked_fill(~(at.valid[:, by:] & at.valid[:, :-by]), -1)
     target[:, :-by] = ahead
     return target
+
+
+def reduce_rows(x: Tensor, how: str, dims: tuple[int, ...], at: At, rows: tuple[int, ...]) -> Tensor:
+    """Reduce dims of x, among them the sequence: "sum", "mean", "max_over" or "count" over the valid rows.
+
+    rows: the axes of x that [batch, seq] are.
+    """
+    valid: Tensor | None = None
+    if at.valid is not None:
+        shape = [1] * x.dim()
+        for axis, size in zip(rows, at.valid.shape, strict=True):
+            shape[axis] = size
+        valid = at.valid.view(shape)
+    if how == "max_over":
+        return (x if valid is None else x.masked_fill(~valid, -torch.inf)).amax(dims)
+    if how == "count":
+        return (x if valid is None else x & valid).sum(dims).float()
+    total = (x if valid is None else torch.where(valid, x, 0)).sum(dims)
+    if how == "sum":
+        return total
+    ones = torch.ones_like(x) if valid is None else valid.expand(x.shape).to(x.dtype)
+    return total / ones.sum(dims).clamp_min(1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data import Batch, Cursor, Packed
 from ..errors import UserError
+from ..lib import Gathered
 from . import checkpoint
 from .config import TrainConfig
 from .optimizer import Optimizer
@@ -147,7 +148,8 @@ class _Run:
         for _ in range(self.config.accumulate):
             batch, self.cursor = self.data.batch(self.cursor, self.config.batch)
             batches.append(batch)
-        total = self._gradient(batches)
+        gathered = Gathered()
+        total = self._gradient(batches, gathered)
         norm = float(self.optimizer.clip(self.config.clip))
         self.step += 1
         loss = float(total)
@@ -156,14 +158,15 @@ class _Run:
                             help="the last checkpoint is from before; a smaller --lr or more --warmup may cure it")
         rate = self.config.learning_rate(self.step)
         self.optimizer.step(rate)
+        metrics = gathered.settle()
         record = {"step": self.step, "loss": loss, "norm": norm, "lr": rate,
-                  "tokens": self.step * self.config.batch * self.config.accumulate * self.config.seq}
+                  "tokens": self.step * self.config.batch * self.config.accumulate * self.config.seq, **metrics}
         self.log.write(record)
         self.board.write(record)
         tokens = self.config.batch * self.config.accumulate * self.config.seq
         self.bar.show(self.step, loss, norm, rate, tokens / (time.perf_counter() - begun))
 
-    def _gradient(self, batches: list[Batch]) -> Tensor:
+    def _gradient(self, batches: list[Batch], gathered: Gathered | None = None) -> Tensor:
         """Losses over all micro-batches, each sum divided by the count of all: as if they were one batch."""
         counts: dict[str, Tensor] = {}
         for batch in batches:
@@ -171,7 +174,7 @@ class _Run:
                 counts[name] = counts.get(name, torch.zeros((), dtype=torch.int64)) + count
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            sums = self.model.losses(batch.tokens, batch.document)
+            sums = self.model.losses(batch.tokens, batch.document, gathered=gathered)
             loss = sum(s / counts[n].clamp(min=1) for n, s in sums.items())
             loss.backward()
             self.optimizer.gather()
@@ -198,7 +201,8 @@ def evaluate(model: nn.Module, data: Packed, batch: int, rows: int | None = None
     total, scored = 0.0, 0
     for start in range(0, count, batch):
         piece = data.rows(list(range(start, min(start + batch, count))))
-        total += sum(float(v) for v in model.losses(piece.tokens, piece.document).values())
-        scored += sum(int(v) for v in model.counts(piece.tokens, piece.document).values())
+        sums, counts = model.losses(piece.tokens, piece.document), model.counts(piece.tokens, piece.document)
+        total += sum(float(v) for v in sums.values())
+        scored += sum(int(counts[name]) for name in sums)
     model.train(was_training)
     return total / max(1, scored)

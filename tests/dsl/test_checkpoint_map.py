@@ -175,7 +175,7 @@ def test_one_tensor_of_theirs_for_each_index() -> None:
 
 @pytest.mark.parametrize(
     ("line", "weights", "code", "said"),
-    [('[q, k] = "x"', ["q:a=2", "k:a=2"], "map-collision", "`k` and `q` would both be `x`"),
+    [('[q, k] = "x"', ["q:a=2", "k:a=2"], "map-collision", "`q` and `k` would both be `x`"),
      ('q = "k"', ["q:a=2", "k:a=2"], "map-collision", "would both be `k`"),
      ('q = ""', ["q:a=2"], "map-shape", "`q` would have no name"),
      ('[q, k] = "x" as sides', ["q:a=2", "k:a=2"], "map-shape", "`sides` is no way to join"),

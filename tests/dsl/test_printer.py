@@ -5,17 +5,14 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given
 
 from heddle.dsl import syntax as sx
 from heddle.dsl.diagnostics import InternalError
 from heddle.dsl.format import format_source, print_expr, print_module
 from heddle.dsl.parse import parse
 from heddle.dsl.source import Source
-from tests.dsl.trees import expressions, modules
-
-# Whole modules are large: shrinking one takes minutes and gigabytes, and the first that fails says enough.
-UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
+from tests.dsl.trees import MOST_LEAVES, expressions, modules
 
 
 def _parsed(text: str) -> sx.Module:
@@ -29,17 +26,28 @@ def _expression(text: str) -> sx.Expr:
 
 
 @given(expressions)
+def test_no_expression_that_is_drawn_is_large(expression: sx.Expr) -> None:
+    assert _leaves(expression) <= MOST_LEAVES
+
+
+def _leaves(node: object) -> int:
+    if isinstance(node, tuple):
+        return sum(map(_leaves, node))
+    if not isinstance(node, sx.Syntax):
+        return 0
+    return sum(map(_leaves, vars(node).values())) or isinstance(node, (sx.Name, sx.Number, sx.String, sx.Constant))
+
+
+@given(expressions)
 def test_an_expression_survives_printing(expression: sx.Expr) -> None:
     assert _expression(print_expr(expression)) == expression
 
 
-@settings(max_examples=150, phases=UNSHRUNK)
 @given(modules)
 def test_a_module_survives_printing(module: sx.Module) -> None:
     assert _parsed(print_module(module)) == module
 
 
-@settings(max_examples=60, phases=UNSHRUNK)
 @given(modules)
 def test_what_is_printed_is_formatted(module: sx.Module) -> None:
     text = print_module(module)

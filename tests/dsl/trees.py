@@ -1,8 +1,13 @@
-"""Syntax trees drawn at random: everything that the grammar can say, in trees that it would give."""
+"""Syntax trees drawn at random: everything that the grammar can say, in trees that it would give.
+
+They nest to a fixed depth, and the outer ones have fewer parts, so that no tree is large: an expression has at most
+`MOST_LEAVES` leaves.
+"""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
@@ -48,18 +53,43 @@ def _maybe(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.none() | items
 
 
-def arguments(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    ranges = st.builds(sx.Range, inner, inner, _maybe(inner))
-    return st.one_of(
-        st.builds(sx.Argument, inner),
-        st.builds(sx.Argument, ranges),
-        st.builds(sx.Argument, inner, names),
-        st.builds(sx.Argument, inner, names, st.just(True)),
-    )
+def _nested(
+    inner: st.SearchStrategy[Any], around: Callable[[st.SearchStrategy[Any], int], st.SearchStrategy[Any]], depth: int
+) -> st.SearchStrategy[Any]:
+    """What is drawn from `inner`, or put `around` it up to `depth` times; the innermost has `depth` parts at most, the
+    outermost one."""
+    level = inner
+    for most in range(depth, 0, -1):
+        level = _brief(inner | around(level, most))
+    return level
 
 
-def _compound(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    items = _several(arguments(inner))
+def _brief(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """The same with a short `repr`. Hypothesis prints a strategy with all that it is made of; where each level names the
+    one inside a dozen times, that takes gigabytes."""
+
+    @st.composite
+    def tree(draw: st.DrawFn) -> Any:
+        return draw(strategy)
+
+    return tree()
+
+
+def arguments(inner: st.SearchStrategy[Any], ranges: bool = True) -> st.SearchStrategy[Any]:
+    plain = st.builds(sx.Argument, inner) | st.builds(sx.Argument, inner, names)
+    given = st.builds(sx.Argument, inner, names, st.just(True))
+    if not ranges:
+        return plain | given
+    return plain | given | st.builds(sx.Argument, st.builds(sx.Range, inner, inner, _maybe(inner)))
+
+
+DEPTH = 3
+MOST_LEAVES = 3 * 3 * (1 + 3 * 3)
+"""At each level three of what is inside, or what is called and its arguments; ranges stand in the innermost only."""
+
+
+def _compound(inner: st.SearchStrategy[Any], most: int) -> st.SearchStrategy[Any]:
+    items = _several(arguments(inner, ranges=most == DEPTH), most=most)
     operators = st.sampled_from(
         ["+", "-", "*", "/", "//", "%", "^", "==", "!=", "<=", ">=", "<", ">", "in", "and", "or"]
     )
@@ -72,15 +102,15 @@ def _compound(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         st.builds(sx.Member, inner, names),
         st.builds(sx.Members, inner, items),
         st.builds(sx.ListOf, items),
-        st.builds(sx.TupleOf, _several(arguments(inner), 1)),
+        st.builds(sx.TupleOf, _several(arguments(inner, ranges=most == DEPTH), 1, most)),
         st.builds(sx.Comprehension, inner, _several(names, 1, 2), inner, _maybe(inner)),
-        st.builds(sx.Table, _several(pairs)),
+        st.builds(sx.Table, _several(pairs, most=most)),
         st.builds(sx.Choose, inner, inner, inner),
         st.builds(sx.Arrow, inner, inner),
     )
 
 
-expressions = st.recursive(leaves, _compound, max_leaves=10)
+expressions = _nested(leaves, _compound, DEPTH)
 selectors = _several(st.builds(sx.Selector, expressions, st.booleans()), 1, 2)
 dims = st.one_of(
     st.builds(sx.DimItem, names),
@@ -127,17 +157,16 @@ simple_statements = st.one_of(
 )
 
 
-def _bodies(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    body = _several(inner, 1)
-    branches = _several(st.tuples(expressions, body), 1, 2)
+def _bodies(inner: st.SearchStrategy[Any], most: int) -> st.SearchStrategy[Any]:
+    body = _several(inner, 1, most)
+    branches = _several(st.tuples(expressions, body), 1, most)
     return st.one_of(
-        inner,
         st.builds(sx.If, branches, st.just(()) | body),
         st.builds(sx.For, _several(names, 1, 2), expressions, body),
     )
 
 
-statements = st.recursive(simple_statements, _bodies, max_leaves=4)
+statements = _nested(simple_statements, _bodies, 2)
 settings_ = st.builds(sx.Setting, names, expressions)
 dotted = st.lists(names, min_size=1, max_size=3).map(lambda found: _dotted(found))
 
@@ -161,7 +190,7 @@ simple_rules = st.one_of(
     st.builds(sx.Recompute, selectors),
     st.builds(sx.Expect, names, _maybe(names), comparisons, expressions),
 )
-rules = st.recursive(simple_rules, lambda inner: st.builds(sx.Scoped, selectors, _several(inner, 1)), max_leaves=3)
+rules = _nested(simple_rules, lambda inner, most: st.builds(sx.Scoped, selectors, _several(inner, 1, most)), 2)
 equations = st.one_of(
     st.builds(
         sx.Equation,

@@ -21,6 +21,17 @@ from .cases import MASKS, POINTWISE, Case, Tensors, mask_name
 State = tuple[Tensor, ...]
 
 
+def steepness(case: Case, tensors: Tensors) -> float:
+    """The largest 1 / sqrt(variance + eps) that a norm multiplies its rounding by; 1 where nothing is normalised."""
+    if case.op.setting("eps") is None:
+        return 1.0
+    x = flat(case, tensors)["x"].detach()
+    if case.name == "layer_norm":
+        x = x - x.mean(-1, keepdim=True)
+    x = x.unflatten(-1, (case.attr("groups") if case.name == "rms_norm" else 1, -1))
+    return max(1.0, float(((x**2).mean(-1) + case.attr("eps")).rsqrt().max()))
+
+
 def flat(case: Case, tensors: Tensors) -> dict[str, Any]:
     """Operands by name in the signature, one axis a formal; repeated operands are lists, absent ones None."""
     found: dict[str, Any] = {o.name: [] if o.repeated else None for o in case.op.signature.operands}
@@ -59,7 +70,9 @@ def by_document(f: Callable[..., Tensor], document: Tensor | None, *rows: Tensor
     """f of each document alone; rows are [b, S, ...]."""
     batch, seq = rows[0].shape[:2]
     found = pieces(document, batch, seq)
-    return torch.stack([torch.cat([f(*(x[i : i + 1, s:e] for x in rows))[0] for s, e in found[i]]) for i in range(batch)])
+    return torch.stack(
+        [torch.cat([f(*(x[i : i + 1, s:e] for x in rows))[0] for s, e in found[i]]) for i in range(batch)]
+    )
 
 
 def seen(case: Case, document: Tensor | None) -> list[Tensor]:
@@ -96,7 +109,7 @@ def _elementwise(case: Case, t: Tensors, _: Any) -> Tensor:
             args.append(x.reshape([case.size(d) if d in arg.dims else 1 for d in wanted]))
     if case.name == "clip":
         return ops.clip(args[0], case.attr("low"), case.attr("high"))
-    return {**ops.UNARY, **ops.BINARY, "outer": ops.outer}[case.name](*args)
+    return {**ops.UNARY, **ops.BINARY, "outer": ops.outer, "where": ops.where}[case.name](*args)
 
 
 def _parallel(case: Case, o: Any) -> list[tuple[Tensor, Tensor | None]]:
@@ -115,7 +128,9 @@ def _parallel_conv(case: Case, o: Any, document: Any) -> tuple[Tensor, ...]:
     weights = _parallel(case, o)
     xs = o["x"].split([len(w) for w, _ in weights], -1)
     pairs = zip(xs, weights, strict=True)
-    return tuple(by_document(lambda rows, w=w, b=b: room(case).causal_conv(rows, w, b), document, x) for x, (w, b) in pairs)
+    return tuple(
+        by_document(lambda rows, w=w, b=b: room(case).causal_conv(rows, w, b), document, x) for x, (w, b) in pairs
+    )
 
 
 def _ssd(case: Case, o: Any, document: Any) -> Tensor:
@@ -138,12 +153,16 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "parallel_linear": _parallel_linear,
     "embed": lambda c, o, d: room(c).embed(o["ids"], o["weight"]),
     "rms_norm": lambda c, o, d: room(c).rms_norm(o["x"], o["weight"], c.attr("eps"), c.attr("groups")),
-    "layer_norm": lambda c, o, d: room(c).layer_norm(o["x"], o["weight"], o["bias"], c.attr("eps"), c.attr("zero_centred")),
+    "layer_norm": lambda c, o, d: room(c).layer_norm(
+        o["x"], o["weight"], o["bias"], c.attr("eps"), c.attr("zero_centred")
+    ),
     "softmax": lambda c, o, d: room(c).softmax(o["x"]),
     "log_softmax": lambda c, o, d: room(c).log_softmax(o["x"]),
     "sum": lambda c, o, d: room(c).sum(o["x"]),
-    "mean": lambda c, o, d: room(c).mean(o["x"]),
+    "mean": lambda c, o, d: room(c).mean(o["x"].double()),
     "max_over": lambda c, o, d: room(c).max_over(o["x"]),
+    "count": lambda c, o, d: room(c).count(o["x"]),
+    "top_k": lambda c, o, d: room(c).top_k(o["x"], c.attr("k")),
     "cross_entropy": lambda c, o, d: room(c).cross_entropy(o["logits"], o["target"]),
     "rotate": lambda c, o, d: room(c).rotate(o["x"], o["cos"], o["sin"]),
     "next": lambda c, o, d: room(c).next_token(o["ids"], d, c.attr("by")),
@@ -151,6 +170,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "parallel_conv": _parallel_conv,
     "ssd": _ssd,
     "attend": _attend,
+    "dropout": lambda c, o, d: room(c).dropout(o["x"], torch.ones_like(o["x"]), 0.0),
     "index": lambda c, o, d: room(c).index(c.size("d")),
     "coordinate": _coordinate,
 }
@@ -175,14 +195,38 @@ class Partial:
 def _softmax(c: Case, o: Any, _: Any) -> Partial:
     x, r = o["x"], room(c)
     finish = r.finish if c.name == "softmax" else r.finish_log
-    return Partial(x.shape[-1], -1, r.identity(x), lambda s, e: r.lift(x[..., s:e]), r.combine,
-                   lambda state, s, e: finish(state, x[..., s:e]))
+    return Partial(
+        x.shape[-1],
+        -1,
+        r.identity(x),
+        lambda s, e: r.lift(x[..., s:e]),
+        r.combine,
+        lambda state, s, e: finish(state, x[..., s:e]),
+    )
 
 
 def _reduce(c: Case, o: Any, _: Any) -> Partial:
-    x, r = o["x"], room(c).PARTIAL[c.name]
-    return Partial(x.shape[-1], None, r.identity(x), lambda s, e: r.lift(x[..., s:e]), r.combine,
-                   lambda state, s, e: r.finish(state))
+    x, r = o["x"].double(), room(c).PARTIAL[c.name]
+    return Partial(
+        x.shape[-1],
+        None,
+        r.identity(x),
+        lambda s, e: r.lift(x[..., s:e]),
+        r.combine,
+        lambda state, s, e: r.finish(state),
+    )
+
+
+def _largest(c: Case, o: Any, _: Any) -> Partial:
+    x, r, k = o["x"], room(c), c.attr("k")
+    return Partial(
+        x.shape[-1],
+        -1,
+        r.identity(x),
+        lambda s, e: r.lift(x[..., s:e], s, k),
+        lambda a, b: r.combine(a, b, k),
+        lambda state, s, e: r.finish(state, x[..., s:e], s),
+    )
 
 
 def _norm(c: Case, o: Any, _: Any) -> Partial:
@@ -203,8 +247,14 @@ def _norm(c: Case, o: Any, _: Any) -> Partial:
 
 def _cross_entropy(c: Case, o: Any, _: Any) -> Partial:
     z, target, r = o["logits"], o["target"], room(c)
-    return Partial(z.shape[-1], None, r.identity(z), lambda s, e: r.lift(z[..., s:e], target, s), r.combine,
-                   lambda state, s, e: r.finish(state, target))
+    return Partial(
+        z.shape[-1],
+        None,
+        r.identity(z),
+        lambda s, e: r.lift(z[..., s:e], target, s),
+        r.combine,
+        lambda state, s, e: r.finish(state, target),
+    )
 
 
 def _keys(c: Case, o: Any, document: Any) -> Partial:
@@ -232,8 +282,14 @@ def _window(c: Case, o: Any, _: Any) -> Partial:
         weights = _parallel(c, o)
         w = torch.cat([w for w, _ in weights])
         b = torch.cat([b for _, b in weights]) if weights[0][1] is not None else None
-    return Partial(x.shape[1], 1, r.identity(x), lambda s, e: r.lift(x[:, s:e], taps), lambda a, b: r.combine(a, b, taps),
-                   lambda state, s, e: r.finish(state, x[:, s:e], w, b))
+    return Partial(
+        x.shape[1],
+        1,
+        r.identity(x),
+        lambda s, e: r.lift(x[:, s:e], taps),
+        lambda a, b: r.combine(a, b, taps),
+        lambda state, s, e: r.finish(state, x[:, s:e], w, b),
+    )
 
 
 def _scan(c: Case, o: Any, document: Any) -> Partial:
@@ -242,12 +298,29 @@ def _scan(c: Case, o: Any, document: Any) -> Partial:
     if document is not None:
         starts = torch.cat([torch.ones_like(document[:, :1]), document.diff()], 1) != 0
     cut = lambda s, e: (*(x[:, s:e] for x in rows), *per_head, None if starts is None else starts[:, s:e])  # noqa: E731
-    return Partial(o["u"].shape[1], 1, r.identity(o["u"], o["b"]), lambda s, e: r.lift(*cut(s, e)), r.combine,
-                   lambda state, s, e: r.finish(state, *cut(s, e)))
+    return Partial(
+        o["u"].shape[1],
+        1,
+        r.identity(o["u"], o["b"]),
+        lambda s, e: r.lift(*cut(s, e)),
+        r.combine,
+        lambda state, s, e: r.finish(state, *cut(s, e)),
+    )
 
 
 MONOIDS: dict[str, Callable[..., Partial]] = {
-    "softmax": _softmax, "log_softmax": _softmax, "sum": _reduce, "mean": _reduce, "max_over": _reduce,
-    "rms_norm": _norm, "layer_norm": _norm, "cross_entropy": _cross_entropy, "attend": _keys,
-    "causal_conv": _window, "parallel_conv": _window, "ssd": _scan,
-}  # fmt: skip
+    "softmax": _softmax,
+    "log_softmax": _softmax,
+    "sum": _reduce,
+    "mean": _reduce,
+    "max_over": _reduce,
+    "count": _reduce,
+    "top_k": _largest,
+    "rms_norm": _norm,
+    "layer_norm": _norm,
+    "cross_entropy": _cross_entropy,
+    "attend": _keys,
+    "causal_conv": _window,
+    "parallel_conv": _window,
+    "ssd": _scan,
+}

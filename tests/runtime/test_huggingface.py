@@ -37,14 +37,17 @@ def random_config(family: str, seed: int) -> dict:
     )  # fmt: skip
     if family == "NemotronH":
         groups = [1, 2, 8][seed % 3]
-        kinds = ["linear_attention", "full_attention", "mlp"]
+        kinds = ["linear_attention", "full_attention", "mlp", "moe"]
         layers = kinds + [r.choice(kinds) for _ in range(r.randint(0, 3))]
         r.shuffle(layers)
         # No clamp of dt, as in the trainers: transformers clamps prefill at `time_step_min` and decoding not at all.
         config |= dict(layers_block_type=layers, n_groups=groups, mamba_num_heads=groups * r.choice([1, 2, 3]),
                        mamba_head_dim=r.choice([4, 7, 8]), ssm_state_size=r.choice([5, 8, 16]), chunk_size=r.choice([4, 8, 128]),
                        conv_kernel=r.choice([2, 3, 4]), time_step_min=1e-30, layer_norm_epsilon=r.choice([1e-5, 1e-6]))
-        return config
+        experts = r.choice([3, 4, 7])
+        return config | dict(n_routed_experts=experts, num_experts_per_tok=r.randint(1, experts), moe_intermediate_size=r.choice([6, 15]),
+                             moe_shared_expert_intermediate_size=r.choice([9, 16]), moe_latent_size=r.choice([None, 11]),
+                             routed_scaling_factor=r.choice([1.0, 2.5]))
     config |= dict(num_hidden_layers=r.randint(1, 3), max_position_embeddings=256)
     rope = {"rope_type": "default", "rope_theta": r.choice([1000.0, 10000.0, 500000.0])}
     if family == "Nemotron":
@@ -65,10 +68,14 @@ def make(family: str, seed: int, folder) -> torch.nn.Module:
     """A model of the class with random weights, norms included, saved."""
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(**random_config(family, seed))
+    config._experts_implementation = "eager"  # their grouped product refuses odd widths
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_(0.05 * torch.randn_like(p)) if p.dim() < 2 else p.mul_(4)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     return model
 
@@ -109,7 +116,7 @@ def test_same_logits_same_tokens_same_bytes(family, seed, tmp_path):
     assert before.keys() == after.keys()
     assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
     cls = type(theirs)
-    again, info = cls.from_pretrained(tmp_path / "back", output_loading_info=True)
+    again, info = cls.from_pretrained(tmp_path / "back", output_loading_info=True, experts_implementation="eager")
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     with torch.no_grad():
         assert torch.equal(again.eval()(tokens).logits, theirs(tokens).logits)
@@ -139,7 +146,7 @@ def test_the_older_spelling_of_the_layer_list(folders, tmp_path):
     shutil.copytree(folders["NemotronH"][0], tmp_path / "old")
     path = tmp_path / "old" / "config.json"
     config = json.loads(path.read_text())
-    letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
+    letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
     config["hybrid_override_pattern"] = "".join(letters[k] for k in config.pop("layers_block_type"))
     path.write_text(json.dumps(config))
     ours, newer = load(import_folder(tmp_path / "old", tmp_path / "ours")), load(folders["NemotronH"][1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ....dsl.diagnostics import fail
-from ...op import Monoid, Op, OpCall, Setting, Typing, _match, join_leading, mismatch, shown
+from ...op import Monoid, Op, OpCall, Setting, Typing, _match, alone_along, join_leading, mismatch
 
 
 def _infer(call: OpCall) -> Typing:
@@ -21,8 +21,8 @@ def _infer(call: OpCall) -> Typing:
     sources = list(zip(call.tensors["k"], call.tensors["v"], strict=True))
     for i, (k, v) in enumerate(sources):
         mine = {"D": bindings["D"]}
-        leading = join_leading(leading, _match(call, signature.operand("k"), k, mine), call)
-        leading = join_leading(leading, _match(call, signature.operand("v"), v, mine), call)
+        for name, tensor in (("k", k), ("v", v)):
+            join_leading(leading, _match(call, signature.operand(name), tensor, mine), call)
         for formal in ("K", "E"):
             if bindings.setdefault(formal, mine[formal]) != mine[formal]:
                 raise mismatch(call, "k", mine[formal], bindings[formal])
@@ -31,6 +31,7 @@ def _infer(call: OpCall) -> Typing:
         if mine["S"] != bindings["Q"] or not mine["S"][0].sequence:
             raise fail("not-built-yet", f"attention along `{bindings['Q'][0].name}` to the keys along `{mine['S'][0].name}` is "
                        "not built yet", call.span, "the queries and keys of one sequence can attend")
+    alone_along(call, leading, bindings["Q"][0])
     (heads,), (kv_heads,) = bindings["H"], bindings["K"]
     call.known(bindings["D"][0], "q")
     if call.known(heads, "q") % call.known(kv_heads, "k"):

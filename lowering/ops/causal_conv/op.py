@@ -32,7 +32,7 @@ _ACT = Setting("act", "text", None, "an activation of the result; set by the com
 OPS = (
     Op(
         name="causal_conv",
-        text="x[*, S~, C], weight[C, J], bias?[C] -> y[*, S, C]",
+        text="x[*, S~, C], weight[C, J+], bias?[C] -> y[*, S, C]",
         meaning="y[t] = bias + sum over j of weight[j] * x[t - taps + 1 + j], zero before a document's start",
         settings=(
             Setting("taps", "whole", meaning="how many rows it reads, the present one included"),
@@ -42,6 +42,7 @@ OPS = (
         weights=(WeightRule("weight", _start, axes=("C", "", "J")), WeightRule("bias", _start, when="bias")),
         bind=_bind,
         linear=(("x", "bias"), ("weight", "bias")),
+        index=("J",),
         coordinates=True,
         monoid=Monoid("S", ("rows",), peers="neighbours", receiver_free=False),
         flops=lambda sizes, attrs: 2.0 * sizes["C"] * sizes["J"],
@@ -52,10 +53,11 @@ OPS = (
     ),
     Op(
         name="parallel_conv",
-        text="x[*, S~, C], weights...[C, J], biases...[C] -> y[*, S, C]",
+        text="x[*, S~, C], weights...[C, J+], biases...[C] -> y[*, S, C]",
         meaning="several causal convolutions of parts that stand side by side; made by the compiler",
         settings=(Setting("taps", "whole"), Setting("parts", "text"), _ACT),
         linear=(("x", "biases"), ("weights", "biases")),
+        index=("J",),
         coordinates=True,
         monoid=Monoid("S", ("rows",), peers="neighbours", receiver_free=False),
         infer_with=_infer_stacked,

@@ -12,7 +12,7 @@ OPS = (
         operand_kinds={"target": ("token", "index")},
         index=("V",),
         result_kind="loss",
-        monoid=Monoid("V", ("max", "sum"), peers="all", receiver_free=True),
+        monoid=Monoid("V", ("max", "sum", "picked"), peers="all", receiver_free=True),
         flops=lambda sizes, attrs: 4.0 * sizes["V"],
         source="ours: a loss is a pair (sum, count), see the design page on loss normalisation",
     ),

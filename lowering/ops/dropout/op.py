@@ -24,6 +24,7 @@ OPS = (
         settings=(Setting("rate", "number", meaning="the probability of a zero"),),
         infer_with=_infer,
         linear=(("x",),),
+        random=True,
         flops=lambda sizes, attrs: float(sizes["D"]),
         source="Srivastava et al. 2014, Dropout, section 4; scaled while training",
     ),

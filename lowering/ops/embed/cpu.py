@@ -13,4 +13,4 @@ def construct(use: Any) -> str:
 
 def emit(use: Any) -> str:
     """The call."""
-    return f"{use.own}({use.args[0]})" if use.own else f"F.embedding({use.args[0]}, {use.args[1]})"
+    return f"{use.own}({use.args[0]})" if use.own else f"lib.embed({use.args[0]}, {use.args[1]})"

@@ -16,7 +16,7 @@ def _bind(call: OpCall) -> dict[str, tuple[Any, ...]]:
 OPS = (
     Op(
         name="embed",
-        text="ids[*], weight[V, N] -> y[*, N]",
+        text="ids[*], weight[V+, N] -> y[*, N]",
         meaning="the row of a learned table that a token names",
         settings=(
             Setting("map", "map", meaning="`vocab -> hidden`"),

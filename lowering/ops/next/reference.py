@@ -10,6 +10,6 @@ def next_token(ids: Tensor, document: Tensor | None = None, by: int = 1) -> Tens
     """ids[b, S], document[b, S] -> y[b, S]."""
     later = torch.full_like(ids, -1)
     for t in range(ids.shape[1] - by):
-        same = torch.ones_like(ids[:, 0], dtype=torch.bool) if document is None else document[:, t] == document[:, t + by]
+        same = torch.ones_like(ids[:, 0]) > 0 if document is None else document[:, t] == document[:, t + by]
         later[:, t] = torch.where(same, ids[:, t + by], -1)
     return later

@@ -17,6 +17,7 @@ UNARY = {
     "log": "natural logarithm",
     "sqrt": "square root",
     "abs": "absolute value",
+    "sign": "-1, 0 or 1",
     "sigmoid": "1 / (1 + exp(-x))",
     "silu": "x * sigmoid(x)",
     "relu": "max(x, 0)",
@@ -42,22 +43,49 @@ BINARY = {
 LINEAR = {"neg": (("x",),), "add": (("x", "y"),), "sub": (("x", "y"),), "mul": (("x",), ("y",)), "div": (("x",),)}
 SIGNS = {"neg": "-", "add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "^"}
 _KINDS = ("real", "coordinate", "index")
+_SCALES = ("neg", "mul", "div")
 _WHOLE = ("add", "sub", "mul", "floordiv", "max", "min", "neg", "abs")
 
 
 def _infer(call: OpCall) -> Typing:
     tensors = [t for name in call.tensors for t in tensors_of(call.tensors[name])]
+    scaled = [name for name, t in call.tensors.items() if t is not None and t.kind == "loss"]
+    if scaled and len(tensors) == 1 and call.op.name in _SCALES and not (call.op.name == "div" and scaled == ["y"]):
+        return Typing({"D": ()}, tuple(call.tensors.values()), (("loss", ()),))
     for t in tensors:
         if t.kind not in _KINDS:
             raise fail("wrong-kind", f"`{SIGNS.get(call.op.name, call.op.name)}` needs numbers", call.span, f"this is {shown(t)}")
+    numbers = [n for n in (call.settings.get(name) for name in ("x", "y")) if n is not None]
+    whole = call.op.name in _WHOLE and all(float(n).is_integer() for n in numbers)
+    kind = "coordinate" if whole and all(t.kind != "real" for t in tensors) else "real"
+    return _aligned(call, tensors, kind)
+
+
+def _aligned(call: OpCall, tensors: list[Any], kind: str) -> Typing:
+    """The result has the dims of the operand that has all."""
     widest = max(tensors, key=lambda t: len(t.dims))
     for t in tensors:
         if not all(any(d is e for e in widest.dims) for d in t.dims):
             raise fail("dim-mismatch", f"the operands of `{SIGNS.get(call.op.name, call.op.name)}` have different dims, and neither has all "
                        "dims of the other", call.span, f"{shown(widest)} and {shown(t)}",
                        help="`outer(a, b)` gives the dims of both")
-    kind = "coordinate" if all(t.kind != "real" for t in tensors) and call.op.name in _WHOLE else "real"
     return Typing({"D": tuple(widest.dims)}, tuple(call.tensors.values()), ((kind, tuple(widest.dims)),))
+
+
+def _clip(call: OpCall) -> Typing:
+    if call.settings["low"] is None and call.settings["high"] is None:
+        raise fail("missing-argument", "`clip` needs `low`, `high` or both", call.span)
+    return _infer(call)
+
+
+def _where(call: OpCall) -> Typing:
+    """A mask, and what stands where it is true and where it is not; numbers may stand for tensors."""
+    call.op._check_kinds(call)
+    tensors = [t for name in call.tensors for t in tensors_of(call.tensors[name])]
+    kinds = {t.kind for t in tensors[1:]} or {"real"}
+    if len(kinds) > 1:
+        raise fail("wrong-kind", "both values of `where` must be of one kind", call.span, f"these are {' and '.join(sorted(kinds))}")
+    return _aligned(call, tensors, kinds.pop())
 
 
 def _outer(call: OpCall) -> Typing:
@@ -85,8 +113,10 @@ OPS = (
            operand_kinds=_ANY, source="ours")
         for name, meaning in BINARY.items()
     ),
-    Op("clip", "x[D] -> z[D]", "x, but at least `low` and at most `high`", infer_with=_infer, flops=_flops,
+    Op("clip", "x[D] -> z[D]", "x, but at least `low` and at most `high`", infer_with=_clip, flops=_flops,
        settings=(Setting("low", "number", None), Setting("high", "number", None)), operand_kinds=_ANY, source="ours"),
+    Op("where", "mask[D], x[D], y[D] -> z[D]", "x where the mask is true, else y", infer_with=_where, flops=_flops,
+       linear=(("x", "y"),), operand_kinds={"mask": ("mask",), "x": (*_KINDS, "token"), "y": (*_KINDS, "token")}, source="ours"),
     Op("outer", "x[A], y[B] -> z[A, B]", "the product of each place of x with each of y", infer_with=_outer,
        linear=(("x",), ("y",)), operand_kinds=_ANY, flops=lambda sizes, attrs: float(sizes["A"] * sizes["B"]),
        source="ours"),

@@ -25,6 +25,11 @@ def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tens
     return x if high is None else torch.where(x > high, high, x)
 
 
+def where(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """mask[D], x[D], y[D] -> z[D]: x where it is true, else y."""
+    return torch.where(mask, x, y)
+
+
 def outer(x: Tensor, y: Tensor) -> Tensor:
     """x[A], y[B] -> z[A, B]; z[a, b] = x[a] y[b]."""
     return torch.tensordot(x, y, 0)
@@ -36,6 +41,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "log": torch.log,
     "sqrt": torch.sqrt,
     "abs": torch.abs,
+    "sign": lambda x: (x > 0).to(x.dtype) - (x < 0).to(x.dtype),
     "sigmoid": sigmoid,
     "silu": lambda x: x * sigmoid(x),
     "relu": lambda x: x * (x > 0),
@@ -53,6 +59,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sub": lambda x, y: x - y,
     "mul": lambda x, y: x * y,
     "div": lambda x, y: x / y,
+    "floordiv": lambda x, y: torch.floor(x / y),
     "pow": torch.pow,
     "max": lambda x, y: torch.where(x > y, x, y),
     "min": lambda x, y: torch.where(x < y, x, y),

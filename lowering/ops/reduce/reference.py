@@ -26,6 +26,11 @@ def max_over(x: Tensor) -> Tensor:
     return x.amax(-1)
 
 
+def count(x: Tensor) -> Tensor:
+    """bool x[*, D] -> y[*]: how many are true."""
+    return (x != 0).double().sum(-1)
+
+
 class Partial(NamedTuple):
     """`identity(x)` of no elements of x[*, D], `lift(x)` of some, `combine` of two parts, `finish` to y[*]."""
 
@@ -54,6 +59,9 @@ PARTIAL = {
         lambda x: (_number(x, x.shape[-1]), x.sum(-1)),
         _add,
         lambda state: state[1] / state[0],
+    ),
+    "count": Partial(
+        lambda x: (_zero(x),), lambda x: ((x != 0).to(x.dtype).sum(-1),), _add, lambda state: state[0]
     ),
     "max_over": Partial(
         lambda x: (torch.full(x.shape[:-1], -torch.inf, dtype=x.dtype),),

@@ -10,12 +10,10 @@ def _infer(call: OpCall) -> Typing:
     bindings: dict = {}
     op = call.op
     op._check_kinds(call)
-    leading: tuple = ()
-    operands = []
-    for name in ("x", "cos", "sin"):
-        tensor = call.tensors[name]
-        operands.append(tensor)
-        leading = join_leading(leading, _match(call, op.signature.operand(name), tensor, bindings), call)
+    operands = [call.tensors[name] for name in ("x", "cos", "sin")]
+    leading, *others = [_match(call, op.signature.operand(name), call.tensors[name], bindings) for name in ("x", "cos", "sin")]
+    for other in others:
+        join_leading(leading, other, call)
     (width,), (pairs,) = bindings["D"], bindings["R"]
     if 2 * pairs.size > width.size:
         raise fail("out-of-range", f"{pairs.size} pairs of channels are rotated, `{width.name}` has only {width.size} "

@@ -42,6 +42,7 @@ OPS = (
             WeightRule("dt_bias", Init("softplus_inverse_log_uniform", (0.001, 0.1, 1e-4)), keep=True),
         ),
         bind=_bind,
+        linear=(("u",), ("b", "D"), ("c", "D")),
         coordinates=True,
         monoid=Monoid("S", ("decay", "state"), peers="earlier", receiver_free=True),
         flops=_flops,

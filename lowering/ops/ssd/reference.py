@@ -14,7 +14,7 @@ State = tuple[Tensor, Tensor]
 
 def ssd(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
         starts: Tensor | None = None) -> Tensor:
-    """u[b, S, H, P], dt[b, S, H], B and C[b, S, G, N] -> y[b, S, H, P]; `starts` bool[b, S] clear the state before a row."""
+    """u[b, S, H, P], dt[b, S, H], B and C[b, S, G, N] -> y[b, S, H, P]; rows of `starts` bool[b, S] clear the state."""
     y, _ = run(identity(u, B), u, dt, B, C, A_log, D, dt_bias, starts)
     return y
 
