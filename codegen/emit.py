@@ -52,6 +52,7 @@ class Class:
     body: list[Line]
     result: str
     is_model: bool = False
+    around: str | None = None
     after: list[Line] = field(default_factory=list)
     losses: list[Line] = field(default_factory=list)
     loss_result: str = ""
@@ -283,6 +284,7 @@ class Writer:
             [names.attribute(i.name) for i in self.graph.body.instances if not i.owned],
             body,
             result,
+            around=self.graph.body.block if self.graph.body.is_around else None,
             after=self.after(),
         )
 

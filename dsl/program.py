@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .selectors import START, Selector, States
@@ -145,6 +145,11 @@ class Body:
     span: Span = field(default=NOWHERE, compare=False, repr=False)
     doc: str = field(default="", compare=False, repr=False)
 
+    @property
+    def is_around(self) -> bool:
+        """Whether this was built by a `with:` rule around something that owns weights."""
+        return any(w.name.startswith(f"{WRAPPED}.") for w in self.weights) or any(i.name == WRAPPED for i in self.instances)
+
     def dim(self, name: str) -> Dim:
         return next(d for d in self.dims if d.name == name)
 
@@ -154,6 +159,10 @@ class Body:
         found.update((w.name, Value(w.name, Type("real", w.dims))) for w in self.weights)
         found.update((r.name, r) for node in self.nodes for r in node.results)
         return found
+
+
+WRAPPED = "it"
+"""The name of what a `with:` rule wrapped, inside what it built around it."""
 
 
 @dataclass(frozen=True)
@@ -214,94 +223,96 @@ class Program:
 
     def tensors(self) -> tuple[Parameter, ...]:
         """Every weight and buffer of the model in order of declaration, initial values decided."""
-        return tuple(self._parameters(self.model, (), (), _Selecting()))
+        return tuple(self._tensors(self.model, (), (), _Place()))
 
     def parameters(self) -> tuple[Parameter, ...]:
         """Every weight of the model: what training changes by gradient."""
         return tuple(p for p in self.tensors() if p.weight.trained)
 
-    def _parameters(self, body: Body, path: tuple, kinds: tuple, above: _Selecting) -> Iterator[Parameter]:
-        selecting = above.into(body.rules)
+    def _tensors(self, body: Body, path: tuple, kinds: tuple, place: _Place) -> Iterator[Parameter]:
+        """Those of a body at a path. What a rule wrapped keeps its path; what is around it has a segment of its own."""
+        around, names, classes = place.of(body), path, kinds
+        if body.is_around:
+            around, names, classes = around.at(body.block, body.block), (*path, body.block), (*kinds, body.block)
+        selecting = around.into(body.rules)
         sizes = {d.name: d.size for d in body.dims}
         for weight in body.weights:
-            segments = tuple(weight.name.split("."))
-            owner = segments[0] if len(segments) == 2 else None
-            init = weight.init
-            if init.kind == "free":
-                init = (selecting.behind(owner, weight.op) if owner else selecting).chosen
+            owner, _, part = weight.name.rpartition(".")
             dims = tuple((d, sizes[d]) for d in weight.dims)
-            owner_kinds = (weight.op, None) if owner else (None,)
-            yield Parameter(path + segments, dims, kinds + owner_kinds, init, weight)
-        for instance in (i for i in body.instances if i.owned):
-            if instance.schedule is None:
-                callee = self.bodies[instance.bodies[0]]
-                inner = selecting.behind(instance.name, callee.block)
-                yield from self._parameters(callee, (*path, instance.name), (*kinds, callee.block), inner)
+            if owner == WRAPPED:
+                init = place.as_kind(weight.op).init(weight)
+                yield Parameter((*path, part), dims, (*kinds[:-1], weight.op, None), init, weight)
+            elif owner:
+                init = selecting.at(owner, weight.op).init(weight)
+                yield Parameter((*names, owner, part), dims, (*classes, weight.op, None), init, weight)
             else:
-                for i, which in enumerate(instance.schedule):
-                    callee = self.bodies[instance.bodies[which]]
-                    inner = selecting.behind(instance.name, callee.block, (i, len(instance.schedule)))
-                    yield from self._parameters(callee, (*path, instance.name, i), (*kinds, callee.block, None), inner)
+                yield Parameter((*names, part), dims, (*classes, None), selecting.init(weight), weight)
+        for instance in (i for i in body.instances if i.owned):
+            for i, which in enumerate((0,) if instance.schedule is None else instance.schedule):
+                callee = self.bodies[instance.bodies[which]]
+                if instance.name == WRAPPED:
+                    yield from self._tensors(callee, path, (*kinds[:-1], callee.block), place)
+                elif instance.schedule is None:
+                    inner = selecting.at(instance.name, callee.block)
+                    yield from self._tensors(callee, (*names, instance.name), (*classes, callee.block), inner)
+                else:
+                    inner = selecting.at(instance.name, callee.block, (i, len(instance.schedule)))
+                    yield from self._tensors(callee, (*names, instance.name, i), (*classes, callee.block, None), inner)
 
     def selected(self) -> set[tuple[int, Selector]]:
         """(id of the rule, selector) for each selector of an `init` rule that selects a weight of the model."""
-        found: set[tuple[int, Selector]] = set()
-        for body in self.bodies.values():
-            if body.rules:
-                found |= self._selected(body, _Selecting().into(body.rules))
-        return found
-
-    def _selected(self, body: Body, selecting: _Selecting) -> set[tuple[int, Selector]]:
-        found = {hit for w in body.weights if "." in w.name
-                 for hit in selecting.behind(w.name.split(".")[0], w.op).hits()}
-        for instance in (i for i in body.instances if i.owned):
-            schedule = (0,) if instance.schedule is None else instance.schedule
-            for i, which in enumerate(schedule):
-                callee = self.bodies[instance.bodies[which]]
-                index = None if instance.schedule is None else (i, len(schedule))
-                found |= self._selected(callee, selecting.behind(instance.name, callee.block, index))
-        return found
+        place = _Place(hits=set())
+        list(self._tensors(self.model, (), (), place))
+        return place.hits or set()
 
     def num_parameters(self) -> int:
         return sum(p.count for p in self.parameters())
 
 
-WRAPPED = "it"
-"""The segment of what a `with:` rule wrapped: it and what stands around it are one place to a selector."""
-
-
 @dataclass(frozen=True)
-class _Selecting:
-    """The `init` rules in force somewhere in a model: each selector with its states before and behind the last segment."""
+class _Place:
+    """The `init` rules in force at a place of a model: each selector with its states before and behind the last segment.
+
+    `segment` is that segment; a `with:` rule may have wrapped what stands there, which then is selected in its place.
+    """
 
     rules: tuple[tuple[Rule, tuple[tuple[Selector, States, States], ...]], ...] = ()
+    segment: tuple[str | None, tuple[int, int] | None] = (None, None)
+    hits: set[tuple[int, Selector]] | None = None
 
-    def into(self, rules: tuple[Rule, ...]) -> _Selecting:
+    def into(self, rules: tuple[Rule, ...]) -> _Place:
         """With the rules of a body; they come behind those of the bodies around it, so they win."""
-        return _Selecting(self.rules + tuple((r, tuple((s, START, START) for s in r.selectors)) for r in rules))
+        added = tuple((r, tuple((s, START, START) for s in r.selectors)) for r in rules)
+        return replace(self, rules=self.rules + added) if added else self
 
-    def behind(self, name: str, kind: str | None, index: tuple[int, int] | None = None) -> _Selecting:
+    def at(self, name: str, kind: str | None, index: tuple[int, int] | None = None) -> _Place:
         """One segment further down."""
-        found = []
-        for rule, selectors in self.rules:
-            moved = []
-            for selector, before, now in selectors:
-                if name == WRAPPED:
-                    moved.append((selector, before, now | selector.advance(before, (kind,), index)))
-                else:
-                    moved.append((selector, now, selector.advance(now, (name, kind), index)))
-            found.append((rule, tuple(moved)))
-        return _Selecting(tuple(found))
+        moved = tuple(
+            (rule, tuple((s, now, s.advance(now, (name, kind), index)) for s, _, now in selectors))
+            for rule, selectors in self.rules
+        )
+        return replace(self, rules=moved, segment=(name, index))
 
-    def hits(self) -> Iterator[tuple[int, Selector]]:
-        """(id of the rule, selector) for each that selects this place."""
-        return ((id(r), s) for r, selectors in self.rules for s, _, now in selectors if s.accepts(now))
+    def as_kind(self, kind: str) -> _Place:
+        """The same place, as that of a wrapped block or op of this kind."""
+        name, index = self.segment
+        moved = tuple(
+            (rule, tuple((s, before, s.advance(before, (name, kind), index)) for s, before, _ in selectors))
+            for rule, selectors in self.rules
+        )
+        return replace(self, rules=moved)
 
-    @property
-    def chosen(self) -> Init:
-        """The last rule that selects this place fills it."""
+    def of(self, body: Body) -> _Place:
+        """The place as that of a body that stands at it."""
+        return self if self.segment[0] is None or not self.rules else self.as_kind(body.block)
+
+    def init(self, weight: Weight) -> Init:
+        """How a weight here is filled: by the last rule that selects it, if its op leaves that open."""
         found = Init("normal", (0.02,))
         for rule, selectors in self.rules:
-            if any(selector.accepts(now) for selector, _, now in selectors):
-                found = rule.init
-        return found
+            for selector, _, now in selectors:
+                if selector.accepts(now):
+                    found = rule.init
+                    if self.hits is not None:
+                        self.hits.add((id(rule), selector))
+        return found if weight.init.kind == "free" else weight.init

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from .. import syntax as sx
 from ..diagnostics import Collector, SpecError, did_you_mean, fail
 from ..parse import parse
-from ..program import WRAPPED, Parameter
+from ..program import Parameter
 from ..source import Source, Span
 from .static import MISSING, MissingField, evaluate
 
@@ -57,7 +57,7 @@ class Place:
 @dataclass(frozen=True)
 class _Segment:
     name: str
-    kinds: tuple[str | None, ...]
+    kind: str | None
     number: int | None
 
 
@@ -146,15 +146,10 @@ def place(parameter: Parameter, renames: Sequence[Rename], values: Mapping[str, 
 
 
 def _segments(parameter: Parameter) -> list[_Segment]:
-    """The names of a path, each with the number of its iteration; what a rule wrapped is at the place of its wrapper."""
+    """The names of a path, each with the number of its iteration."""
     path = (*parameter.path, None)
-    found: list[_Segment] = []
-    for name, kind, after in zip(path, parameter.kinds, path[1:], strict=False):
-        if name == WRAPPED and found:
-            found[-1] = replace(found[-1], kinds=(*found[-1].kinds, kind))
-        elif isinstance(name, str):
-            found.append(_Segment(name, (kind,), after if isinstance(after, int) else None))
-    return found
+    return [_Segment(s, kind, after if isinstance(after, int) else None)
+            for s, kind, after in zip(path, parameter.kinds, path[1:], strict=False) if isinstance(s, str)]
 
 
 def _last_match(segments: list[_Segment], renames: Sequence[Rename]) -> tuple[Rename, dict[str, int]] | None:
@@ -162,7 +157,7 @@ def _last_match(segments: list[_Segment], renames: Sequence[Rename]) -> tuple[Re
         size = len(rename.path)
         tail = segments[len(segments) - size :] if size <= len(segments) else []
         pairs = list(zip(rename.path, tail, strict=False))
-        if tail and all(word in (s.name, *s.kinds) and (i is None or s.number is not None) for (word, i), s in pairs):
+        if tail and all(word in (s.name, s.kind) and (i is None or s.number is not None) for (word, i), s in pairs):
             return rename, {i: s.number for (_, i), s in pairs if i is not None and s.number is not None}
     return None
 

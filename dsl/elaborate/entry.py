@@ -37,7 +37,7 @@ class Elaborator(Expressions, Calls, Rewriting, Statements):
         self.resolving: list[Found] = []
         self.sheets: dict[int, Rewrites] = {}
         self.segments: set[str] = set()
-        self.coordinates: dict[tuple[int, str], tuple[Dim, sx.Expr]] = {}
+        self.coordinates: dict[tuple[int, str], tuple[Dim, sx.Expr | None]] = {}
         self.standard = frozenset(standard_index())
         self._names: set[str] = set()
 

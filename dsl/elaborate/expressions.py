@@ -314,7 +314,10 @@ class Expressions:
             raise fail("no-such-member", f"`{dim.name}` has no coordinate `{expr.name}` here", expr.span,
                        help=did_you_mean(expr.name, (*COORDINATES, *here), "a coordinate")
                        or f"`{dim.name}.{expr.name} = ...` computes one")
-        return self.coordinates[id(dim), expr.name][1]
+        made = self.coordinates[id(dim), expr.name][1]
+        if made is None:
+            raise SpecError([])
+        return made
 
     def resolved(self, expr: sx.Expr, query: Dim, key: Dim) -> sx.Expr:
         """An expression of `query` and `key` in the coordinates that every sequence has: position and document."""

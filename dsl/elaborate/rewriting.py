@@ -14,6 +14,7 @@ from .. import syntax as sx
 from ..arithmetic import kind
 from ..diagnostics import Diagnostic, Label, did_you_mean, fail
 from ..load import File, Found
+from ..program import WRAPPED
 from ..selectors import START, Selector, States, read
 from ..source import Span
 from .environment import Environment, Scope
@@ -84,7 +85,7 @@ class Rewriting:
         """What is called in the place of `callee`, and by which name; its `place` is decided."""
         self.segments.update({callee.name} if hint is None else {callee.name, hint})
         if callee.place is not None:
-            return callee, "it" if callee.is_it else hint
+            return callee, WRAPPED if callee.is_it else hint
         outer = advance(env.scope, (hint, callee.name))
         current = replace(callee, place=scope_of(callee) + outer, sheets=())
         for i, (sheet, states) in enumerate(outer):
@@ -93,7 +94,7 @@ class Rewriting:
                 continue
             around = Environment(sheet.file, env.builder, scope=())
             settings = {name: where for name, where in current.spans.items() if name in current.settings}
-            around.bind("it", replace(current, spans=settings, is_it=True), rule.span)
+            around.bind(WRAPPED, replace(current, spans=settings, is_it=True), rule.span)
             made = self.value(rule.value, around)
             if not isinstance(made, Waiting):
                 raise fail("wrong-type", f"a rule builds a function around `it`, this is {kind(made)}", rule.value.span,
@@ -122,13 +123,17 @@ class Rewriting:
                         yield self.selects_nothing(selector, rule.span, f"`{sheet.name}`")
 
     def may_be_absent(self, selector: Selector) -> bool:
-        """An op or a standard block may be absent from a model; any other selector must select something."""
-        return selector.optional or any(s.name in self.ops or s.name in self.standard for s in selector.steps)
+        """A model may lack an op or a standard block that is selected, or selected in; all else must be there."""
+        known = self.standard | set(self.ops)
+        return selector.optional or any(s.name in known and s.name not in self.segments for s in selector.steps)
 
     def selects_nothing(self, selector: Selector, span: Span, where: str) -> Diagnostic:
-        last = selector.steps[-1].name
+        last, first = selector.steps[-1].name, selector.steps[0].name
+        help = did_you_mean(last, self.segments, "a part") or f"`{selector}?` may select nothing"
+        if last in self.segments and last != first:
+            help = f"`{last}` exists, but not there; `{last} in {first}` selects it at any depth"
         return Diagnostic("selects-nothing", f"`{selector}` selects nothing in {where}", Label(span, "this rule does nothing"),
-                          help=did_you_mean(last, self.segments, "a part") or f"`{selector}?` may select nothing")
+                          help=help)
 
     def invoke(self, callee: Waiting, tensors: dict[str, Any], env: Environment, span: Span, hint: str | None) -> Any:
         """Call a function with inputs that may be named as those of the function that it took the place of."""

@@ -199,12 +199,15 @@ class Statements:
         if statement.name in COORDINATES:
             raise fail("bound-twice", f"every sequence has a `{statement.name}` already", statement.span,
                        help="choose another name for this coordinate")
+        self.coordinates[id(dim), statement.name] = (dim, None)  # if it is wrong, using it says nothing more
         asking = Environment(env.file, env.builder, env)
         asking.bind(statement.dim, SequenceName("query"), statement.span)
         value = self.value(statement.value, asking)
         if not (is_number(value) or isinstance(value, Symbolic) and not value.is_mask):
             raise fail("wrong-type", f"a coordinate is a whole number along `{statement.dim}`, this is {kind(value)}",
                        statement.value.span)
+        if is_number(value):
+            value = whole(value, f"the coordinate `{statement.name}`", statement.value.span, -(2**31))
         self.coordinates[id(dim), statement.name] = (dim, self.resolved(self.term(value, statement.value.span), dim, dim))
 
     def _dims_of_shape(self, item: sx.DimItem, env: Environment) -> tuple[Dim, ...]:
@@ -272,6 +275,8 @@ class Statements:
         if len(self.collector.found) > before:
             raise SpecError([])
         after = [env.cells[n].value for n in loop.carried]
+        if any(value is POISON for value in after):
+            raise SpecError([])
         suffix = f"_{item.name}" if isinstance(item, Waiting) else ""
         return _Iteration(builder, f"{statement.names[0]}{suffix}", after, any(c.read for c in cells))
 

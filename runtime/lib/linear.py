@@ -189,18 +189,38 @@ def named_logical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parame
         if isinstance(child, Fused):
             owner = child.owner(prefix)
             for name, holder, view in child.logical():
-                yield (f"{owner}.{name}" if owner else name), holder, view
+                yield spec_path(module, f"{owner}.{name}" if owner else name), holder, view
         else:
             for name, parameter in child._parameters.items():
                 if parameter is not None:
-                    yield (f"{prefix}.{name}" if prefix else name), parameter, parameter.detach()
+                    yield spec_path(module, f"{prefix}.{name}" if prefix else name), parameter, parameter.detach()
+
+
+def spec_path(module: nn.Module, path: str) -> str:
+    """The path in the spec of something at a path of modules.
+
+    A module that was built `around` another, its `it`, stands in its place: `q.it.weight` is `q.weight`, and what is
+    its own has its name in the path, `q.lora.a.weight`.
+    """
+    found: list[str] = []
+    at: Any = module
+    for segment in path.split("."):
+        around = getattr(at, "around", None)
+        if around is None or segment != "it":
+            found += [segment] if around is None else [around, segment]
+        at = getattr(at, segment, None)
+    return ".".join(found)
 
 
 def spec_paths(module: nn.Module) -> dict[str, str]:
     """{key of `nn.Module.state_dict`: path in the spec}, for the keys that differ."""
     paths = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
-        if isinstance(child, Fused) and prefix and (owner := child.owner(prefix)) != prefix:
-            for name, _, _ in child.logical():
-                paths[f"{prefix}.{name}"] = f"{owner}.{name}" if owner else name
+        if isinstance(child, Fused):
+            owner = child.owner(prefix)
+            names = [(f"{prefix}.{name}", f"{owner}.{name}" if owner else name) for name, _, _ in child.logical()]
+        else:
+            own = [*child._parameters, *(n for n in child._buffers if n not in child._non_persistent_buffers_set)]
+            names = [(f"{prefix}.{name}" if prefix else name,) * 2 for name in own]
+        paths.update((key, spec) for key, name in names if (spec := spec_path(module, name)) != key)
     return paths

@@ -205,11 +205,10 @@ class Model(nn.Module):
 
 def _rename_saved(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Weights of a fused module are saved beside it, by their paths in the spec."""
-    for key, path in spec_paths(module).items():
-        state_dict[prefix + path] = state_dict.pop(prefix + key)
+    paths = spec_paths(module)
+    state_dict.update({prefix + paths[key]: state_dict.pop(prefix + key) for key in list(paths)})
 
 
 def _rename_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for key, path in spec_paths(module).items():
-        if prefix + path in state_dict:
-            state_dict[prefix + key] = state_dict.pop(prefix + path)
+    paths = {prefix + path: prefix + key for key, path in spec_paths(module).items()}
+    state_dict.update({paths[path]: state_dict.pop(path) for path in list(paths) if path in state_dict})
