@@ -71,6 +71,7 @@ class Writer:
         self._when = {n.name: i for i, part_ in enumerate((self.parts.result, self.parts.stated, self.parts.after))
                       for n in part_}
         self.constants = self._constant_nodes() if graph.name == program.program.root else {}
+        self.kept = self._kept_constants()
         self._inline = inline
         self._names = self._variables()
 
@@ -109,7 +110,7 @@ class Writer:
         if name in weights:
             return "self." + ".".join(names.attribute(p) for p in name.split("."))
         node = self.graph.producers.get(name)
-        if node is not None and node.name in self.constants:
+        if node is not None and node.name in self.kept:
             return f"self.{names.variable(name)}"
         if node is not None and self.is_inlined(node):
             return self.call(node)
@@ -117,7 +118,7 @@ class Writer:
 
     def is_inlined(self, node: Node) -> bool:
         """A pointwise node with one reader, itself pointwise: both are one expression."""
-        if not self._inline or node.op in STRUCTURE or not _pointwise(node) or node.name in self.constants:
+        if not self._inline or node.op in STRUCTURE or not _pointwise(node) or node.name in self.kept:
             return False
         users = self.graph.users.get(node.name, ())
         if len(users) != 1 or node.name in self.graph.results or users[0].operands.count(node.name) != 1:
@@ -125,7 +126,7 @@ class Writer:
         user = users[0]
         if self._when[node.name] != self._when[user.name]:
             return False
-        return user.op not in STRUCTURE and _pointwise(user) and user.name not in self.constants
+        return user.op not in STRUCTURE and _pointwise(user)
 
     def mask(self, mask: sx.Expr) -> str:
         """The name of a mask constant of the module."""
@@ -148,6 +149,11 @@ class Writer:
             if all(o is None or o in self.graph.producers and self.graph.producers[o].name in found for o in node.operands):
                 found[node.name] = node
         return found
+
+    def _kept_constants(self) -> set[str]:
+        """Those that a run reads: the others are only on the way to them."""
+        return {name for name in self.constants if name in self.graph.results
+                or any(user.name not in self.constants for user in self.graph.users.get(name, ()))}
 
     def call(self, node: Node) -> str:
         """The right side of a node's statement."""
@@ -224,10 +230,11 @@ class Writer:
         for weight in self.graph.body.weights:
             if "." not in weight.name:
                 lines.append(Line(self._bare(weight), spec_line((weight.span,))))
-        for node in self.constants.values():
+        for node in (n for n in self.constants.values() if not self.is_inlined(n)):
             text = part(node.op, "cpu").emit(Use(self.graph, node, self, None))
-            name = names.variable(node.name)
-            lines.append(Line(f'self.register_buffer("{name}", {text}, persistent=False)', spec_line(node.spans)))
+            name = names.variable(node.name) if node.name in self.kept else self._names[node.name]
+            made = f'self.register_buffer("{name}", {text}, persistent=False)' if node.name in self.kept else f"{name} = {text}"
+            lines.append(Line(made, spec_line(node.spans)))
         return lines
 
     def _bare(self, weight: Weight) -> str:

@@ -129,8 +129,12 @@ def _read(path: Path, shown: str, span: Span) -> str:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
             is_folder = stat.S_ISDIR(info.st_mode)
-            raise fail("no-such-file", f"`{shown}` is {'a folder' if is_folder else 'a device'}, not a spec file", span,
-                       help=_specs_in(path) if is_folder else None)
+            raise fail(
+                "no-such-file",
+                f"`{shown}` is {'a folder' if is_folder else 'a device'}, not a spec file",
+                span,
+                help=_specs_in(path) if is_folder else None,
+            )
         if info.st_size > MOST_CHARACTERS:
             raise fail("too-large", f"`{shown}` has {info.st_size} bytes, at most {MOST_CHARACTERS} are read", span)
         data = path.read_bytes()
@@ -219,8 +223,13 @@ class _Loader:
         cycle = next((i for i, (p, _) in enumerate(self.open) if p == path), None)
         if cycle is not None:
             chain = " -> ".join(p.name for p, _ in [*self.open[cycle:], self.open[cycle]])
-            raise fail("use-cycle", f"these files use each other: {chain}", use.path_span, "closes the circle",
-                       help="what both need can stand in a third file")
+            raise fail(
+                "use-cycle",
+                f"these files use each other: {chain}",
+                use.path_span,
+                "closes the circle",
+                help="what both need can stand in a third file",
+            )
         if path not in self.files:
             shown = self._shown(file, path)
             self.files[path] = self.file(path, Source(shown, _read(path, use.path, use.path_span)))
@@ -259,8 +268,14 @@ class _Loader:
             )
         if name.id in file.used:
             first = next(n for u in file.module.uses for n in u.names if n.id == name.id)
-            raise fail("duplicate-name", f"`{name.id}` is used twice", name.span, "the second",
-                       [Label(first.span, "the first")], "one `use` of it is enough")
+            raise fail(
+                "duplicate-name",
+                f"`{name.id}` is used twice",
+                name.span,
+                "the second",
+                [Label(first.span, "the first")],
+                "one `use` of it is enough",
+            )
         return other
 
     def _resolve(self, file: File, use: sx.Use) -> Path:

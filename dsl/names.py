@@ -35,8 +35,8 @@ _IN_HOLE = re.compile(r"[\w.()\[\], +*-]*")
 def check_names(file: File) -> list[Diagnostic]:
     """Everything wrong with the names of a file, in the order of the text. Never raises for a parsed file.
 
-    Codes: unknown-name, duplicate-name, no-such-parameter, too-many-arguments, duplicate-argument, shadows-op, and those
-    of `sheets.py` and `bindings.py`.
+    Codes: unknown-name, duplicate-name, no-such-parameter, too-many-arguments, duplicate-argument, shadows-op, and
+    those of `sheets.py` and `bindings.py`.
     """
     found: list[Diagnostic] = []
     for declaration in file.module.declarations:

@@ -149,7 +149,9 @@ def _layout(u: Unexpected) -> SpecError | None:
     if u.token.type == "_TAB":
         return fail("tabs", "this line is indented with a tab", u.span, "a tab", help="indent with four spaces")
     if u.token.type == "_TOO_DEEP":
-        return fail("too-deep", f"brackets nest more than {DEEPEST} deep", u.span, help="bind the inner parts to variables")
+        return fail(
+            "too-deep", f"brackets nest more than {DEEPEST} deep", u.span, help="bind the inner parts to variables"
+        )
     if u.token.type == "_BAD_DEDENT":
         return fail(
             "bad-indentation",
@@ -166,8 +168,12 @@ def _brackets(u: Unexpected) -> SpecError | None:
     closes = token.text in (")", "]", "}")
     if closes and not u.brackets:
         opening = next(o for o, c in OPENS.items() if c == token.text)
-        return fail("unclosed-bracket", f"`{token.text}` closes nothing that is open here", u.span,
-                    help=f"no `{opening}` stands before it")
+        return fail(
+            "unclosed-bracket",
+            f"`{token.text}` closes nothing that is open here",
+            u.span,
+            help=f"no `{opening}` stands before it",
+        )
     if not u.brackets:
         return None
     opened = u.brackets[-1]
@@ -205,7 +211,9 @@ def _starts_something(u: Unexpected) -> bool:
 def _empty_body(u: Unexpected) -> SpecError | None:
     opened = u.token.type in LAYOUT and u.previous and u.previous.text == ":" and u.first_word in _HEADERS
     if opened or "_INDENT" in u.accepted and u.token.type != "_INDENT":
-        return fail("empty-body", "a body must follow, indented", u.behind, "no line below is indented more than this one")
+        return fail(
+            "empty-body", "a body must follow, indented", u.behind, "no line below is indented more"
+        )
     return None
 
 

@@ -153,7 +153,8 @@ def _index(expr: sx.Index, env: Env) -> Any:
         if isinstance(at, str) and isinstance(base, dict):
             raise fail("out-of-range", f"there is no entry `{at}`", expr.span,
                        help=near_or_all(at, map(str, base), "an entry", "the entries are")) from None
-        has = f"this has {len(base)} items, counted from 0" if isinstance(base, (str, list)) else f"this is {kind(base)}"
+        is_row = isinstance(base, (str, list))
+        has = f"this has {len(base)} items, counted from 0" if is_row else f"this is {kind(base)}"
         raise fail("out-of-range", f"there is no entry {at!r}", expr.span, has) from None
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heddle.dsl import syntax as sx
-from heddle.dsl.diagnostics import Diagnostic
+from heddle.dsl.diagnostics import Diagnostic, nearest
 from heddle.dsl.load import File, load, load_text, shipped_folder, standard_file, standard_index
 from heddle.dsl.names import SIZED, check_names, parts_in_reach
 from heddle.dsl.parse import parse
@@ -184,6 +184,37 @@ def test_calls_fit_what_they_call(old: str, new: str, code: str, at: str) -> Non
     (found,) = _check(CALLS.replace(old, new, 1))
     assert (found.code, found.primary.span.text) == (code, at)
     assert found.secondary[0].text == "declared here"
+
+
+@pytest.mark.parametrize(
+    ("call", "first"),
+    [
+        ("mlp(x, 256, ffn = 128)", "256"),
+        ("mlp(256, ffn = 128)(x)", "256"),
+        ("mlp(x, ffn = 256, ffn = 128)", "ffn = 256"),
+        ("rms_norm(x, eps = 1, eps = 2)", "eps = 1"),
+        ("mlp(x, ffn = 128)", None),
+        ("mlp(a, 256, relu2)(x)", None),  # what `a` is decides; elaboration knows
+    ],
+)
+def test_an_argument_that_is_given_twice_is_shown_at_both_places(call: str, first: str | None) -> None:
+    found = _check(f"block b(a):\n    x[hidden]\n    return {call}\n")
+    assert [(d.code, d.secondary[0].span.text) for d in found] == ([("duplicate-argument", first)] if first else [])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("RMSNorm", ["rms_norm"]),
+        ("hiden", ["hidden"]),  # not `identity`, which shares a few letters only
+        ("norm", ["norm1", "norm2"]),
+        ("zzz", []),
+        ("", []),
+        ("r" * 1_000_000, []),
+    ],
+)
+def test_near_names(wrong: str, near: list[str]) -> None:
+    assert nearest(wrong, ["hidden", "identity", "rms_norm", "norm1", "norm2", "random"]) == near
 
 
 def test_a_variable_hides_the_declaration_from_the_check() -> None:

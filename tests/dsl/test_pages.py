@@ -38,8 +38,10 @@ def test_page_has_its_parts(page: Page) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.code)
 def test_message_is_one_line_in_lower_case_without_a_full_stop(page: Page) -> None:
-    for line in page.rendering.split("\n"):
+    lines = page.rendering.split("\n")
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith(("error[", "warning[")):
+            assert below.startswith(("  -->", "  = help: ")) or not below
             message = line.partition("]: ")[2]
             assert message[:1] == message[:1].lower()
             assert not message.endswith((".", "!", "?"))

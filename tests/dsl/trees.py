@@ -65,8 +65,8 @@ def _nested(
 
 
 def _brief(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """The same with a short `repr`. Hypothesis prints a strategy with all that it is made of; where each level names the
-    one inside a dozen times, that takes gigabytes."""
+    """The same with a short `repr`. Hypothesis prints a strategy with all that it is made of; where each level names
+    the one inside a dozen times, that takes gigabytes."""
 
     @st.composite
     def tree(draw: st.DrawFn) -> Any:
