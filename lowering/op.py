@@ -273,7 +273,8 @@ def _match(call: OpCall, operand: Operand, tensor: TensorLike, bindings: dict[st
         elif any(a is not b for a, b in zip(have, bound, strict=True)):
             raise mismatch(call, operand.name, have, bound)
     if dims and not operand.leading:
-        raise fail("too-many-dims", f"`{operand.name}` of `{call.op.name}` has too many dims",
+        wanted = ", ".join(f.name.lower() for f in operand.formals)
+        raise fail("dim-mismatch", f"`{operand.name}` of `{call.op.name}` takes the dims [{wanted}] and no more",
                    call.span_of(operand.name), f"this is {shown(tensor)}")
     return tuple(dims)
 

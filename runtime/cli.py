@@ -67,7 +67,8 @@ def _print_user_error(error: Any, form: str) -> None:
         return
     typer.echo(f"error[{error.code}]: {error.message}", err=True)
     if error.help:
-        typer.echo(f"  = help: {error.help}", err=True)
+        first, *more = error.help.split("\n")
+        typer.echo("\n".join([f"  = help: {first}", *(f"          {line}" for line in more)]), err=True)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

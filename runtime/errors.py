@@ -4,8 +4,14 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """What the user can mend. `code` is stable and has a page (`heddle explain CODE`); the command line exits with 2."""
+    """What the user can mend. `code` is stable and has a page (`heddle explain CODE`); the command line exits with 2.
+
+    `message` is one line. What is given on further lines of it, such as the names of many tensors, goes to `help`, a line
+    each, before what would help.
+    """
 
     def __init__(self, code: str, message: str, help: str | None = None):
         super().__init__(message)
-        self.code, self.message, self.help = code, message, help
+        first, *more = (line.strip() for line in message.split("\n"))
+        self.code, self.message = code, first
+        self.help = "\n".join([*more, *([help] if help else [])]) or None

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from ..dsl.load import load
+from ..lowering.passes.stream import require_causal
+from ..lowering.pipeline import lower
 from .check import program_of
 from .compile import build, instantiate
 from .data import Packed, open_corpus, open_tokenizer, split
 from .errors import UserError
 from .folder import load as load_folder
+from .folder import read_spec
 from .folder import write_spec
 from .paths import split_entry
 from .train import Report, TrainConfig, train
@@ -66,8 +69,11 @@ def generate_text(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
     seed: int | None,
 ) -> str:  # fmt: skip
-    """Continue a prompt, printing as it goes; gives the whole text. Raises UserError `bad-prompt`."""
+    """Continue a prompt, printing as it goes; gives the whole text. Raises `SpecError`
+    `not-causal`, UserError `bad-prompt`."""
     model = load_folder(folder)
+    if model.late:
+        require_causal(lower(program_of(*read_spec(folder))))
     words = tokenizer_of(folder)
     ids = torch.from_numpy(words.encode(prompt).astype("int64"))[None]
     shown = _Printer(words, ids[0].tolist())

@@ -84,7 +84,8 @@ class Builder:
         if name in self.owners:
             raise fail("same-name-twice", f"two calls own weights under the name `{name}`", span, "the second",
                        [Label(self.owners[name], "the first")],
-                       help=f"bind each to a variable of its own: `{name}1 = ...`, `{name}2 = ...`")
+                       help=f"bind each to a variable of its own (`{name}1 = ...`, `{name}2 = ...`), or put one into "
+                       f"a loop; `shared {name} = ...` makes both one")
         self.owners[name] = span
 
     def borrow(self, name: str, body: str) -> None:
@@ -114,7 +115,8 @@ class Builder:
         if tensor.builder is self:
             return tensor
         if self.parent is None:
-            raise fail("out-of-reach", f"`{tensor.name}` belongs to another run of a block", tensor.span)
+            raise fail("out-of-reach", f"`{self.block}` uses `{tensor.name}`, a tensor of `{tensor.builder.block}`",
+                       tensor.span, f"`{self.block}` cannot see it", help=f"a block sees its inputs: `{tensor.name}` can be one")
         outer = self.parent.local(tensor)
         if id(outer) not in self.captured:
             inner = Tensor(self.fresh(outer.name.replace(".", "_")), outer.kind, outer.dims, self, span=outer.span)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +57,8 @@ class Calls:
                 raise self.unknown("constant", function.span, env)
         callee = self.value(function, env)
         if not isinstance(callee, Waiting):
-            raise fail("not-a-function", f"{kind(callee)} cannot be called", function.span)
+            what = f"`{function.id}` is {kind(callee)} and" if isinstance(function, sx.Name) else kind(callee)
+            raise fail("not-a-function", f"{what} cannot be called", function.span, "expected a function or a block")
         given = next((a for a in expr.arguments if a.given), None)
         if given is not None:
             raise fail("not-built-yet", "`given` is not built yet", given.span)
@@ -190,7 +192,7 @@ class Calls:
                 first = None
                 slots = [s.name for s in op.settings if s.name not in given.settings]
         if len(positional) > len(slots):
-            raise fail("too-many-arguments", f"`{op.name}` takes {len(slots)} arguments, this is one more",
+            raise fail("too-many-arguments", f"`{op.name}` takes {_arguments(slots)}, this is one more",
                        positional[len(slots)].span)
         for i, (name, argument) in enumerate(zip(slots, positional, strict=False)):
             self._op_argument(op, name, argument, env, given, first if i == 0 else None)
@@ -203,7 +205,7 @@ class Calls:
     ) -> None:
         inputs = [o.name for o in op.inputs]
         if name in given.tensors or name in given.spans and name not in op_settings(op):
-            raise fail("duplicate-argument", f"`{name}` is given twice", argument.span)
+            raise given_twice(name, given.spans[name], argument.span)
         given.spans[name] = argument.span
         if name in inputs:
             value = self.value(argument.value, env) if value is None else value
@@ -287,7 +289,7 @@ class Calls:
         value = number_of(value, argument.span)
         if setting.kind == "whole":
             return whole(value, f"`{setting.name}`", argument.span, setting.least)
-        if setting.kind == "number" and value is not None:
+        if setting.kind == "number" and (value is not None or setting.default is not None):
             if not is_number(value):
                 raise fail("wrong-type", f"`{setting.name}` must be a number, this is {kind(value)}", argument.span)
             return as_float(value)
@@ -428,15 +430,15 @@ class Calls:
         if inputs and not (values and (isinstance(values[0], Tensor) or values[0] is None and len(values) > 1)):
             slots = [p for p in parameters if p not in given.settings]
         if len(values) > len(slots):
-            raise fail("too-many-arguments", f"`{declaration.name}` takes {len(slots)} arguments, this is one more",
+            raise fail("too-many-arguments", f"`{declaration.name}` takes {_arguments(slots)}, this is one more",
                        positional[len(slots)].span, secondary=[Label(declaration.name_span, "declared here")])
         named = [(slot, value, a) for slot, value, a in zip(slots, values, positional, strict=False)]
         named += [(a.name, self.value(a.value, env), a) for a in expr.arguments if a.name]
-        seen: set[str] = set()
+        seen: dict[str, Span] = {}
         for name, value, argument in named:
             if name in seen:
-                raise fail("duplicate-argument", f"`{name}` is given twice", argument.span)
-            seen.add(name)
+                raise given_twice(name, seen[name], argument.span)
+            seen[name] = argument.span
             if name in inputs:
                 if value is not None and not isinstance(value, Tensor):
                     raise fail("wrong-type", f"the input `{name}` of `{declaration.name}` must be a tensor, this is "
@@ -685,13 +687,25 @@ def _called_from(diagnostic: Diagnostic, where: Label) -> Diagnostic:
     return replace(diagnostic, secondary=(*diagnostic.secondary, where))
 
 
+def given_twice(name: str, first: Span, second: Span) -> SpecError:
+    """The `duplicate-argument` of two arguments for one parameter."""
+    how = "the first" if re.match(rf"{re.escape(name)}\s*=", first.text) else f"the first: this is `{name}`, by its place"
+    return fail("duplicate-argument", f"`{name}` is given twice", second, "the second", [Label(first, how)])
+
+
+def _arguments(slots: Sequence[str]) -> str:
+    return f"{len(slots)} argument{'s' * (len(slots) != 1)}"
+
+
 def _cycle(chain: list[Found]) -> SpecError:
     """One error for a circle of definitions, whichever of them was asked for."""
     first = min(range(len(chain)), key=lambda i: (chain[i].declaration.name_span.start, chain[i].declaration.name))
     turned = chain[first:] + chain[:first]
     names = [f.declaration.name for f in turned]
     what = f"`{names[0]}` is defined by itself" if len(names) == 1 else f"{' and '.join(f'`{n}`' for n in names)} are defined by each other"
-    return fail("cyclic-definition", f"{what}: {' -> '.join([*names, names[0]])}", turned[0].declaration.name_span)
+    return fail("cyclic-definition", f"{what}: {' -> '.join([*names, names[0]])}", turned[0].declaration.name_span,
+                secondary=[Label(f.declaration.name_span) for f in turned[1:]],
+                help=f"one of them needs a body: `{turned[0].declaration.keyword} {names[0]}(...):`")
 
 
 def _fresh(dim: Dim) -> Dim:

@@ -61,7 +61,8 @@ def number_of(value: Any, span: Span) -> Any:
     """Dims stand for their size in arithmetic."""
     if isinstance(value, Dim):
         if value.size is None:
-            raise fail("size-unknown", f"the size of `{value.name}` is not known before the data are", span)
+            raise fail("size-unknown", f"the size of `{value.name}` is not known before the data are", span,
+                       "expected a size that parameters give")
         return value.size
     return value
 
@@ -99,7 +100,7 @@ class Expressions:
             return fail("not-built-yet", f"`{name}` ({what[1]}) cannot run yet", span, "known, but not built yet")
         names = env.names() | set(self.ops) | set(BUILTINS) | set(env.file.declared)
         return fail("unknown-name", f"nothing is named `{name}` here", span, "not found",
-                    help=did_you_mean(name, names, "a name"))
+                    help=did_you_mean(name, names, "something"))
 
     def _number(self, expr: sx.Number, env: Environment, hint: str | None) -> Any:
         return expr.value

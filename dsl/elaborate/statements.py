@@ -41,7 +41,8 @@ class Statements:
         if len(self.collector.found) > before:
             raise SpecError([])
         if declaration.keyword == "block" and not env.builder.emits:
-            raise fail("missing-return", f"`{declaration.name}` returns nothing", declaration.name_span or declaration.span)
+            raise fail("missing-return", f"`{declaration.name}` returns nothing", declaration.name_span or declaration.span,
+                       "expected `return` in its body", help="the last line says what comes out: `return y`")
         return []
 
     def run(self, statements: tuple[sx.Statement, ...], env: Environment, hint: str | None = None) -> None:
@@ -52,7 +53,7 @@ class Statements:
                 self.collector.add(error)
                 if isinstance(statement, sx.Return):
                     raise SpecError([]) from None
-                for name in assigned([statement]):
+                for name in (*assigned([statement]), *([statement.name] if isinstance(statement, sx.Declare) else [])):
                     env.bind(name, POISON, statement.span)
 
     def statement(self, statement: sx.Statement, env: Environment, hint: str | None) -> None:

@@ -127,14 +127,16 @@ def _late(graph: Graph, node: Node) -> list[Diagnostic]:
     if not _along_stream(graph, node, monoid.formal):
         return []
     if monoid.peers == "all":
-        return [Diagnostic("not-causal", f"`{node.op}` reads the whole sequence, so no row is ready before its end",
-                           Label(span, "here"), help="it can be trained, but not sampled from token by token")]
+        return [Diagnostic("not-causal", f"`{node.op}` reads the whole sequence, so tokens cannot be made one by one",
+                           Label(span, "needs the last token for the first row"),
+                           help="the model can be trained, but not sampled from")]
     if monoid.peers == "masked":
         ahead = [hull(mask).ahead for mask in node.attr("masks")]
         if any(a is None or a > 0 for a in ahead):
             far = "every later key" if None in ahead else f"{max(a for a in ahead if a is not None)} keys ahead"
-            return [Diagnostic("not-causal", f"a query sees {far}, so its row is late", Label(span, "this mask looks ahead"),
-                               help="a mask such as `causal` bounds key.position by query.position")]
+            return [Diagnostic("not-causal", f"attention sees {far}, so tokens cannot be made one by one",
+                               Label(span, "this mask looks ahead"),
+                               help="`causal` and `window(span)` are masks that look back only")]
     return []
 
 

@@ -103,7 +103,8 @@ def misfits(mapped: TensorMap, tensors: Tensors) -> list[str]:
 def misfit(problems: list[str], help: str | None = None) -> UserError:
     """All that is wrong with the tensors, as one error."""
     more = [f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else []
-    text = "\n  ".join(["the weights do not fit the spec", *problems[:MOST_SHOWN], *more])
+    count = f"{len(problems)} tensor{' does' if len(problems) == 1 else 's do'}"
+    text = "\n".join([f"the weights and the spec disagree: {count} not fit", *problems[:MOST_SHOWN], *more])
     return UserError("missing-tensor", text, help=help)
 
 
