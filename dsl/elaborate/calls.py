@@ -484,10 +484,7 @@ class Calls:
                 name: None if t is None else builder.add_input(name, t.kind, t.dims, t.span)
                 for name, t in given.tensors.items()
             }
-            settings = {
-                name: builder.add_input(name, v.kind, v.dims, v.span) if isinstance(v, Tensor) else v
-                for name, v in given.settings.items()
-            }
+            settings = {name: _inside(v, name, builder) for name, v in given.settings.items()}
             returned = self.run_function(callee.found, Given(tensors, settings, given.spans), inner, span)
             name = self.fresh_body(declaration.name)
             variables = {n: c.value for n, c in inner.cells.items()}
@@ -513,7 +510,7 @@ class Calls:
         results = tuple(
             (b, t.kind, tuple(swap.setdefault(id(d), _fresh(d)) for d in t.dims)) for b, t in zip(base, outputs, strict=True)
         )
-        values = [*given.tensors.values(), *(v for v in given.settings.values() if isinstance(v, Tensor))]
+        values = [*given.tensors.values(), *(t for v in given.settings.values() for t in _tensors_in(v))]
         operands = tuple(v for v in values if v is not None)
         bindings = {made.builder.dim_name(f): (swap[id(f)],) for f in made.formals}
         tensors = builder.add_node("call", operands, results, {"instance": name}, bindings, span)
@@ -525,7 +522,7 @@ class Calls:
 
     def _instance(self, callee: Waiting, made: Elaborated, builder: Builder, span: Span, hint: str | None) -> str:
         if callee.shared:
-            name, owner = callee.shared
+            name, owner, _ = callee.shared
             self._lend(name, owner, made, builder, span)
             if name in owner.shared:
                 if owner.shared[name] is not made:
@@ -706,6 +703,23 @@ def _cycle(chain: list[Found]) -> SpecError:
     return fail("cyclic-definition", f"{what}: {' -> '.join([*names, names[0]])}", turned[0].declaration.name_span,
                 secondary=[Label(f.declaration.name_span) for f in turned[1:]],
                 help=f"one of them needs a body: `{turned[0].declaration.keyword} {names[0]}(...):`")
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """The tensors that a parameter brings along: itself, or those that a waiting function was given."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value.settings.values() for t in _tensors_in(v)] if isinstance(value, Waiting) else []
+
+
+def _inside(value: Any, name: str, builder: Builder) -> Any:
+    """A parameter as a body sees it: tensors that it brings along are inputs of the body, in the same order."""
+    if isinstance(value, Tensor):
+        return builder.add_input(name, value.kind, value.dims, value.span)
+    if isinstance(value, Waiting) and _tensors_in(value):
+        settings = {n: _inside(v, f"{name}_{n}", builder) for n, v in value.settings.items()}
+        return replace(value, settings=settings)
+    return value
 
 
 def _fresh(dim: Dim) -> Dim:

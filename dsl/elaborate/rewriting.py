@@ -86,7 +86,8 @@ class Rewriting:
         self.segments.update({callee.name} if hint is None else {callee.name, hint})
         if callee.place is not None:
             return callee, WRAPPED if callee.is_it else hint
-        outer = advance(env.scope, (hint, callee.name))
+        around_it, name = (env.scope, hint) if callee.shared is None else (callee.shared[2], callee.shared[0])
+        outer = advance(around_it, (name, callee.name))  # a shared block stands where it is declared
         current = replace(callee, place=scope_of(callee) + outer, sheets=())
         for i, (sheet, states) in enumerate(outer):
             rule = self._last_match(sheet, states)
@@ -94,14 +95,14 @@ class Rewriting:
                 continue
             around = Environment(sheet.file, env.builder, scope=())
             settings = {name: where for name, where in current.spans.items() if name in current.settings}
-            around.bind(WRAPPED, replace(current, spans=settings, is_it=True), rule.span)
+            around.bind(WRAPPED, replace(current, spans=settings, shared=None, is_it=True), rule.span)
             made = self.value(rule.value, around)
             if not isinstance(made, Waiting):
                 raise fail("wrong-type", f"a rule builds a function around `it`, this is {kind(made)}", rule.value.span,
                            help="`lora(it, rank = 8)` wraps it, `it(mask = full)` changes an argument")
             if made.place is None:  # something new: the rules of this sheet do not select its parts
                 made = replace(made, place=scope_of(made) + outer[i + 1 :], sheets=())
-            current = replace(made, is_it=False)
+            current = replace(made, shared=callee.shared, is_it=False)
             hint = hint or callee.name
         return current, hint
 

@@ -119,7 +119,7 @@ class Statements:
             if not isinstance(value, Waiting):
                 raise fail("wrong-type", f"`shared` keeps one set of weights of a function that waits, this is {kind(value)}",
                            expr.span)
-            env.bind(name, replace(value, shared=(name, env.builder), span=expr.span), statement.span)
+            env.bind(name, replace(value, shared=(name, env.builder, env.scope), span=expr.span), statement.span)
 
     def _name_dims(self, statement: sx.Assign, value: Any, env: Environment) -> None:
         shape = statement.shape or ()

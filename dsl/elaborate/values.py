@@ -53,8 +53,8 @@ class Tensor:
 class Waiting:
     """A function that waits for its inputs: an op (`op`), a block (`found`), or what changes nothing (neither).
 
-    `settings` are parameters given so far, as cells by name; `shared` is the name of its one set of weights and the
-    builder that owns them. `sheets` are the rules of the variant that it is; `place` are the rules in force in its body
+    `settings` are parameters given so far, as cells by name; `shared` is the name of its one set of weights, the
+    builder that owns them, and the rules in force there. `sheets` are the rules of the variant that it is; `place` are the rules in force in its body
     where a rule has already been applied to it, `is_it` whether it stands inside what that rule built.
     """
 
@@ -62,7 +62,7 @@ class Waiting:
     found: Found | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     spans: dict[str, Span] = field(default_factory=dict)
-    shared: tuple[str, Any] | None = None
+    shared: tuple[str, Any, Any] | None = None
     span: Span = NOWHERE
     sheets: tuple[Any, ...] = ()
     place: Any = None

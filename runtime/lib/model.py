@@ -183,9 +183,11 @@ class Model(nn.Module):
         castable = set(self._castable())
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype if parameter in castable else kept)
-        for buffer in self.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(kept)
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                # State is as wide as kept weights; constants stay what they were computed as.
+                if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                    buffer.data = buffer.data.to(kept)
         return self
 
     def _castable(self) -> list[nn.Parameter]:
