@@ -7,10 +7,10 @@ from .experts import route, top_k
 from .gathered import Gathered
 from .initial import initialise
 from .linear import Embed, Linear, Parallel, Weights, embed, empty, named_logical_parameters
-from .loss import cross_entropy, known, linear_cross_entropy
+from .loss import cross_entropy, known
 from .model import Model
 from .norm import LayerNorm, RmsNorm, layer_norm, rms_norm
-from .pointwise import angles, relu2, rotate, silu_mul
+from .pointwise import relu2, rotate, silu_mul
 from .rows import At, Coordinates, Mask, next_token, reduce_rows
 from .ssd import ssd
 from .stream import Stream
@@ -32,7 +32,6 @@ __all__ = [
     "Slots",
     "Stream",
     "Weights",
-    "angles",
     "attend",
     "causal_conv",
     "cross_entropy",
@@ -41,7 +40,6 @@ __all__ = [
     "initialise",
     "known",
     "layer_norm",
-    "linear_cross_entropy",
     "named_logical_parameters",
     "next_token",
     "reduce_rows",

@@ -57,16 +57,6 @@ class _SiluMul(torch.autograd.Function):
         return F.silu(z).mul_(grad), grad_z
 
 
-def angles(position: Tensor, speed: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin of position[b, t] * speed[pairs], each [b, t, pairs] in at least fp32.
-
-    The product is fp64: at position 2^17 an fp32 angle is wrong in its second digit after the point.
-    """
-    angle = position.unsqueeze(-1).double() * speed.double()
-    dtype = torch.float64 if speed.dtype == torch.float64 else torch.float32
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x[b, t, h, d] by cos, sin [b, t, pairs]; -> the same shape and dtype.
 

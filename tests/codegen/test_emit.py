@@ -138,6 +138,6 @@ model twice(vocab = 16, hidden = 8):
     return logits
 """
     made = build(program_of(load_text(text))).source
-    (line,) = (line.strip() for line in made.splitlines() if re.search(r"= .*mean.*/ 2", line))
+    (line,) = (line.strip() for line in made.splitlines() if re.search(r"^ *outer = .*/ 2", line))
     names = re.findall(r"mean(?:_\d+)?", line)
     assert len(names) == len(set(names)) == 2, line

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heddle.runtime import lib
-from heddle.runtime.lib import loss
 
 law = settings(deadline=None, max_examples=25)
 
@@ -25,28 +24,6 @@ def test_cross_entropy_is_the_sum_over_known_targets(target, seed):
     a, b = (torch.autograd.grad(3 * x, logits)[0] for x in (got, expected))
     assert (a - b).abs().max() < 1e-10
     assert torch.autograd.gradcheck(lambda x: lib.cross_entropy(x, target), (logits,))
-
-
-@law
-@given(st.lists(st.integers(-1, 4), min_size=1, max_size=8), st.booleans(), st.integers(1, 40))
-def test_fused_with_the_last_product_it_is_the_same(target, has_bias, block):
-    """Value and gradients of linear_cross_entropy, in any blocks of rows, are those of the two in turn."""
-    make = torch.Generator().manual_seed(len(target))
-    x, weight, bias = (
-        torch.randn(shape, generator=make, dtype=torch.float64).requires_grad_()
-        for shape in ((1, len(target), 3), (5, 3), (5,))
-    )
-    target = torch.tensor([target])
-    wrt = [x, weight, bias] if has_bias else [x, weight]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "BLOCK", block)
-        patch.setattr(loss, "LEAST_ROWS", 1)
-        fused = lib.linear_cross_entropy(x, weight, target, bias if has_bias else None)
-        plain = lib.cross_entropy(F.linear(x, weight, bias if has_bias else None), target)
-        grads = [torch.autograd.grad(3 * y, wrt) for y in (fused, plain)]
-    assert abs(fused - plain) < 1e-10
-    for a, b in zip(*grads, strict=True):
-        assert (a - b).abs().max() < 1e-10
 
 
 def test_rows_that_are_not_scored_may_hold_anything():

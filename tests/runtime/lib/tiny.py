@@ -39,9 +39,15 @@ class Attention(nn.Module):
 
     def forward(self, x, at, state):
         q, k, v = self.q_k_v(x)
-        cos, sin = lib.angles(at.position, SPEED)
+        cos, sin = angles(at.position, SPEED)
         q, k = lib.rotate(q, cos, sin), lib.rotate(k, cos, sin)
         return self.out(lib.attend(q, (k, v, self.mask), at=at, scale=WIDTH**-0.5, past=state.o))
+
+
+def angles(position, speed):
+    """cos, sin of position[b, t] * speed[pairs], each [b, t, pairs]."""
+    angle = position.unsqueeze(-1).to(speed.dtype) * speed
+    return angle.cos(), angle.sin()
 
 
 class Mamba(nn.Module):
