@@ -65,19 +65,21 @@ def test_a_file_of_a_new_kind_would_be_missed(tmp_path: Path) -> None:
 
 
 def test_the_wheel_runs_the_readme_without_the_tree(wheel: Path, tmp_path: Path) -> None:
-    """Checks, compiles and runs the spec that README shows, from an unpacked wheel."""
+    """Checks, compiles and runs the specs that README shows, from an unpacked wheel."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     spec = tmp_path / "my.spec"
     spec.write_text(readme_spec())
+    variant = tmp_path / "tuned.spec"
+    variant.write_text(readme_spec(1))
     code = (
         "import sys, heddle, torch\n"
         f"assert heddle.__file__.startswith({str(tmp_path / 'site')!r}), heddle.__file__\n"
-        f"model = heddle.compile({str(spec)!r})\n"
-        "logits = model(torch.zeros(1, 5, dtype=torch.long))\n"
-        "assert logits.shape[:2] == (1, 5) and logits.isfinite().all(), logits\n"
+        f"for spec in ({str(spec)!r}, {str(variant)!r}):\n"
+        "    logits = heddle.compile(spec)(torch.zeros(1, 5, dtype=torch.long))\n"
+        "    assert logits.shape[:2] == (1, 5) and logits.isfinite().all(), logits\n"
         "from heddle.runtime.cli import main\n"
-        f"sys.argv = ['heddle', 'check', {str(spec)!r}]\n"
+        f"sys.argv = ['heddle', 'check', {str(spec)!r}, {str(variant)!r}]\n"
         "sys.exit(main())\n"
     )
     run = subprocess.run(
@@ -90,10 +92,10 @@ def test_the_wheel_runs_the_readme_without_the_tree(wheel: Path, tmp_path: Path)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def readme_spec() -> str:
-    """The one spec in README."""
-    (text,) = re.findall(r"^```spec\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return text
+def readme_spec(place: int = 0) -> str:
+    """A spec in README: the model, or its variant."""
+    model, variant = re.findall(r"^```spec\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return variant if place else model
 
 
 def test_the_readme_shows_the_error_that_is_printed(tmp_path: Path) -> None:
