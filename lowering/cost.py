@@ -15,6 +15,22 @@ def flops_per_token(program: GraphProgram, length: int) -> float:
     return _graph_flops(program, program.model, length, {})
 
 
+def active_parameters(program: GraphProgram) -> int:
+    """Weights that work on one token: of a layer of experts those that the token is routed to."""
+    return _active(program, program.model)
+
+
+def _active(program: GraphProgram, graph: Graph) -> int:
+    total = sum(prod(graph.size(d) or 1 for d in w.dims) for w in graph.body.weights if w.trained)
+    routed = {n.attr("instance"): _at_most(program, graph, n.operands[1] or "") for n in graph.nodes if n.op == "route"}
+    for instance in (i for i in graph.body.instances if i.owned):
+        schedule = (0,) if instance.schedule is None else instance.schedule
+        each = [_active(program, program.graphs[body]) for body in instance.bodies]
+        most = routed.get(instance.name)
+        total += sum(each[which] for which in (schedule if most is None else schedule[:most]))
+    return total
+
+
 def _graph_flops(program: GraphProgram, graph: Graph, length: int, known: dict[str, float]) -> float:
     if graph.name in known:
         return known[graph.name]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..dsl.program import Program
-from ..lowering.cost import flops_per_token
+from ..lowering.cost import active_parameters, flops_per_token
 from ..lowering.passes.stream import state_bytes, streaming_errors
 from ..lowering.pipeline import lower
 
 
 def summary(program: Program, length: int = 4096) -> dict[str, Any]:
-    """A model as plain data. `parameters` is their number; `blocks` has (path, copies, parameters in all).
+    """A model as plain data. `parameters` is their number, `active_parameters` how many work on one token (fewer where
+    there are experts); `blocks` has (path, copies, parameters in all).
 
     `flops_per_token` is a forward pass at `length` tokens, `state_bytes` what one sequence of that length keeps in bf16
     (folded states in fp32), None if the model cannot be streamed.
@@ -22,6 +23,7 @@ def summary(program: Program, length: int = 4096) -> dict[str, Any]:
         "model": program.name,
         "family": program.family,
         "parameters": program.num_parameters(),
+        "active_parameters": active_parameters(lowered),
         "blocks": _blocks(program),
         "length": length,
         "flops_per_token": flops_per_token(lowered, length),

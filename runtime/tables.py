@@ -19,7 +19,9 @@ def amount(number: float) -> str:
 def print_summary(data: dict[str, Any]) -> None:
     """The table of `heddle show`."""
     console = Console(highlight=False)
-    console.print(f"[bold]{data['model']}[/] ({data['family']}): {data['parameters']:,} parameters")
+    active = data["active_parameters"]
+    routed = f", {active:,} for a token" if active < data["parameters"] else ""
+    console.print(f"[bold]{data['model']}[/] ({data['family']}): {data['parameters']:,} parameters{routed}")
     table = Table(box=None, pad_edge=False)
     table.add_column("block")
     for title in ("copies", "parameters", "share"):

@@ -1,4 +1,7 @@
-"""Published sizes: parameters of each shipped variant, from the facts sheet (sections 1.1 and 2.2)."""
+"""Published sizes: parameters of each shipped variant, from the facts sheet (sections 1.1, 2.2 and 2.3).
+
+The sheet counts the routers' biases, which are buffers. ACTIVE counts what works on one token.
+"""
 
 PARAMETERS = {
     "nemotron4/nemotron4_15b": 15_628_775_424,
@@ -16,6 +19,8 @@ PARAMETERS = {
     "nemotron_h/nemotron_nano_12b_v2": 12_310_001_152,
     "nemotron_h/nemotron_nano_9b_v2": 8_888_227_328,
     "nemotron_h/nemotron3_nano_4b": 3_973_556_832,
+    "nemotron_h/nemotron3_nano_30b": 31_577_940_288,
 }
+ACTIVE = {"nemotron_h/nemotron3_nano_30b": 3_580_076_352}
 ROUNDED = {"nemotron4/nemotron4_340b": 341.03e9}
 TWINS = ("nemotron_h", "nemotron4", "llama", "mistral")

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heddle.dsl.load import load, shipped_folder
+from heddle.lowering.cost import active_parameters
+from heddle.lowering.pipeline import lower
 from heddle.runtime.check import check_file, program_of
 from heddle.runtime.compile import build, instantiate
 
-from .published import PARAMETERS, ROUNDED, TWINS
+from .published import ACTIVE, PARAMETERS, ROUNDED, TWINS
 
 SPECS = sorted(p for p in shipped_folder().glob("*/*.spec") if p.parent.name != "std")
 
@@ -40,7 +42,15 @@ def twin(family):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_parameter_counts(name):
-    assert program(name).num_parameters() == PARAMETERS[name]
+    assert sum(p.count for p in program(name).tensors()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_active_parameters(name):
+    """Of a layer of experts those that a token is routed to; of all other models everything."""
+    made = program(name)
+    buffers = sum(p.count for p in made.tensors() if not p.weight.trained)
+    assert active_parameters(lower(made)) + buffers == ACTIVE.get(name, PARAMETERS[name])
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -74,8 +84,6 @@ def test_same_spec_same_bytes(path):
 
 def test_compile_time_does_not_grow_with_depth():
     """The number of graphs and nodes of the 118-layer model is that of a five-layer one."""
-    from heddle.lowering.pipeline import lower
-
     deep, shallow = lower(program("nemotron_h/nemotron_h_56b")), lower(program("nemotron_h/tiny"))
     assert len(deep.graphs) == len(shallow.graphs)
     assert [len(g.nodes) for g in deep.graphs.values()] == [len(g.nodes) for g in shallow.graphs.values()]
@@ -202,8 +210,6 @@ def test_a_document_never_sees_another(family, lengths, which, seed):
 @pytest.mark.parametrize("family", TWINS)
 def test_state_bytes_are_what_is_allocated_whatever_the_width(family):
     from heddle.lowering.passes.stream import state_bytes
-    from heddle.lowering.pipeline import lower
-
     model = twin(family)
     a, b = model.stream(1, 40), model.stream(1, 40)
     model.prefill(torch.zeros(1, 9, dtype=torch.int64), a)
@@ -215,8 +221,6 @@ def test_state_bytes_are_what_is_allocated_whatever_the_width(family):
 def test_decoding_state_grows_with_the_window_not_the_text():
     """A sliding window keeps its span; full attention keeps every key."""
     from heddle.lowering.passes.stream import state_bytes
-    from heddle.lowering.pipeline import lower
-
     windowed, full = lower(program("mistral/tiny")), lower(program("llama/tiny"))
     assert state_bytes(windowed, 100) == state_bytes(windowed, 1000)
     assert state_bytes(full, 1000) == 10 * state_bytes(full, 100)
