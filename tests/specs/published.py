@@ -23,4 +23,4 @@ PARAMETERS = {
 }
 ACTIVE = {"nemotron_h/nemotron3_nano_30b": 3_580_076_352}
 ROUNDED = {"nemotron4/nemotron4_340b": 341.03e9}
-TWINS = ("nemotron_h", "nemotron4", "llama", "mistral")
+TWINS = ("nemotron_h/tiny", "nemotron_h/tiny_moe", "nemotron4/tiny", "llama/tiny", "mistral/tiny")

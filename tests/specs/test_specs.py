@@ -30,9 +30,9 @@ def program(name):
 
 
 @functools.cache
-def twin(family):
+def twin(name):
     """The tiny twin in fp64, with weights large enough to see every path."""
-    model = instantiate(build(program(f"{family}/tiny")), seed=3).cast(torch.float64)
+    model = instantiate(build(program(name)), seed=3).cast(torch.float64)
     source = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
@@ -111,14 +111,14 @@ def whole_logits(model, row):
         return torch.cat([model(d[None])[0] for d in row])
 
 
-@pytest.mark.parametrize("family", TWINS)
+@pytest.mark.parametrize("name", TWINS)
 @settings(max_examples=25, deadline=None)
 @given(case=streams())
-def test_any_feeding_equals_each_document_alone(family, case):
+def test_any_feeding_equals_each_document_alone(name, case):
     """Ragged counts, changing widths, wrong tokens that are fed and rolled back, poison behind the count."""
     documents, seed = case
     generator = torch.Generator().manual_seed(seed)
-    model = twin(family)
+    model = twin(name)
     rows = packed(documents, generator)
     wanted = [whole_logits(model, row) for row in rows]
     tokens = [torch.cat(row) for row in rows]
@@ -150,12 +150,12 @@ def test_any_feeding_equals_each_document_alone(family, case):
         torch.testing.assert_close(torch.cat(mine), theirs, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", TWINS)
+@pytest.mark.parametrize("name", TWINS)
 @settings(max_examples=10, deadline=None)
 @given(length=st.integers(2, 24), seed=st.integers(0, 2**31 - 1))
-def test_token_by_token_and_prefix(family, length, seed):
+def test_token_by_token_and_prefix(name, length, seed):
     """Decode = forward, and forward(T)[:t] = forward(t)."""
-    model = twin(family)
+    model = twin(name)
     tokens = torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         full = model(tokens)
@@ -165,9 +165,9 @@ def test_token_by_token_and_prefix(family, length, seed):
         torch.testing.assert_close(model(tokens[:, : length // 2 + 1]), full[:, : length // 2 + 1], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", TWINS)
-def test_restore_one_row_while_others_go_on(family):
-    model = twin(family)
+@pytest.mark.parametrize("name", TWINS)
+def test_restore_one_row_while_others_go_on(name):
+    model = twin(name)
     tokens = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         full = model(tokens)
@@ -183,12 +183,16 @@ def test_restore_one_row_while_others_go_on(family):
         torch.testing.assert_close(rest, full[:, 12:], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", TWINS)
+@pytest.mark.parametrize("name", TWINS)
 @settings(max_examples=10, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4), which=st.integers(0, 3), seed=st.integers(0, 2**31 - 1))
-def test_a_document_never_sees_another(family, lengths, which, seed):
-    """Perturbing one packed document leaves the others' logits and the gradients of their losses bit-identical."""
-    model = twin(family)
+def test_a_document_never_sees_another(name, lengths, which, seed):
+    """Perturbing one packed document leaves the others' logits and the gradients of their losses bit-identical.
+
+    With experts, to rounding: an expert multiplies the rows of all documents that chose it at once, and how many these
+    are decides how a product is summed.
+    """
+    model = twin(name)
     which %= len(lengths)
     generator = torch.Generator().manual_seed(seed)
     document = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
@@ -203,19 +207,22 @@ def test_a_document_never_sees_another(family, lengths, which, seed):
         return logits[0, kept].detach(), [p.grad.clone() for n, p in model.named_parameters() if "embedding" not in n]
 
     first, second = run(tokens), run(other)
-    assert torch.equal(first[0], second[0])
-    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
+    if any(isinstance(m, torch.nn.ModuleList) and n.endswith("expert") for n, m in model.named_modules()):
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+    else:
+        assert torch.equal(first[0], second[0])
+        assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
 
 
-@pytest.mark.parametrize("family", TWINS)
-def test_state_bytes_are_what_is_allocated_whatever_the_width(family):
+@pytest.mark.parametrize("name", TWINS)
+def test_state_bytes_are_what_is_allocated_whatever_the_width(name):
     from heddle.lowering.passes.stream import state_bytes
-    model = twin(family)
+    model = twin(name)
     a, b = model.stream(1, 40), model.stream(1, 40)
     model.prefill(torch.zeros(1, 9, dtype=torch.int64), a)
     model.prefill(torch.zeros(1, 1, dtype=torch.int64), b)
     assert a.bytes() == b.bytes() if callable(a.bytes) else a.bytes == b.bytes
-    assert state_bytes(lower(program(f"{family}/tiny")), 40) > 0
+    assert state_bytes(lower(program(name)), 40) > 0
 
 
 def test_decoding_state_grows_with_the_window_not_the_text():
