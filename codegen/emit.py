@@ -52,6 +52,7 @@ class Class:
     body: list[Line]
     result: str
     is_model: bool = False
+    more: bool = False
     around: str | None = None
     after: list[Line] = field(default_factory=list)
     losses: list[Line] = field(default_factory=list)
@@ -275,6 +276,9 @@ class Writer:
     def as_class(self) -> Class:
         body = self.statements(self.parts.result)
         result = ", ".join(self.expression(o) for o in self.graph.body.outputs)
+        if self.graph.name == self.program.program.root and self.graph.body.asked:
+            own = self.graph.body.outputs[: -self.graph.body.asked]
+            result = f"({result}) if more else {', '.join(self.expression(o) for o in own)}"
         stated = self.stated()
         if stated:
             body += [Line("if at.gathered is not None:"), *(replace(line, depth=line.depth + 1) for line in stated)]
@@ -398,7 +402,7 @@ def emit_module(program: GraphProgram, version: str) -> str:
         if graph.name not in objectives:
             classes.append(Writer(graph, program, masks).as_class())
     model = next(c for c in classes if c.name == names.class_name(program.program.root))
-    model.is_model = True
+    model.is_model, model.more = True, program.model.body.asked > 0
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
     classes = [c for c in classes if c is not model] + [model]
@@ -462,7 +466,8 @@ class _ObjectiveWriter(Writer):
     def call(self, node: Node) -> str:
         if node.op == "call":
             inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
-            return f"self.run({inputs}, at, lib.STATELESS)"
+            more = ", more=True" if self.program.model.body.asked else ""
+            return f"self.run({inputs}, at, lib.STATELESS{more})"
         return super().call(node)
 
 

@@ -130,7 +130,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Body:
-    """What one block does. `block` is the name of its declaration, `name` is unique in the program."""
+    """What one block does. `block` is the name of its declaration, `name` is unique in the program.
+
+    The last `asked` outputs are variables that callers ask for (`f(x).final`) though the block does not return them.
+    """
 
     name: str
     block: str
@@ -142,6 +145,7 @@ class Body:
     outputs: tuple[str, ...]
     emits: tuple[tuple[str, str, str], ...] = ()
     rules: tuple[Rule, ...] = ()
+    asked: int = 0
     span: Span = field(default=NOWHERE, compare=False, repr=False)
     doc: str = field(default="", compare=False, repr=False)
 

@@ -51,7 +51,10 @@ def to_syntax(graph: Graph) -> sx.Function:
     statements += [sx.Emit(keyword, label, _ref(value)) for keyword, label, value in body.emits]
     if body.outputs:
         statements.append(sx.Return(tuple(_ref(o) for o in body.outputs)))
-    return sx.Function("block", body.name, (sx.Parameter("of", sx.String(body.block)),), tuple(statements))
+    parameters = [sx.Parameter("of", sx.String(body.block))]
+    if body.asked:
+        parameters.append(sx.Parameter("asked", _number(body.asked)))
+    return sx.Function("block", body.name, tuple(parameters), tuple(statements))
 
 
 def _assign(name: str, value: sx.Expr) -> sx.Assign:
@@ -186,8 +189,8 @@ class _Reader:
 
     def __init__(self, function: sx.Function):
         self.name = function.name
-        (of,) = function.parameters
-        self.block = of.default.value  # type: ignore[union-attr]
+        given = {p.name: _value(p.default) for p in function.parameters if p.default is not None}
+        self.block, self.asked = given["of"], given.get("asked", 0)
         self.dims: list[Dim] = []
         self.inputs: list[Value] = []
         self.weights: list[Weight] = []
@@ -224,6 +227,7 @@ class _Reader:
         return Body(
             self.name, self.block, tuple(self.dims), tuple(self.inputs), tuple(self.weights), tuple(self.instances),
             tuple(self.nodes) if nodes is None else nodes, self.outputs, tuple(self.emits), tuple(self.rules),
+            self.asked,
         )  # fmt: skip
 
     def _node(self, line: sx.Typed) -> Node:

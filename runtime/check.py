@@ -25,9 +25,14 @@ class Checked:
     programs: dict[str, Program]
 
 
-def program_of(file: File, model: str | None = None, overrides: Mapping[str, Any] | None = None) -> Program:
-    """Elaborate one model of a file: the one named, else the last that needs no arguments. Raises `SpecError`."""
-    return elaborate(file, table(), hooks, model, overrides)
+def program_of(
+    file: File, model: str | None = None, overrides: Mapping[str, Any] | None = None, objective: str = "next_token"
+) -> Program:
+    """Elaborate one model of a file, the one named or else the last that needs no arguments, with a block that trains it.
+
+    Raises `SpecError`.
+    """
+    return elaborate(file, table(), hooks, model, overrides, objective)
 
 
 def check_file(file: File) -> Checked:

@@ -116,7 +116,8 @@ class Builder:
             return tensor
         if self.parent is None:
             raise fail("out-of-reach", f"`{self.block}` uses `{tensor.name}`, a tensor of `{tensor.builder.block}`",
-                       tensor.span, f"`{self.block}` cannot see it", help=f"a block sees its inputs: `{tensor.name}` can be one")
+                       tensor.span, f"`{self.block}` cannot see it",
+                       help="what is `shared` is called in the block that declares it, or in its loops")
         outer = self.parent.local(tensor)
         if id(outer) not in self.captured:
             inner = Tensor(self.fresh(outer.name.replace(".", "_")), outer.kind, outer.dims, self, span=outer.span)
@@ -145,8 +146,9 @@ class Builder:
     def owns_anything(self) -> bool:
         return bool(self.weights or self.instances)
 
-    def finish(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> pg.Body:
-        """The immutable body. `inputs` are in the order in which calls pass them."""
+    def finish(self, name: str, inputs: list[Tensor], outputs: list[Tensor], asked: int = 0) -> pg.Body:
+        """The immutable body. `inputs` are in the order in which calls pass them; the last `asked` outputs it does not
+        return itself."""
         made_inputs = tuple(self._value(t) for t in inputs)
         nodes = tuple(self._node(n) for n in self.nodes)
         weights = tuple(
@@ -161,7 +163,7 @@ class Builder:
         )
         return pg.Body(
             name, self.block, dims, made_inputs, weights, tuple(self.instances), nodes, outs, emits,
-            tuple(self.rules), self.span, self.doc,
+            tuple(self.rules), asked, self.span, self.doc,
         )  # fmt: skip
 
     def _value(self, tensor: Tensor) -> pg.Value:

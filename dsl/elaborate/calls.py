@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import program as pg
@@ -22,7 +22,10 @@ from .values import Cell, Dim, Symbolic, TableOf, Tensor, Waiting
 
 @dataclass
 class Elaborated:
-    """A body under a key: its builder, what it returned, and the dims that its callers' dims take the place of."""
+    """A body under a key: its builder, what it returned, and the dims that its callers' dims take the place of.
+
+    `asked` are variables that some run of it was asked for (`f(x).final`): it gives them behind what it returns.
+    """
 
     name: str
     builder: Builder
@@ -30,6 +33,18 @@ class Elaborated:
     returned: list[Any]
     formals: list[Dim]
     variables: dict[str, Any]
+    asked: dict[str, Tensor] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What it gives, in order."""
+        return [*(r for r in self.returned if isinstance(r, Tensor)), *self.asked.values()]
+
+    def settle(self) -> None:
+        """Let every call take all that the body gives, now that no one will ask for more."""
+        for run in self.runs:
+            run.node["results"] += tuple(run.asked(name) for name in self.asked)
 
 
 @dataclass
@@ -514,8 +529,9 @@ class Calls:
         operands = tuple(v for v in values if v is not None)
         bindings = {made.builder.dim_name(f): (swap[id(f)],) for f in made.formals}
         tensors = builder.add_node("call", operands, results, {"instance": name}, bindings, span)
+        made.runs.append(Run(made, builder, builder.nodes[-1], tensors, swap))
         for tensor in tensors:
-            tensor.run = _Run(made, tensors, outputs)
+            tensor.run = made.runs[-1]
         rest = iter(tensors)
         values = [next(rest) if isinstance(r, Tensor) else r for r in made.returned]
         return values[0] if len(values) == 1 else tuple(values)
@@ -658,22 +674,37 @@ class Calls:
         return (type(value).__name__, value)
 
 
-class _Run:
-    """Variables of one run of a block: `f(x).final`."""
+class Run:
+    """One call of a body: its variables can be asked for, `f(x).final`."""
 
-    def __init__(self, made: Elaborated, tensors: Sequence[Tensor], outputs: Sequence[Tensor]):
-        self.made, self.tensors, self.outputs = made, tensors, outputs
+    def __init__(
+        self, made: Elaborated, builder: Builder, node: dict[str, Any], tensors: Sequence[Tensor], swap: dict[int, Dim]
+    ):
+        self.made, self.builder, self.node, self.tensors, self.swap = made, builder, node, tensors, swap
+        self.given: dict[str, Tensor] = {}
 
     def __call__(self, name: str, span: Span) -> Tensor:
-        value = self.made.variables.get(name)
+        made = self.made
+        value = made.variables.get(name)
         if value is None:
-            raise fail("no-such-member", f"`{self.made.builder.block}` has no variable `{name}`", span,
-                       help=did_you_mean(name, self.made.variables, "a variable"))
-        for tensor, output in zip(self.tensors, self.outputs, strict=True):
+            raise fail("no-such-member", f"`{made.builder.block}` has no variable `{name}`", span,
+                       help=did_you_mean(name, made.variables, "a variable"))
+        for tensor, output in zip(self.tensors, made.outputs, strict=False):
             if output is value:
                 return tensor
-        raise fail("not-built-yet", f"`{name}` is not what `{self.made.builder.block}` returns; other variables of a run "
-                   "cannot be used yet", span)
+        if not isinstance(value, Tensor):
+            raise fail("wrong-type", f"`{name}` of `{made.builder.block}` is {kind(value)}, a run has tensors only", span)
+        made.asked[name] = made.builder.local(value)
+        return self.asked(name)
+
+    def asked(self, name: str) -> Tensor:
+        """A variable of this run, as its caller knows it."""
+        if name not in self.given:
+            inner = self.made.asked[name]
+            dims = tuple(self.swap.setdefault(id(d), _fresh(d)) for d in inner.dims)
+            made = Tensor(self.builder.fresh(f"{self.tensors[0].name}_{name}"), inner.kind, dims, self.builder, span=inner.span)
+            self.given[name] = made
+        return self.given[name]
 
 
 def _called_from(diagnostic: Diagnostic, where: Label) -> Diagnostic:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ class Elaborator(Expressions, Calls, Rewriting, Statements):
         self.finished: dict[str, Any] = {}
         self.bodies: dict[str, pg.Body] = {}
         self.loops: dict[str, Builder] = {}
+        self.ends: list[Callable[[], None]] = []
         self.running: list[str] = []
         self.resolving: list[Found] = []
         self.sheets: dict[int, Rewrites] = {}
@@ -57,11 +58,16 @@ class Elaborator(Expressions, Calls, Rewriting, Statements):
 
     def finish_later(self, name: str, builder: Builder, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         self.loops[name] = builder
-        self.bodies[name] = builder.finish(name, inputs, outputs)
+        self.ends.append(lambda: self.bodies.update({name: builder.finish(name, inputs, outputs)}))
 
-    def finish(self, made: Elaborated) -> None:
-        outputs = [r for r in made.returned if isinstance(r, Tensor)]
-        self.bodies[made.name] = made.builder.finish(made.name, made.inputs, outputs)
+    def finish(self) -> None:
+        """Make all bodies, when nothing more can be asked of any."""
+        for made in self.finished.values():
+            made.settle()
+        for end in self.ends:
+            end()
+        for made in self.finished.values():
+            self.bodies[made.name] = made.builder.finish(made.name, made.inputs, made.outputs, len(made.asked))
 
 
 def entries(file: File, keyword: str = "model") -> list[str]:
@@ -119,8 +125,7 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: s
     objectives: dict[str, str] = {}
     if objective is not None:
         objectives.update(_objective(machine, found, waiting, objective, tensors, builder, made))
-    for elaborated in list(machine.finished.values()):
-        machine.finish(elaborated)
+    machine.finish()
     arguments = {p.name: _plain(made.variables.get(p.name)) for p in declaration.parameters}
     return pg.Program(found.declaration.name, declaration.name, made.name, machine.bodies, objectives, arguments, span)
 

@@ -347,3 +347,60 @@ def test_dropout_only_while_training():
     first = model(tokens())
     assert not torch.equal(first, model(tokens()))
     assert refused(text.replace("0.5", "1.5")) == ["out-of-range"]
+
+
+# --- variables of a run --------------------------------------------------------------------------
+
+
+def test_a_run_can_be_asked_for_any_of_its_variables():
+    """`f(x).up` is what `up` was, in the run that made `f(x)`; equal blocks stay one body; loops give theirs, too."""
+    text = f"""
+block half(ffn):
+    x[hidden]
+    up = linear(x, hidden -> ffn)
+    act = silu(up)
+    return linear(act, ffn -> hidden)
+
+model asked(vocab = {VOCAB}, hidden = 8):
+    tokens[batch, seq]: token
+    embedding = embed(tokens, vocab -> hidden)
+    one = half(embedding, 12)
+    two = half(one, 12)
+    x = two + one
+    for layer in 2:
+        y = half(x, 12)
+        act[wide] = y.act
+        x = x + y + linear(act, wide -> hidden)
+    up[wide] = two.up
+    deep = linear(up, wide -> vocab)
+    logits = linear(x, hidden -> vocab) + deep
+    return logits
+"""
+    made = program(text)
+    assert sum(b.block == "half" for b in made.bodies.values()) == 1
+    model = module(text)
+    streams_like_it_runs(model)
+    with torch.no_grad():
+        two = model.two.up(model.one(model.embedding(tokens()), lib.At((2, 23)), lib.STATELESS)[0])
+        full = model(tokens())
+        model.deep.weight.zero_()
+        assert not torch.equal(model(tokens()), full) and two.shape[-1] == 12
+    assert "no-such-member" in refused(text.replace("two.up", "two.upp"))
+
+
+def test_objectives_may_ask_for_what_the_model_does_not_return():
+    text = BASE + """
+block both(net):
+    tokens[batch, seq]: token
+    out = net(tokens)
+    loss lm = cross_entropy(out.logits, next(tokens))
+    loss small = 0.1 * mean(out.final ^ 2)
+"""
+    made = program_of(load_text(text, folder=shipped_folder()), "base", {}, "both")
+    model = instantiate(build(made), seed=1).cast(torch.float64)
+    sums, counts = model.losses(tokens()), model.counts(tokens())
+    kept = {}
+    model.final.register_forward_hook(lambda module, args, out: kept.setdefault("final", out))
+    logits = model(tokens())
+    assert logits.shape == (2, 23, VOCAB) and model.generate(tokens()[:, :4], 3).shape == (2, 7)
+    assert torch.allclose(sums["small"] / counts["small"], 0.1 * (kept["final"] ** 2).mean())
