@@ -14,15 +14,19 @@ from ..diagnostics import Collector, Diagnostic, SpecError, did_you_mean, fail
 from ..load import File, Found, standard_index
 from ..source import NOWHERE, Span
 from .builder import Builder
-from .calls import Calls, Elaborated, Given, inputs_of
+from .calls import Calls
+from .bodies import Elaborated, Given, inputs_of
+from .block_calls import BlockCalls
 from .environment import Environment
+from .experts import Experts
 from .expressions import Expressions
+from .op_calls import OpCalls
 from .rewriting import Rewrites, Rewriting
 from .statements import Statements
 from .values import Cell, Dim, Tensor, Waiting
 
 
-class Elaborator(Expressions, Calls, Rewriting, Statements):
+class Elaborator(Expressions, Calls, OpCalls, BlockCalls, Experts, Rewriting, Statements):
     """One elaboration: the op table comes from the floor above, as data."""
 
     def __init__(self, ops: Mapping[str, Any], required: Any, op_call: Any, owned: type):
@@ -42,7 +46,7 @@ class Elaborator(Expressions, Calls, Rewriting, Statements):
         self.standard = frozenset(standard_index())
         self._names: set[str] = set()
 
-    def op_call(self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any) -> Any:
+    def new_op_call(self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any) -> Any:
         return self._op_call(op, tensors, settings, span, spans, lambda name, size: Dim(name, size, span=span))
 
     def is_owned(self, value: Any) -> bool:

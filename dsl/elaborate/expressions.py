@@ -13,6 +13,7 @@ from ..program import Init
 from ..source import Span
 from ..vocabulary import BUILTINS
 from .environment import Environment
+from .machine import Machine
 from .values import POISON, Cell, Dim, Lazy, Poison, SequenceName, Symbolic, TableOf, Tensor, Waiting
 
 COORDINATES = ("position", "document", "valid")
@@ -67,7 +68,7 @@ def number_of(value: Any, span: Span) -> Any:
     return value
 
 
-class Expressions:
+class Expressions(Machine):
     """Evaluation of expressions; a part of `Elaborator`."""
 
     def value(self, expr: sx.Expr, env: Environment, hint: str | None = None) -> Any:
@@ -256,6 +257,10 @@ class Expressions:
         return self.value(expr.yes if truth(self.value(expr.condition, env)) else expr.no, env, hint)
 
     def _arrow(self, expr: sx.Arrow, env: Environment, hint: str | None) -> Any:
+        return self.arrow(expr, env)
+
+    def arrow(self, expr: sx.Arrow, env: Environment) -> tuple[tuple[Dim, ...], ...]:
+        """The dims on both sides of `a -> b`."""
         return tuple(self._side(side, env) for side in (expr.source, expr.target))
 
     def _side(self, expr: sx.Expr, env: Environment) -> tuple[Dim, ...]:

@@ -18,6 +18,7 @@ from ..program import WRAPPED
 from ..selectors import START, Selector, States, read
 from ..source import Span
 from .environment import Environment, Scope
+from .machine import Machine
 from .values import Tensor, Waiting
 
 
@@ -67,7 +68,7 @@ def scope_key(scope: Scope) -> Any:
     return tuple((id(sheet), states) for sheet, states in scope)
 
 
-class Rewriting:
+class Rewriting(Machine):
     """Application of rules to calls; a part of `Elaborator`."""
 
     def sheet_of(self, found: Found, env: Environment) -> Rewrites:
@@ -86,7 +87,7 @@ class Rewriting:
         self.segments.update({callee.name} if hint is None else {callee.name, hint})
         if callee.place is not None:
             return callee, WRAPPED if callee.is_it else hint
-        around_it, name = (env.scope, hint) if callee.shared is None else (callee.shared[2], callee.shared[0])
+        around_it, name = (env.scope, hint) if callee.shared is None else (callee.shared.scope, callee.shared.name)
         outer = advance(around_it, (name, callee.name))  # a shared block stands where it is declared
         current = replace(callee, place=scope_of(callee) + outer, sheets=())
         for i, (sheet, states) in enumerate(outer):

@@ -15,8 +15,9 @@ from ..source import Span
 from .builder import Builder
 from .environment import Environment, Scope
 from .expressions import COORDINATES, truth
+from .machine import Machine
 from .rewriting import advance, scope_key
-from .values import POISON, Dim, Lazy, SequenceName, Symbolic, Tensor, Waiting
+from .values import POISON, Dim, Lazy, SequenceName, Shared, Symbolic, Tensor, Waiting
 
 
 class Returned(Exception):
@@ -26,7 +27,7 @@ class Returned(Exception):
         self.values = values
 
 
-class Statements:
+class Statements(Machine):
     """Running statements; a part of `Elaborator`."""
 
     def run_body(self, declaration: sx.Function, env: Environment, hint: str | None) -> list[Any]:
@@ -119,7 +120,7 @@ class Statements:
             if not isinstance(value, Waiting):
                 raise fail("wrong-type", f"`shared` keeps one set of weights of a function that waits, this is {kind(value)}",
                            expr.span)
-            env.bind(name, replace(value, shared=(name, env.builder, env.scope), span=expr.span), statement.span)
+            env.bind(name, replace(value, shared=Shared(name, env.builder, env.scope), span=expr.span), statement.span)
 
     def _name_dims(self, statement: sx.Assign, value: Any, env: Environment) -> None:
         shape = statement.shape or ()

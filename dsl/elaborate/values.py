@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import syntax as sx
 from ..load import Found
@@ -49,12 +49,19 @@ class Tensor:
     kind_word = "a tensor"
 
 
+class Shared(NamedTuple):
+    """One set of weights: its name, the builder that owns it, and the rules in force where it is declared."""
+
+    name: str
+    builder: Any
+    scope: Any
+
+
 @dataclass(eq=False)
 class Waiting:
     """A function that waits for its inputs: an op (`op`), a block (`found`), or what changes nothing (neither).
 
-    `settings` are parameters given so far, as cells by name; `shared` is the name of its one set of weights, the
-    builder that owns them, and the rules in force there. `sheets` are the rules of the variant that it is; `place` are the rules in force in its body
+    `settings` are parameters given so far, as cells by name; `shared` is its one set of weights, if it has one. `sheets` are the rules of the variant that it is; `place` are the rules in force in its body
     where a rule has already been applied to it, `is_it` whether it stands inside what that rule built.
     """
 
@@ -62,7 +69,7 @@ class Waiting:
     found: Found | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     spans: dict[str, Span] = field(default_factory=dict)
-    shared: tuple[str, Any, Any] | None = None
+    shared: Shared | None = None
     span: Span = NOWHERE
     sheets: tuple[Any, ...] = ()
     place: Any = None
