@@ -1,8 +1,8 @@
 """Heddle against transformers on this CPU: the same weights, one process, in turn.
 
-A 17 M hybrid (hidden 512, eight layers) runs forward, a training step (fp32, and bf16 compute with fp32 masters) and greedy
-decoding on both sides (bf16 compute is autocast on theirs). Ratios are transformers' time over ours, pair by pair;
-printed are median, minimum and maximum.
+A 17 M hybrid (hidden 512, eight layers) runs forward, a training step (fp32, and bf16 compute with fp32 masters) and
+greedy decoding on both sides (bf16 compute is autocast on theirs). Ratios are transformers' time over ours, pair by
+pair; printed are median, minimum and maximum.
 Run by `make bench`; `--json FILE` also writes the numbers.
 """
 
@@ -34,9 +34,10 @@ TARGETS = {"forward": 1.2, "train step, fp32": 1.4, "train step, bf16 compute": 
 def peers(folder: Path) -> tuple[torch.nn.Module, Callable[[], torch.nn.Module]]:
     """The class of transformers with random weights, and a function that loads ours from the same weights."""
     config = transformers.NemotronHConfig(
-        vocab_size=4096, hidden_size=512, intermediate_size=1664, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
-        layers_block_type=["linear_attention", "mlp", "linear_attention", "full_attention", "mlp", "linear_attention", "mlp",
-                           "linear_attention"],
+        vocab_size=4096, hidden_size=512, intermediate_size=1664,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        layers_block_type=["linear_attention", "mlp", "linear_attention", "full_attention",
+                           "mlp", "linear_attention", "mlp", "linear_attention"],
         mamba_num_heads=16, mamba_head_dim=64, ssm_state_size=64, n_groups=2, chunk_size=128, time_step_min=1e-30,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -97,22 +98,28 @@ def measure(rounds: int, batch: int, seq: int, new: int) -> dict[str, list[tuple
         tokens = torch.randint(0, 4096, (batch, seq), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             a, b = ours(tokens), theirs(tokens).logits
-            print(f"{sum(p.numel() for p in ours.parameters()) / 1e6:.1f} M parameters; "
-                  f"largest relative difference of logits {float((a - b).abs().max() / b.abs().max()):.1e}")
+            print(
+                f"{sum(p.numel() for p in ours.parameters()) / 1e6:.1f} M parameters; "
+                f"largest relative difference of logits {float((a - b).abs().max() / b.abs().max()):.1e}"
+            )
             found["forward"] = pairs(lambda: ours(tokens), lambda: theirs(tokens), rounds)
         prompt = tokens[:1, :16]
         mask = torch.ones_like(prompt)
         found["greedy decode"] = pairs(
             lambda: ours.generate(prompt, new),
-            lambda: theirs.generate(prompt, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False),
+            lambda: theirs.generate(
+                prompt, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False
+            ),
             max(2, rounds // 2),
         )
         theirs.train()
         found["train step, fp32"] = pairs(
-            our_step(make().train(), tokens, TrainConfig()), their_step(theirs, tokens), rounds)
+            our_step(make().train(), tokens, TrainConfig()), their_step(theirs, tokens), rounds
+        )
         low = make().train().cast(torch.bfloat16)
         found["train step, bf16 compute"] = pairs(
-            our_step(low, tokens, TrainConfig(dtype="bf16")), their_step(theirs, tokens, low=True), rounds)
+            our_step(low, tokens, TrainConfig(dtype="bf16")), their_step(theirs, tokens, low=True), rounds
+        )
     return found
 
 
@@ -126,8 +133,10 @@ def main() -> None:
     options.add_argument("--json", type=Path)
     given = options.parse_args()
     transformers.logging.set_verbosity_error()
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
-          f"{platform.machine()}")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}"
+    )
     found = measure(given.rounds, given.batch, given.seq, given.new)
     print(f"{'job':28}{'heddle':>10}{'transformers':>14}{'ratio':>8}  (min - max)   target")
     rows = {}
@@ -136,10 +145,22 @@ def main() -> None:
         mine, other = (statistics.median(p[i] for p in found[job]) for i in (0, 1))
         ratio = statistics.median(ratios)
         rows[job] = {"heddle_s": mine, "transformers_s": other, "ratio": ratio, "min": ratios[0], "max": ratios[-1]}
-        print(f"{job:28}{mine:>9.3f}s{other:>13.3f}s{ratio:>7.2f}x  ({ratios[0]:.2f} - {ratios[-1]:.2f})   >= {target}x")
+        print(
+            f"{job:28}{mine:>9.3f}s{other:>13.3f}s{ratio:>7.2f}x  ({ratios[0]:.2f} - {ratios[-1]:.2f})   >= {target}x"
+        )
     if given.json:
-        given.json.write_text(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__,
-                                          "threads": torch.get_num_threads(), "jobs": rows}, indent=1) + "\n")
+        given.json.write_text(
+            json.dumps(
+                {
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "threads": torch.get_num_threads(),
+                    "jobs": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

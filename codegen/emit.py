@@ -14,8 +14,8 @@ from typing import Any
 import jinja2
 
 from ..dsl import syntax as sx
-from ..dsl.format import print_expr
 from ..dsl.diagnostics import fail
+from ..dsl.format import print_expr
 from ..dsl.program import Instance, Node, Weight
 from ..dsl.source import Span
 from ..lowering.afterwards import parts
@@ -69,8 +69,9 @@ class Writer:
         self.graph, self.program, self.masks = graph, program, masks
         self.states = {s.node: s for s in program.states.get(graph.name, ())}
         self.parts = parts(graph, program.emitting)
-        self._when = {n.name: i for i, part_ in enumerate((self.parts.result, self.parts.stated, self.parts.after))
-                      for n in part_}
+        self._when = {
+            n.name: i for i, part_ in enumerate((self.parts.result, self.parts.stated, self.parts.after)) for n in part_
+        }
         self.constants = self._constant_nodes() if graph.name == program.program.root else {}
         self.kept = self._kept_constants()
         self._inline = inline
@@ -147,14 +148,20 @@ class Writer:
         for node in self.graph.nodes:
             if node.op in STRUCTURE or node.op == "coordinate" or op_of(node).coordinates:
                 continue
-            if all(o is None or o in self.graph.producers and self.graph.producers[o].name in found for o in node.operands):
+            if all(
+                o is None or o in self.graph.producers and self.graph.producers[o].name in found for o in node.operands
+            ):
                 found[node.name] = node
         return found
 
     def _kept_constants(self) -> set[str]:
         """Those that a run reads: the others are only on the way to them."""
-        return {name for name in self.constants if name in self.graph.results
-                or any(user.name not in self.constants for user in self.graph.users.get(name, ()))}
+        return {
+            name
+            for name in self.constants
+            if name in self.graph.results
+            or any(user.name not in self.constants for user in self.graph.users.get(name, ()))
+        }
 
     def call(self, node: Node) -> str:
         """The right side of a node's statement."""
@@ -234,7 +241,11 @@ class Writer:
         for node in (n for n in self.constants.values() if not self.is_inlined(n)):
             text = part(node.op, "cpu").emit(Use(self.graph, node, self, None))
             name = names.variable(node.name) if node.name in self.kept else self._names[node.name]
-            made = f'self.register_buffer("{name}", {text}, persistent=False)' if node.name in self.kept else f"{name} = {text}"
+            made = (
+                f'self.register_buffer("{name}", {text}, persistent=False)'
+                if node.name in self.kept
+                else f"{name} = {text}"
+            )
             lines.append(Line(made, spec_line(node.spans)))
         return lines
 
@@ -436,12 +447,15 @@ def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dic
     counts = {label: writer.count_of(value) for label, value in emits}
     needed = {n.name: n for _, nodes in counts.values() for n in nodes}
     model.counts = writer.statements(n for n in graph.nodes if n.name in needed)
-    model.count_result = ", ".join(f'"{label}": {text}' for label, text in
-                                   [*((label, text) for label, (text, _) in counts.items()), *inner.items()])
+    model.count_result = ", ".join(
+        f'"{label}": {text}'
+        for label, text in [*((label, text) for label, (text, _) in counts.items()), *inner.items()]
+    )
 
 
 def _stated_counts(program: GraphProgram, masks: dict[str, tuple[str, str]], taken: set[str]) -> dict[str, str]:
-    """The counts of the losses that blocks of the model state. Raises `SpecError` for one that two losses disagree on."""
+    """The counts of the losses that blocks of the model state. Raises `SpecError` for one that two losses disagree
+    on."""
     found: dict[str, str] = {}
     objectives = set(program.program.objectives.values())
     for graph in program.callees_first():
@@ -452,8 +466,12 @@ def _stated_counts(program: GraphProgram, masks: dict[str, tuple[str, str]], tak
             text, needed = writer.count_of(value)
             span = graph.producers[value].spans[0]
             if needed or "at." not in text:
-                raise fail("not-built-yet", f"the loss `{label}` of a block counts places by more than its input's rows, which "
-                           "is not built yet", span)
+                raise fail(
+                    "not-built-yet",
+                    f"the loss `{label}` of a block counts places by more than its input's rows, which "
+                    "is not built yet",
+                    span,
+                )
             if label in taken or found.get(label, text) != text:
                 raise fail("duplicate-name", f"two losses named `{label}` are means over different places", span)
             found[label] = text

@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import keyword
 
-RESERVED = frozenset(keyword.kwlist) | frozenset(dir(builtins)) | {"self", "at", "state", "stream", "lib", "torch", "nn", "F"}
+RESERVED = (
+    frozenset(keyword.kwlist) | frozenset(dir(builtins)) | {"self", "at", "state", "stream", "lib", "torch", "nn", "F"}
+)
 
 
 def class_name(graph: str) -> str:

@@ -162,8 +162,12 @@ def negate(value: Any, span: Span) -> Any:
 def whole(value: Any, what: str, span: Span, least: int = 1) -> int:
     """`value` as a size. Raises `not-exact` with both numbers, `wrong-type`, `out-of-range`."""
     if isinstance(value, Ratio):
-        raise fail("not-exact", f"{what} would be {value}, which does not divide", span,
-                   f"{value.divided} divided by {value.by} leaves {value.divided % value.by}")
+        raise fail(
+            "not-exact",
+            f"{what} would be {value}, which does not divide",
+            span,
+            f"{value.divided} divided by {value.by} leaves {value.divided % value.by}",
+        )
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):

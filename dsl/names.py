@@ -121,8 +121,14 @@ class _Checker:
         """Report a name once for each declaration: one misspelt binding is one error, however often it is read."""
         if name not in self.reported:
             self.reported.add(name)
-            self.found.append(Diagnostic("unknown-name", f"nothing is named `{name}` here", Label(span, "not found"),
-                                         help=did_you_mean(name, known, what)))
+            self.found.append(
+                Diagnostic(
+                    "unknown-name",
+                    f"nothing is named `{name}` here",
+                    Label(span, "not found"),
+                    help=did_you_mean(name, known, what),
+                )
+            )
 
     # --- functions ---------------------------------------------------------------------------------
 
@@ -136,8 +142,12 @@ class _Checker:
         self._shadows(d.name, d.name_span)
         for parameter in d.parameters:
             self._shadows(parameter.name, _head(parameter.span, parameter.name))
-        self.later([*((self.expr, p.default, scope) for p in d.parameters if p.default is not None),
-                    *((self.statement, s, scope) for s in d.body)])
+        self.later(
+            [
+                *((self.expr, p.default, scope) for p in d.parameters if p.default is not None),
+                *((self.statement, s, scope) for s in d.body),
+            ]
+        )
         self.run()
 
     def _duplicates(self, d: sx.Function, inputs: list[sx.Input]) -> None:
@@ -149,8 +159,14 @@ class _Checker:
             if item.name in seen:
                 before, first = seen[item.name]
                 kinds = f"two {what}s are" if before == what else f"a {before} and an {what} are"
-                self.found.append(Diagnostic("duplicate-name", f"{kinds} named `{item.name}`",
-                                             Label(span, "the second"), (Label(first, "the first"),)))
+                self.found.append(
+                    Diagnostic(
+                        "duplicate-name",
+                        f"{kinds} named `{item.name}`",
+                        Label(span, "the second"),
+                        (Label(first, "the first"),),
+                    )
+                )
             seen.setdefault(item.name, (what, span))
 
     def _shadows(self, name: str, span: Span) -> None:
@@ -160,8 +176,14 @@ class _Checker:
         is_block = name in standard_index() and _base(self.file, name) is not None
         if name in OPS or is_block and name not in self.file.declared:
             what = "an op" if name in OPS else "a standard block"
-            self.found.append(Diagnostic("shadows-op", f"`{name}` is the name of {what}", Label(span, "hides it"),
-                                         help=f"choose another name, so that `{name}` means the same in every spec"))
+            self.found.append(
+                Diagnostic(
+                    "shadows-op",
+                    f"`{name}` is the name of {what}",
+                    Label(span, "hides it"),
+                    help=f"choose another name, so that `{name}` means the same in every spec",
+                )
+            )
 
     def _bind(self, names: Iterable[str], span: Span, scope: _Scope) -> None:
         for name in names:
@@ -322,8 +344,9 @@ class _Checker:
             if a.name is not None and not a.given and a.name not in names:
                 message = f"`{name}` has no parameter `{a.name}`"
                 help = near_or_all(a.name, names, "a parameter", "its inputs and parameters are")
-                self.found.append(Diagnostic("no-such-parameter", message, Label(_head(a.span, a.name)), (declared,),
-                                             help))
+                self.found.append(
+                    Diagnostic("no-such-parameter", message, Label(_head(a.span, a.name)), (declared,), help)
+                )
         if any(isinstance(s.kind, sx.Name) and s.kind.id == "keys" for s in inputs):
             return
         given = [a for a in e.arguments if a.name is None]
@@ -353,9 +376,14 @@ class _Checker:
 
     def _twice(self, name: str, first: sx.Argument, second: sx.Argument) -> None:
         by_place = first.name is None
-        self.found.append(Diagnostic(
-            "duplicate-argument", f"`{name}` is given twice", Label(second.span, "the second"),
-            (Label(first.span, f"the first: this is `{name}`, by its place" if by_place else "the first"),)))
+        self.found.append(
+            Diagnostic(
+                "duplicate-argument",
+                f"`{name}` is given twice",
+                Label(second.span, "the second"),
+                (Label(first.span, f"the first: this is `{name}`, by its place" if by_place else "the first"),),
+            )
+        )
 
     def _holes(self, e: sx.String, scope: _Scope, part: bool = False) -> None:
         """The names in `{...}` of a text, where texts are filled in: pipelines, recipes, checkpoint maps."""
@@ -367,7 +395,8 @@ class _Checker:
             for word in _WORD.finditer(hole[1]):
                 start = e.span.start + hole.start(1) + word.start()
                 (self.resolve_part if part else self.resolve)(
-                    word[0], Span(e.span.source, start, start + len(word[0])), scope)
+                    word[0], Span(e.span.source, start, start + len(word[0])), scope
+                )
 
     # --- selectors, sheets, checkpoint maps --------------------------------------------------------
 
@@ -424,8 +453,13 @@ class _Checker:
         for equation in d.equations:
             if isinstance(equation, sx.Equation):
                 scope = _Scope()
-                self.later([*((self.part, s.value, scope) for s in equation.ours), (self.part, equation.theirs, scope),
-                            *((self.part, e, scope) for e in (equation.form, equation.condition) if e is not None)])
+                self.later(
+                    [
+                        *((self.part, s.value, scope) for s in equation.ours),
+                        (self.part, equation.theirs, scope),
+                        *((self.part, e, scope) for e in (equation.form, equation.condition) if e is not None),
+                    ]
+                )
                 self.run()
 
 

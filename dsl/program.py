@@ -82,8 +82,8 @@ class Instance:
     """A use of another body that owns weights of its own: `name` is its segment in paths.
 
     `bodies` has one name, or for a loop the names of its distinct iterations; then `schedule` says which iteration is
-    which (for a layer of experts, which expert). One that is not `owned` is shared: a body around this one owns it, and lends it. `lends` are the names of the
-    shared instances that this one must be lent.
+    which (for a layer of experts, which expert). One that is not `owned` is shared: a body around this one owns it, and
+    lends it. `lends` are the names of the shared instances that this one must be lent.
     """
 
     name: str
@@ -152,7 +152,9 @@ class Body:
     @property
     def is_around(self) -> bool:
         """Whether this was built by a `with:` rule around something that owns weights."""
-        return any(w.name.startswith(f"{WRAPPED}.") for w in self.weights) or any(i.name == WRAPPED for i in self.instances)
+        return any(w.name.startswith(f"{WRAPPED}.") for w in self.weights) or any(
+            i.name == WRAPPED for i in self.instances
+        )
 
     def dim(self, name: str) -> Dim:
         return next(d for d in self.dims if d.name == name)
@@ -275,7 +277,8 @@ class Program:
 
 @dataclass(frozen=True)
 class _Place:
-    """The `init` rules in force at a place of a model: each selector with its states before and behind the last segment.
+    """The `init` rules in force at a place of a model: each selector with its states before and behind the last
+    segment.
 
     `segment` is that segment; a `with:` rule may have wrapped what stands there, which then is selected in its place.
     """

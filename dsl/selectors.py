@@ -99,8 +99,12 @@ def _steps(expr: sx.Expr, numbers: Numbers) -> list[Step]:
             *before, last = _steps(inner, numbers)
             picks = tuple(_pick(a.value, numbers) for a in arguments)
             return [*before, Step(last.name, last.picks + picks, last.below)]
-    raise fail("wrong-selector", "this does not name a part of a model", expr.span,
-               help="selectors are names: `out`, `moe.up`, `linear in attention`, `linear in layer[last(8)]`")
+    raise fail(
+        "wrong-selector",
+        "this does not name a part of a model",
+        expr.span,
+        help="selectors are names: `out`, `moe.up`, `linear in attention`, `linear in layer[last(8)]`",
+    )
 
 
 def _pick(expr: sx.Expr, numbers: Numbers) -> Pick:

@@ -213,7 +213,8 @@ class Assign(Syntax):
 
 @dataclass(frozen=True)
 class Typed(Syntax):
-    """A line of a graph dump: `q: real[seq, heads], k: real[seq, kv_heads] = value`, a kind and dims for each result."""
+    """A line of a graph dump: `q: real[seq, heads], k: real[seq, kv_heads] = value`, a kind and dims for each
+    result."""
 
     names: tuple[str, ...]
     kinds: tuple[str, ...]

@@ -211,9 +211,7 @@ def _starts_something(u: Unexpected) -> bool:
 def _empty_body(u: Unexpected) -> SpecError | None:
     opened = u.token.type in LAYOUT and u.previous and u.previous.text == ":" and u.first_word in _HEADERS
     if opened or "_INDENT" in u.accepted and u.token.type != "_INDENT":
-        return fail(
-            "empty-body", "a body must follow, indented", u.behind, "no line below is indented more"
-        )
+        return fail("empty-body", "a body must follow, indented", u.behind, "no line below is indented more")
     return None
 
 

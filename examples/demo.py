@@ -1,6 +1,7 @@
 """The main job, on any machine: a spec becomes a model that trains on text and writes some.
 
-The text is the Python standard library's own source, which every machine has; whole files are held out. Run by `make demo`.
+The text is the Python standard library's own source, which every machine has; whole files are held out. Run by `make
+demo`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def main() -> None:
     """Check, compile, train, evaluate, generate."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--out", type=Path, default=Path("runs/demo"))
-    options.add_argument("--minutes", type=float, default=4.0, help="bound on training time, in minutes of this machine")
+    options.add_argument(
+        "--minutes", type=float, default=4.0, help="bound on training time, in minutes of this machine"
+    )
     options.add_argument("--steps", type=int, default=None, help="steps instead: the same numbers on every machine")
     given = options.parse_args()
     out = fresh(given.out)
@@ -50,8 +53,10 @@ def main() -> None:
     console.rule("train")
     words = open_tokenizer("bytes")
     kept, held = split(open_corpus([library_text()], words), 0.05)
-    console.print(f"{len(kept.tokens):,} bytes to train on, {len(held.tokens):,} held out, "
-                  f"{kept.num_documents} and {held.num_documents} files")
+    console.print(
+        f"{len(kept.tokens):,} bytes to train on, {len(held.tokens):,} held out, "
+        f"{kept.num_documents} and {held.num_documents} files"
+    )
     config = TrainConfig(steps=1, batch=8, seq=512, lr=3e-3, min_lr=3e-4, warmup=40, schedule="wsd", save_every=10_000)
     model = instantiate(artifact)
     steps = given.steps or steps_within(model, Packed(kept, config.seq), config, given.minutes * 60)
@@ -68,8 +73,10 @@ def main() -> None:
 
     console.rule("done")
     console.print(f"held-out loss {loss:.3f} nats a byte after {report.seconds:.0f} s and {report.step} steps")
-    console.print(f"artifact    {module}\ncheckpoint  {report.checkpoint}\nlog         {out / 'log.jsonl'}\n"
-                  f"go on       heddle generate {out} --prompt 'class '")
+    console.print(
+        f"artifact    {module}\ncheckpoint  {report.checkpoint}\nlog         {out / 'log.jsonl'}\n"
+        f"go on       heddle generate {out} --prompt 'class '"
+    )
 
 
 def fresh(out: Path) -> Path:
@@ -98,8 +105,10 @@ def library_text() -> Path:
 
 
 def wanted(path: Path) -> bool:
-    return not any(part in ("site-packages", "test", "tests", "idlelib", "__pycache__", "turtledemo", "encodings")
-                   for part in path.parts)
+    return not any(
+        part in ("site-packages", "test", "tests", "idlelib", "__pycache__", "turtledemo", "encodings")
+        for part in path.parts
+    )
 
 
 def steps_within(model: torch.nn.Module, rows: Packed, config: TrainConfig, seconds: float) -> int:

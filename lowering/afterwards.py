@@ -42,8 +42,11 @@ def parts(graph: Graph, emitting: frozenset[str]) -> Parts:
     sums: dict[str, None] = {}
     after = _behind(graph, [v for _, v in updates + metrics], sums)
     result = _needed(graph, list(graph.body.outputs))
-    states = {n.name for n in graph.nodes if n.op in STRUCTURE
-              and any(b in emitting for b in graph.instance(n.attr("instance")).bodies)}
+    states = {
+        n.name
+        for n in graph.nodes
+        if n.op in STRUCTURE and any(b in emitting for b in graph.instance(n.attr("instance")).bodies)
+    }
     stated = _needed(graph, [*(v for _, v in losses + means), *sums, *(states - result)]) - result
     return Parts(
         tuple(n for n in graph.nodes if n.name in result),
@@ -101,5 +104,9 @@ def _is_sum(graph: Graph, node: Node) -> bool:
 
 def _unsummed(graph: Graph, node: Node | None) -> Exception:
     span = node.spans[0] if node is not None and node.spans else graph.body.span or NOWHERE
-    return fail("not-built-yet", "an update or metric that reads the data other than by `sum` and `count` over all of "
-                "them is not built yet", span, "this still varies with the data")
+    return fail(
+        "not-built-yet",
+        "an update or metric that reads the data other than by `sum` and `count` over all of them is not built yet",
+        span,
+        "this still varies with the data",
+    )

@@ -1,6 +1,6 @@
 """Graphs: bodies with their topology, verified; and a program of them.
 
-A node's operands are on the node, in order; networkx holds the topology only (its edges would merge the two of `x * x`).
+A node's operands are on the node, in order; networkx holds only the topology (its edges would merge those of `x * x`).
 Everything is immutable: a pass makes a new graph. A repeated block is one graph, called as often as needed.
 """
 

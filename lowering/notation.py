@@ -31,7 +31,8 @@ def print_graphs(program: GraphProgram) -> str:
 
 
 def parse_graphs(text: str, name: str = "<dump>") -> dict[str, Graph]:
-    """The graphs of a dump, by name. Raises `SpecError` for text that is no spec, `KeyError`/`ValueError` for no dump."""
+    """The graphs of a dump, by name. Raises `SpecError` for text that is no spec, `KeyError`/`ValueError` for no
+    dump."""
     module = parse(Source(name, text))
     return {f.name: from_syntax(f) for f in module.declarations if isinstance(f, sx.Function)}
 
@@ -137,7 +138,9 @@ def _node_line(node: Node) -> sx.Typed:
 
 def _structure(node: Node) -> sx.Call:
     pairs = [
-        sx.Name(theirs) if (theirs,) == ours else sx.TupleOf((sx.Argument(sx.Name(theirs)), sx.Argument(sx.Name(ours[0]))))
+        sx.Name(theirs)
+        if (theirs,) == ours
+        else sx.TupleOf((sx.Argument(sx.Name(theirs)), sx.Argument(sx.Name(ours[0]))))
         for theirs, ours in node.bindings
     ]
     named: dict[str, sx.Expr] = {"dims": _list(pairs)} if pairs else {}
@@ -297,9 +300,15 @@ def _instance_of(name: str, call: sx.Call) -> Instance:
 
 def _weight_of(name: str, call: sx.Call) -> Weight:
     (dims, init, op), named = _arguments(call)
-    return Weight(name, tuple(_dotted(v) for v in _values(dims)), _init_of(init), _value(op), "keep" in named,
-                  tuple(tuple(_dotted(v) for v in _values(axis)) for axis in _values(named["layout"])),
-                  "trained" not in named)
+    return Weight(
+        name,
+        tuple(_dotted(v) for v in _values(dims)),
+        _init_of(init),
+        _value(op),
+        "keep" in named,
+        tuple(tuple(_dotted(v) for v in _values(axis)) for axis in _values(named["layout"])),
+        "trained" not in named,
+    )
 
 
 def _init_of(expr: sx.Expr) -> Init:

@@ -97,8 +97,12 @@ class OpCall:
     def known(self, dim: Any, name: str) -> int:
         """The size of a dim that an op must know. Raises `size-unknown`."""
         if dim.size is None:
-            raise fail("size-unknown", f"`{self.op.name}` must know the size of `{dim.name}`, which the data decide",
-                       self.span_of(name), f"this is {shown(first_of(self.tensors[name]))}")
+            raise fail(
+                "size-unknown",
+                f"`{self.op.name}` must know the size of `{dim.name}`, which the data decide",
+                self.span_of(name),
+                f"this is {shown(first_of(self.tensors[name]))}",
+            )
         return dim.size
 
     def sequence(self, name: str) -> int:
@@ -107,8 +111,12 @@ class OpCall:
         for i in reversed(range(len(dims))):
             if dims[i].sequence:
                 return i
-        raise fail("no-sequence", f"`{self.op.name}` runs along a sequence, and none of the dims of its input is one",
-                   self.span_of(name), f"this is {shown(self.tensors[name])}")
+        raise fail(
+            "no-sequence",
+            f"`{self.op.name}` runs along a sequence, and none of the dims of its input is one",
+            self.span_of(name),
+            f"this is {shown(self.tensors[name])}",
+        )
 
 
 @dataclass(frozen=True)
@@ -211,8 +219,12 @@ class Op:
             allowed = self.operand_kinds.get(operand.name, ("real",))
             for tensor in tensors_of(call.tensors.get(operand.name)):
                 if tensor.kind not in allowed:
-                    raise fail("wrong-kind", f"`{operand.name}` of `{self.name}` must be {' or '.join(allowed)}",
-                               call.span_of(operand.name), f"this is {shown(tensor)}")
+                    raise fail(
+                        "wrong-kind",
+                        f"`{operand.name}` of `{self.name}` must be {' or '.join(allowed)}",
+                        call.span_of(operand.name),
+                        f"this is {shown(tensor)}",
+                    )
 
     def cost(self, sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
         """Multiply-adds count two. `sizes` are products of the dims of each formal; leading dims are not in it."""
@@ -244,16 +256,24 @@ def join_leading(a: Sequence[Any], b: Sequence[Any], call: OpCall) -> tuple[Any,
     if len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)):
         return tuple(a)
     names = [", ".join(d.name for d in dims) for dims in (a, b)]
-    raise fail("dim-mismatch", f"the operands of `{call.op.name}` have different leading dims", call.span,
-               f"[{names[0]}] and [{names[1]}]")
+    raise fail(
+        "dim-mismatch",
+        f"the operands of `{call.op.name}` have different leading dims",
+        call.span,
+        f"[{names[0]}] and [{names[1]}]",
+    )
 
 
 def alone_along(call: OpCall, leading: Sequence[Any], sequence: Any) -> None:
     """Raises `not-built-yet` where something runs beside a sequence that its positions do not vary along."""
     if sequence.sequence and tuple(leading) != tuple(sequence.lead):
         have, want = (", ".join(d.name for d in dims) for dims in (leading, sequence.lead))
-        raise fail("not-built-yet", f"`{call.op.name}` along `{sequence.name}` for each of [{have}] is not built yet", call.span,
-                   f"positions vary along [{want}]")
+        raise fail(
+            "not-built-yet",
+            f"`{call.op.name}` along `{sequence.name}` for each of [{have}] is not built yet",
+            call.span,
+            f"positions vary along [{want}]",
+        )
 
 
 def _match(call: OpCall, operand: Operand, tensor: TensorLike, bindings: dict[str, tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -264,8 +284,12 @@ def _match(call: OpCall, operand: Operand, tensor: TensorLike, bindings: dict[st
         width = 1 if bound is None else len(bound)
         if len(dims) < width:
             wanted = ", ".join(f.name.lower() for f in operand.formals)
-            raise fail("too-few-dims", f"`{operand.name}` of `{call.op.name}` needs the dims [{wanted}]",
-                       call.span_of(operand.name), f"this is {shown(tensor)}")
+            raise fail(
+                "too-few-dims",
+                f"`{operand.name}` of `{call.op.name}` needs the dims [{wanted}]",
+                call.span_of(operand.name),
+                f"this is {shown(tensor)}",
+            )
         have = tuple(dims[len(dims) - width :])
         del dims[len(dims) - width :]
         if bound is None:
@@ -274,8 +298,12 @@ def _match(call: OpCall, operand: Operand, tensor: TensorLike, bindings: dict[st
             raise mismatch(call, operand.name, have, bound)
     if dims and not operand.leading:
         wanted = ", ".join(f.name.lower() for f in operand.formals)
-        raise fail("dim-mismatch", f"`{operand.name}` of `{call.op.name}` takes the dims [{wanted}] and no more",
-                   call.span_of(operand.name), f"this is {shown(tensor)}")
+        raise fail(
+            "dim-mismatch",
+            f"`{operand.name}` of `{call.op.name}` takes the dims [{wanted}] and no more",
+            call.span_of(operand.name),
+            f"this is {shown(tensor)}",
+        )
     return tuple(dims)
 
 
@@ -292,8 +320,9 @@ def mismatch(call: OpCall, operand: str, have: Sequence[Any], want: Sequence[Any
     else:
         text = f"`{call.op.name}` wants {_dim(second)} where this has {_dim(first)}"
     labels = [Label(d.span, f"{_dim(d)} was bound here") for d in (second, first) if getattr(d, "span", None)]
-    return fail("dim-mismatch", text, call.span_of(operand), f"this has [{', '.join(_dim(d) for d in have)}]", labels,
-                help)
+    return fail(
+        "dim-mismatch", text, call.span_of(operand), f"this has [{', '.join(_dim(d) for d in have)}]", labels, help
+    )
 
 
 def _dim(dim: DimLike) -> str:
@@ -308,13 +337,21 @@ def _weight(call: OpCall, operand: Operand, rule: WeightRule, bindings: dict[str
     given = call.settings.get(operand.name) if setting is not None and setting.kind == "weight" else None
     if given is not None:
         if tuple(given.dims) != dims:
-            raise fail("dim-mismatch", f"the tensor given as `{operand.name}` of `{call.op.name}` has other dims",
-                       call.span_of(operand.name), f"this is {shown(given)}, wanted [{', '.join(map(_dim, dims))}]")
+            raise fail(
+                "dim-mismatch",
+                f"the tensor given as `{operand.name}` of `{call.op.name}` has other dims",
+                call.span_of(operand.name),
+                f"this is {shown(given)}, wanted [{', '.join(map(_dim, dims))}]",
+            )
         return given
     for dim in dims:
         if dim.size is None:
-            raise fail("weight-of-unknown-size", f"a weight of `{call.op.name}` would have the size of `{dim.name}`, "
-                       "which the data decide", call.span, "weights may depend on parameters only")
+            raise fail(
+                "weight-of-unknown-size",
+                f"a weight of `{call.op.name}` would have the size of `{dim.name}`, which the data decide",
+                call.span,
+                "weights may depend on parameters only",
+            )
     init = rule.init(call) if callable(rule.init) else rule.init
     axes = tuple(f.name for f in operand.formals) if rule.axes is None else rule.axes
     layout = tuple(tuple(bindings[a]) if a else () for a in axes)

@@ -56,8 +56,14 @@ def _row(job: str, run: Callable[[], object], tokens: int, flops: float) -> dict
         run()
         times.append(time.perf_counter() - begun)
     median = statistics.median(times)
-    return {"job": job, "median_s": median, "min_s": min(times), "max_s": max(times), "tokens_per_s": tokens / median,
-            "flops_per_s": flops / median}
+    return {
+        "job": job,
+        "median_s": median,
+        "min_s": min(times),
+        "max_s": max(times),
+        "tokens_per_s": tokens / median,
+        "flops_per_s": flops / median,
+    }
 
 
 def print_measurements(rows: list[dict[str, Any]]) -> None:
@@ -66,5 +72,7 @@ def print_measurements(rows: list[dict[str, Any]]) -> None:
 
     print(f"{'job':16}{'median':>10}{'min':>10}{'max':>10}{'tokens/s':>12}{'FLOP/s':>12}")
     for r in rows:
-        print(f"{r['job']:16}{r['median_s']:>9.4f}s{r['min_s']:>9.4f}s{r['max_s']:>9.4f}s{r['tokens_per_s']:>12,.0f}"
-              f"{amount(r['flops_per_s']):>12}")
+        print(
+            f"{r['job']:16}{r['median_s']:>9.4f}s{r['min_s']:>9.4f}s{r['max_s']:>9.4f}s{r['tokens_per_s']:>12,.0f}"
+            f"{amount(r['flops_per_s']):>12}"
+        )

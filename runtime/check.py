@@ -28,7 +28,8 @@ class Checked:
 def program_of(
     file: File, model: str | None = None, overrides: Mapping[str, Any] | None = None, objective: str = "next_token"
 ) -> Program:
-    """Elaborate one model of a file, the one named or else the last that needs no arguments, with a block that trains it.
+    """Elaborate one model of a file, the one named or else the last that needs no arguments, with a block that trains
+    it.
 
     Raises `SpecError`.
     """
@@ -41,8 +42,12 @@ def check_file(file: File) -> Checked:
     Raises `SpecError` with all independent diagnostics.
     """
     if not file.declared:
-        raise fail("nothing-declared", f"`{file.source.name}` declares nothing", Span(file.source, 0, 0),
-                   help="a spec has at least one `block`, `model`, `layout`, `precision`, `recipe` or `pipeline`")
+        raise fail(
+            "nothing-declared",
+            f"`{file.source.name}` declares nothing",
+            Span(file.source, 0, 0),
+            help="a spec has at least one `block`, `model`, `layout`, `precision`, `recipe` or `pipeline`",
+        )
     found: list[Diagnostic] = list(check_names(file))
     if any(d.severity == "error" for d in found):
         raise SpecError(found)

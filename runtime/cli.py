@@ -26,8 +26,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Spec = Annotated[str, typer.Argument(metavar="SPEC[:MODEL]", help="a spec file, and one of its models (the last if not named)")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="another value for a parameter of the model")]
+Spec = Annotated[
+    str, typer.Argument(metavar="SPEC[:MODEL]", help="a spec file, and one of its models (the last if not named)")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="another value for a parameter of the model")
+]
 Json = Annotated[bool, typer.Option("--json", help="plain data for tools")]
 Format = Annotated[str, typer.Option("--format", metavar="text|json", help="how diagnostics are printed")]
 
@@ -63,7 +67,9 @@ def _print_diagnostics(error: SpecError, form: str) -> None:
 
 def _print_user_error(error: Any, form: str) -> None:
     if form == "json":
-        typer.echo(json.dumps({"diagnostics": [{"code": error.code, "message": error.message, "help": error.help}]}, indent=1))
+        typer.echo(
+            json.dumps({"diagnostics": [{"code": error.code, "message": error.message, "help": error.help}]}, indent=1)
+        )
         return
     typer.echo(f"error[{error.code}]: {error.message}", err=True)
     if error.help:
@@ -95,8 +101,11 @@ def overrides(pairs: list[str] | None) -> dict[str, Any]:
         try:
             found[name.strip()] = constant(name.strip(), text.strip())
         except SpecError as error:
-            raise UserError("bad-override", f"`{text}` is no value: {error.diagnostics[0].message}",
-                            help="strings stand in quotes: --set 'pattern=\"M*-\"'") from None
+            raise UserError(
+                "bad-override",
+                f"`{text}` is no value: {error.diagnostics[0].message}",
+                help="strings stand in quotes: --set 'pattern=\"M*-\"'",
+            ) from None
     return found
 
 
@@ -129,8 +138,17 @@ def check(
     if found:
         raise SpecError(found)
     if json or format == "json":
-        _echo_json({"files": [{"file": c.file.source.name, "models": {
-            n: {"parameters": p.num_parameters()} for n, p in c.programs.items()}} for c in checked]})
+        _echo_json(
+            {
+                "files": [
+                    {
+                        "file": c.file.source.name,
+                        "models": {n: {"parameters": p.num_parameters()} for n, p in c.programs.items()},
+                    }
+                    for c in checked
+                ]
+            }
+        )
         return
     for c in checked:
         models = ", ".join(f"{n} ({p.num_parameters():,} parameters)" for n, p in c.programs.items())

@@ -127,8 +127,8 @@ def compile(  # noqa: A001 (the public name is heddle.compile)
 ) -> nn.Module:
     """Compile a model of a spec file to an `nn.Module`: `model(tokens)` gives logits [batch, seq, vocab].
 
-    `model` names one of the file's models (`path` may also be `FILE:MODEL`), `seed` fills its weights, `dtype` casts them
-    (fp32, bf16, fp64 or a torch dtype). With `cache`, the source is kept there under the hash of its content.
+    `model` names one of the file's models (`path` may also be `FILE:MODEL`), `seed` fills its weights, `dtype` casts
+    them (fp32, bf16, fp64 or a torch dtype). With `cache`, the source is kept there under the hash of its content.
     Raises `SpecError`, `UserError`.
     """
     file, model = split_entry(path, model)

@@ -7,9 +7,24 @@ import platform
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("torch", "triton", "pydantic", "lark", "networkx", "jinja2", "typer", "rich", "safetensors", "tokenizers", "numpy")
-EXTRAS = {"tensorboard": "curves beside the log", "transformers": "comparing with published classes",
-          "nvidia-cutlass-dsl": "CuTe DSL kernels (not used yet)"}
+PACKAGES = (
+    "torch",
+    "triton",
+    "pydantic",
+    "lark",
+    "networkx",
+    "jinja2",
+    "typer",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
+EXTRAS = {
+    "tensorboard": "curves beside the log",
+    "transformers": "comparing with published classes",
+    "nvidia-cutlass-dsl": "CuTe DSL kernels (not used yet)",
+}
 
 
 def examine() -> dict[str, Any]:

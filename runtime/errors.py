@@ -6,8 +6,8 @@ from __future__ import annotations
 class UserError(Exception):
     """What the user can mend. `code` is stable and has a page (`heddle explain CODE`); the command line exits with 2.
 
-    `message` is one line. What is given on further lines of it, such as the names of many tensors, goes to `help`, a line
-    each, before what would help.
+    `message` is one line. What is given on further lines of it, such as the names of many tensors, goes to `help`, a
+    line each, before what would help.
     """
 
     def __init__(self, code: str, message: str, help: str | None = None):

@@ -24,6 +24,9 @@ def explain_graphs(program: Program, after: str | None) -> str:
 
     names = ["build", *(p.name for p in PASSES)]
     if after is not None and after not in names:
-        raise UserError("unknown-pass", f"no pass is named `{after}`",
-                        help=did_you_mean(after, names, "a pass") or f"passes, in order: {', '.join(names)}")
+        raise UserError(
+            "unknown-pass",
+            f"no pass is named `{after}`",
+            help=did_you_mean(after, names, "a pass") or f"passes, in order: {', '.join(names)}",
+        )
     return print_graphs(lower(program, after))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dsl.load import File, load as load_file
-from ..dsl.load import shipped_folder
+from ..dsl.load import File, shipped_folder
+from ..dsl.load import load as load_file
 from .check import program_of
 from .compile import build, instantiate
 from .errors import UserError
@@ -20,8 +20,8 @@ RECORD = "model.json"
 
 
 def write_spec(out: Path, file: File, model: str, overrides: dict[str, Any] | None = None) -> None:
-    """Copy a spec and the files that it uses into `out/spec/`, and note which model is meant. The standard library is not
-    copied; other shipped specs are, so that a later version of Heddle does not change what the model is."""
+    """Copy a spec and the files that it uses into `out/spec/`, and note which model is meant. The standard library is
+    not copied; other shipped specs are, so that a later version of Heddle does not change what the model is."""
     files = file.all_files()
     shipped = shipped_folder()
     own = [f.path for f in files if not f.path.is_relative_to(shipped)]
@@ -95,9 +95,14 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     extra = [k for k in state if k not in own]
-    wrong = [f"{k} is {list(state[k].shape)}, the spec says {list(own[k].shape)}" for k in own
-             if k in state and own[k].shape != state[k].shape]
-    problems = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(extra)}"] * bool(extra) + wrong
+    wrong = [
+        f"{k} is {list(state[k].shape)}, the spec says {list(own[k].shape)}"
+        for k in own
+        if k in state and own[k].shape != state[k].shape
+    ]
+    problems = (
+        [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(extra)}"] * bool(extra) + wrong
+    )
     if problems:
         raise UserError("weights-do-not-fit", f"`{path}` does not fit the spec: {'; '.join(problems)}")
     kinds = {t.dtype for t in state.values() if t.is_floating_point()}

@@ -16,8 +16,7 @@ from .compile import build, instantiate
 from .data import Packed, open_corpus, open_tokenizer, split
 from .errors import UserError
 from .folder import load as load_folder
-from .folder import read_spec
-from .folder import write_spec
+from .folder import read_spec, write_spec
 from .paths import split_entry
 from .train import Report, TrainConfig, train
 from .train.checkpoint import latest
@@ -32,7 +31,9 @@ def train_model(
     file = load(path)
     program = program_of(file, name, overrides)
     if not program.objectives:
-        raise UserError("no-objective", f"`{program.name}` has no `tokens` and `logits`, so next tokens cannot train it")
+        raise UserError(
+            "no-objective", f"`{program.name}` has no `tokens` and `logits`, so next tokens cannot train it"
+        )
     config = TrainConfig(**settings)
     words = open_tokenizer(tokenizer)
     corpus = open_corpus(data, words, vocab=_vocab(program))
@@ -107,5 +108,3 @@ class _Printer:
     def finish(self) -> None:
         self._print(last=True)
         sys.stdout.write("\n")
-
-

@@ -148,8 +148,11 @@ def place(parameter: Parameter, renames: Sequence[Rename], values: Mapping[str, 
 def _segments(parameter: Parameter) -> list[_Segment]:
     """The names of a path, each with the number of its iteration."""
     path = (*parameter.path, None)
-    return [_Segment(s, kind, after if isinstance(after, int) else None)
-            for s, kind, after in zip(path, parameter.kinds, path[1:], strict=False) if isinstance(s, str)]
+    return [
+        _Segment(s, kind, after if isinstance(after, int) else None)
+        for s, kind, after in zip(path, parameter.kinds, path[1:], strict=False)
+        if isinstance(s, str)
+    ]
 
 
 def _last_match(segments: list[_Segment], renames: Sequence[Rename]) -> tuple[Rename, dict[str, int]] | None:
@@ -186,8 +189,12 @@ def _computed(text: str, values: Mapping[str, Any], rename: Rename) -> int | str
     except (MissingField, SpecError):
         value = MISSING
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise fail("map-shape", f"`{{{text}}}` stands for no number in `{rename.text}`", rename.span,
-                   help=did_you_mean(text, [*values, *(i for _, i in rename.path if i)], "something"))
+        raise fail(
+            "map-shape",
+            f"`{{{text}}}` stands for no number in `{rename.text}`",
+            rename.span,
+            help=did_you_mean(text, [*values, *(i for _, i in rename.path if i)], "something"),
+        )
     return value
 
 

@@ -95,14 +95,23 @@ class _Reader(Mapping[str, Any]):
                 continue
             if not is_plain(value):
                 where = field_of(line.theirs) or "the config"
-                raise fail("config-mismatch", f"`{where}` is {shown(value)}, which `{name}` cannot be", line.span,
-                           "expected a number, a line of text without quotes, or a list of such")
+                raise fail(
+                    "config-mismatch",
+                    f"`{where}` is {shown(value)}, which `{name}` cannot be",
+                    line.span,
+                    "expected a number, a line of text without quotes, or a list of such",
+                )
             if holds is None:
                 self.found[name], holds = value, line
             elif not same(value, self.found[name]):
-                raise fail("config-mismatch", f"`{_source(holds)}` gives `{name}` = {shown(self.found[name])}, "
-                           f"`{_source(line)}` gives {shown(value)}", line.span, "must agree",
-                           [Label(holds.span, "holds, since it comes first")])
+                raise fail(
+                    "config-mismatch",
+                    f"`{_source(holds)}` gives `{name}` = {shown(self.found[name])}, "
+                    f"`{_source(line)}` gives {shown(value)}",
+                    line.span,
+                    "must agree",
+                    [Label(holds.span, "holds, since it comes first")],
+                )
         if holds is None:
             self._stay_silent(name)
 
@@ -124,13 +133,18 @@ class _Reader(Mapping[str, Any]):
         named = fields_in(*(e for _, line in mine for e in (line.condition, line.theirs)))
         there = [f for f in named if get(self.config, f) is not MISSING]
         about = [line for _, line in mine if set(there) & set(fields_in(line.condition, line.theirs))] or [
-            line for _, line in mine]
+            line for _, line in mine
+        ]
         span = about[0].span if about else self.checkpoint.name_span
         if there:
             absent = [f for f in named if f not in there]
             help = self._known(name) or (f"not in the config: {listed(absent)}" if absent else None)
-            raise fail("config-mismatch", f"{self._unknown(name, there)}: no line of this map gives `{name}` for that",
-                       span, help=help)
+            raise fail(
+                "config-mismatch",
+                f"{self._unknown(name, there)}: no line of this map gives `{name}` for that",
+                span,
+                help=help,
+            )
         if self.parameters[name].default is None:
             what = f"the config has no {listed(named)}" if named else "no line of the map gives it"
             help = f"add `{named[0]}` to the config" if named else f"a line such as `{name} = config.{name}` gives it"
@@ -158,8 +172,13 @@ class _Reader(Mapping[str, Any]):
                 known.update(dict.fromkeys(shown(w) for ws in spelled(selector.value)[1].values() for w in ws))
             condition = line.condition
             if isinstance(condition, sx.Binary):
-                known.update(dict.fromkeys(shown(e.value) for e in (condition.left, condition.right)
-                                           if isinstance(e, (sx.String, sx.Number))))
+                known.update(
+                    dict.fromkeys(
+                        shown(e.value)
+                        for e in (condition.left, condition.right)
+                        if isinstance(e, (sx.String, sx.Number))
+                    )
+                )
         return f"the map knows {', '.join(known)}" if known else None
 
     # --- comparisons -----------------------------------------------------------------------------
@@ -175,9 +194,13 @@ class _Reader(Mapping[str, Any]):
         except MissingField:
             return
         if not same(ours, theirs):
-            raise fail("config-mismatch", f"`{_source(line)}` is {shown(theirs)}, this map holds for {shown(ours)}",
-                       _whole(selector, line), "must be equal",
-                       help=f"a model with {shown(theirs)} needs another spec, or another map")
+            raise fail(
+                "config-mismatch",
+                f"`{_source(line)}` is {shown(theirs)}, this map holds for {shown(ours)}",
+                _whole(selector, line),
+                "must be equal",
+                help=f"a model with {shown(theirs)} needs another spec, or another map",
+            )
 
 
 def _whole(selector: sx.Selector, line: sx.Equation) -> Span:

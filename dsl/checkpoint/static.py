@@ -151,8 +151,12 @@ def _index(expr: sx.Index, env: Env) -> Any:
         return base[at]
     except (KeyError, IndexError, TypeError):
         if isinstance(at, str) and isinstance(base, dict):
-            raise fail("out-of-range", f"there is no entry `{at}`", expr.span,
-                       help=near_or_all(at, map(str, base), "an entry", "the entries are")) from None
+            raise fail(
+                "out-of-range",
+                f"there is no entry `{at}`",
+                expr.span,
+                help=near_or_all(at, map(str, base), "an entry", "the entries are"),
+            ) from None
         is_row = isinstance(base, (str, list))
         has = f"this has {len(base)} items, counted from 0" if is_row else f"this is {kind(base)}"
         raise fail("out-of-range", f"there is no entry {at!r}", expr.span, has) from None
@@ -160,8 +164,13 @@ def _index(expr: sx.Index, env: Env) -> Any:
 
 def _call(expr: sx.Call, env: Env) -> Any:
     if not isinstance(expr.function, sx.Name):
-        raise fail("wrong-type", "a checkpoint map cannot call this", expr.span, "expected the name of a function",
-                   help=f"maps compute with {listed(FUNCTIONS)}")
+        raise fail(
+            "wrong-type",
+            "a checkpoint map cannot call this",
+            expr.span,
+            "expected the name of a function",
+            help=f"maps compute with {listed(FUNCTIONS)}",
+        )
     name = expr.function.id
     values = [(a.name, evaluate(a.value, env)) for a in expr.arguments]
     if name in FUNCTIONS:

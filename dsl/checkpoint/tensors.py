@@ -99,8 +99,14 @@ def tensor_map(
     for rename in renames:
         absent = any(word in kinds and word not in occurring for word, _ in rename.path)
         if not (rename.used or rename.optional or absent or rename.group in joined):
-            collector.add(fail("map-unused-line", f"no weight of the model is at `{rename.shown}`", rename.span,
-                               help=_near_path(rename, parameters)))
+            collector.add(
+                fail(
+                    "map-unused-line",
+                    f"no weight of the model is at `{rename.shown}`",
+                    rename.span,
+                    help=_near_path(rename, parameters),
+                )
+            )
     entries: list[Entry] = []
     for theirs, home in homes.items():
         with collector.collecting():
@@ -115,7 +121,9 @@ def _near_path(rename: Rename, parameters: Sequence[Parameter]) -> str | None:
     *before, last = (word for word, _ in rename.path)
     paths = list(dict.fromkeys(tuple(w for w in p.path if isinstance(w, str) and w != WRAPPED) for p in parameters))
     beside = dict.fromkeys(
-        path[at + len(before)] for path in paths for at in range(len(path) - len(before))
+        path[at + len(before)]
+        for path in paths
+        for at in range(len(path) - len(before))
         if before and list(path[at : at + len(before)]) == before
     )
     words = dict.fromkeys(w for path in paths for w in path)
@@ -139,9 +147,14 @@ def _collision(name: str, other: str, theirs: str, spans: Sequence[Span], checkp
     """`spans` are the lines that give the name, if there are any."""
     span = spans[-1] if spans else checkpoint.name_span
     before = [Label(s, "as this one does") for s in spans[:-1]] or [Label(checkpoint.name_span, "in this map")]
-    return fail("map-collision", f"`{name}` and `{other}` would both be `{theirs}`", span,
-                "this line gives the name" if spans else "", before if spans else (),
-                help="to join them: `a.[b, c] = \"name\" as rows`")
+    return fail(
+        "map-collision",
+        f"`{name}` and `{other}` would both be `{theirs}`",
+        span,
+        "this line gives the name" if spans else "",
+        before if spans else (),
+        help='to join them: `a.[b, c] = "name" as rows`',
+    )
 
 
 def _check_names(entries: Sequence[Entry], checkpoint: sx.Checkpoint, collector: Collector) -> None:
@@ -152,8 +165,15 @@ def _check_names(entries: Sequence[Entry], checkpoint: sx.Checkpoint, collector:
         if other is not entry:
             collector.add(_collision(other.pieces[0].name, entry.pieces[0].name, entry.theirs, (), checkpoint))
         if not entry.theirs:
-            collector.add(fail("map-shape", f"`{entry.pieces[0].name}` would have no name", checkpoint.name_span,
-                               "every line that speaks of it gives \"\"", help="one of them must give a name"))
+            collector.add(
+                fail(
+                    "map-shape",
+                    f"`{entry.pieces[0].name}` would have no name",
+                    checkpoint.name_span,
+                    'every line that speaks of it gives ""',
+                    help="one of them must give a name",
+                )
+            )
 
 
 # --- one home, one or more tensors of theirs -----------------------------------------------------
@@ -166,8 +186,12 @@ def _entries(theirs: str, home: _Home) -> Iterator[Entry]:
         return
     for p in parameters:
         if p.dims[0][0] != dim:
-            raise fail("map-shape", f"`{p.name}` cannot be cut along `{dim}`: only its first dim `{p.dims[0][0]}` "
-                       "can have a tensor for each index", home.place.span or p.weight.span)
+            raise fail(
+                "map-shape",
+                f"`{p.name}` cannot be cut along `{dim}`: only its first dim `{p.dims[0][0]}` "
+                "can have a tensor for each index",
+                home.place.span or p.weight.span,
+            )
     whole = _entry(theirs, [_without_first(p) for p in parameters], home.group)
     for index in range(parameters[0].dims[0][1]):
         pieces = tuple(replace(p, index=index) for p in whole.pieces)
@@ -179,8 +203,12 @@ def _ordered(theirs: str, home: _Home) -> list[Parameter]:
         return list(home.pieces.values())
     missing = [m for m in home.group.members if m not in home.pieces]
     if missing:
-        raise fail("map-shape", f"`{theirs}` lacks its part `{missing[0]}`", home.group.span,
-                   f"no weight of that name goes to `{theirs}`")
+        raise fail(
+            "map-shape",
+            f"`{theirs}` lacks its part `{missing[0]}`",
+            home.group.span,
+            f"no weight of that name goes to `{theirs}`",
+        )
     return [home.pieces[m] for m in home.group.members]
 
 
@@ -213,8 +241,13 @@ def _joined(theirs: str, parameters: list[Parameter], form: sx.Name) -> Entry:
     rest = {s[:axis] + s[axis + 1 :] for s in shapes}
     if any(len(s) <= axis for s in shapes) or len(rest) != 1:
         shown = ", ".join(f"{p.name} {list(p.stored_shape)}" for p in parameters)
-        raise fail("map-shape", f"the parts of `{theirs}` do not fit side by side", form.span, shown,
-                   help="`rows` joins along the first axis, `columns` along the second; the others must be the same")
+        raise fail(
+            "map-shape",
+            f"the parts of `{theirs}` do not fit side by side",
+            form.span,
+            shown,
+            help="`rows` joins along the first axis, `columns` along the second; the others must be the same",
+        )
     total = sum(s[axis] for s in shapes)
     shape = (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
     return Entry(theirs, shape, tuple(_piece(p) for p in parameters), axis)
@@ -228,14 +261,23 @@ def _as_axes(theirs: str, parameters: list[Parameter], form: sx.ListOf) -> Entry
     sizes = dict(first.dims)
     order = tuple(n for n in names if n in sizes or n == "parts")
     if sorted(n for n in order if n != "parts") != sorted(sizes) or order.count("parts") > 1:
-        raise fail("map-shape", f"`as` must name each dim of `{first.name}` once: {', '.join(sizes)}", form.span,
-                   _unlike(names, sizes))
+        raise fail(
+            "map-shape",
+            f"`as` must name each dim of `{first.name}` once: {', '.join(sizes)}",
+            form.span,
+            _unlike(names, sizes),
+        )
     if any(p.dims != first.dims for p in parameters):
         shown = ", ".join(f"{p.name} [{', '.join(f'{n} = {s}' for n, s in p.dims)}]" for p in parameters)
         raise fail("map-shape", f"the parts of `{theirs}` have not the same dims", form.span, shown)
     if len(parameters) > 1 and "parts" not in order:
-        raise fail("map-shape", "`parts` must stand where the parts lie", form.span, "names dims only",
-                   help=f"for example `[parts, {', '.join(names)}]`")
+        raise fail(
+            "map-shape",
+            "`parts` must stand where the parts lie",
+            form.span,
+            "names dims only",
+            help=f"for example `[parts, {', '.join(names)}]`",
+        )
     shape = _flattened(order, {**sizes, "parts": len(parameters)}, first, form.span)
     return Entry(theirs, shape, tuple(_piece(p) for p in parameters), 0, order, first.dims)
 

@@ -113,12 +113,19 @@ def _state(config: dict[str, Any], selector: sx.Selector, line: sx.Equation, val
         name, words = spelled(selector.value)
         letters = values[name]
         if not isinstance(letters, str):
-            raise fail("config-mismatch", f"`{name}` is {shown(letters)}, `spell` writes the letters of a string",
-                       selector.span)
+            raise fail(
+                "config-mismatch",
+                f"`{name}` is {shown(letters)}, `spell` writes the letters of a string",
+                selector.span,
+            )
         unknown = [c for c in letters if c not in words]
         if unknown:
-            raise fail("config-mismatch", f"`{name}` has {shown(unknown[0])}, for which `{field}` has no word",
-                       selector.span, help=f"the map knows {', '.join(map(shown, words))}")
+            raise fail(
+                "config-mismatch",
+                f"`{name}` has {shown(unknown[0])}, for which `{field}` has no word",
+                selector.span,
+                help=f"the map knows {', '.join(map(shown, words))}",
+            )
         put(config, field, [words[c][0] for c in letters])
         return
     try:
@@ -154,8 +161,11 @@ def _differs(
         again = read_config(checkpoint, config, parameters)
     except SpecError as error:
         return list(error.diagnostics)
-    return [_lost(checkpoint, p, values[p.name], values) for p in parameters
-            if p.name in values and not same(_now(p, again, values), values[p.name])]
+    return [
+        _lost(checkpoint, p, values[p.name], values)
+        for p in parameters
+        if p.name in values and not same(_now(p, again, values), values[p.name])
+    ]
 
 
 def _now(parameter: sx.Parameter, again: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
@@ -170,9 +180,12 @@ def _now(parameter: sx.Parameter, again: Mapping[str, Any], values: Mapping[str,
 
 def _lost(checkpoint: sx.Checkpoint, parameter: sx.Parameter, value: Any, values: Mapping[str, Any]) -> Diagnostic:
     mine = [line.span for selector, line in lines(checkpoint) if target(selector, values) == parameter.name]
-    return Diagnostic("config-mismatch", f"no line of the map can write `{parameter.name}` = {shown(value)}",
-                      Label(mine[-1], "tried last") if mine else Label(checkpoint.name_span, "in this map"),
-                      help=f"a line such as `{parameter.name} = config.{parameter.name}` would")
+    return Diagnostic(
+        "config-mismatch",
+        f"no line of the map can write `{parameter.name}` = {shown(value)}",
+        Label(mine[-1], "tried last") if mine else Label(checkpoint.name_span, "in this map"),
+        help=f"a line such as `{parameter.name} = config.{parameter.name}` would",
+    )
 
 
 def _older(checkpoint: sx.Checkpoint) -> list[str]:

@@ -1,4 +1,5 @@
-"""Calls of blocks: bodies, made once for equal arguments; how dims and parameters are bound; who owns what is shared."""
+"""Calls of blocks: bodies, made once for equal arguments; how dims and parameters are bound; who owns what is
+shared."""
 
 from __future__ import annotations
 
@@ -36,8 +37,12 @@ class BlockCalls(Machine):
         required = [i.name for i in inputs_of(declaration) if not i.optional and i.default is None]
         missing = [n for n in required if n not in given.tensors]
         if missing:
-            raise fail("missing-argument", f"`{declaration.name}` needs the input `{missing[0]}` too", expr.span,
-                       secondary=[Label(declaration.name_span, f"`{declaration.name}` is declared here")])
+            raise fail(
+                "missing-argument",
+                f"`{declaration.name}` needs the input `{missing[0]}` too",
+                expr.span,
+                secondary=[Label(declaration.name_span, f"`{declaration.name}` is declared here")],
+            )
         waiting, hint = self.rewritten(waiting, env, hint)
         return self.invoke(waiting, given.tensors, env, expr.span, hint)
 
@@ -51,8 +56,12 @@ class BlockCalls(Machine):
         if inputs and not (values and (isinstance(values[0], Tensor) or values[0] is None and len(values) > 1)):
             slots = [p for p in parameters if p not in given.settings]
         if len(values) > len(slots):
-            raise fail("too-many-arguments", f"`{declaration.name}` takes {count_of(slots)}, this is one more",
-                       positional[len(slots)].span, secondary=[Label(declaration.name_span, "declared here")])
+            raise fail(
+                "too-many-arguments",
+                f"`{declaration.name}` takes {count_of(slots)}, this is one more",
+                positional[len(slots)].span,
+                secondary=[Label(declaration.name_span, "declared here")],
+            )
         named = [(slot, value, a) for slot, value, a in zip(slots, values, positional, strict=False)]
         named += [(a.name, self.value(a.value, env), a) for a in expr.arguments if a.name]
         seen: dict[str, Span] = {}
@@ -62,15 +71,22 @@ class BlockCalls(Machine):
             seen[name] = argument.span
             if name in inputs:
                 if value is not None and not isinstance(value, Tensor):
-                    raise fail("wrong-type", f"the input `{name}` of `{declaration.name}` must be a tensor, this is "
-                               f"{kind(value)}", argument.span)
+                    raise fail(
+                        "wrong-type",
+                        f"the input `{name}` of `{declaration.name}` must be a tensor, this is {kind(value)}",
+                        argument.span,
+                    )
                 given.tensors[name] = value
             elif name in parameters:
                 given.settings[name] = value
             else:
-                raise fail("no-such-parameter", f"`{declaration.name}` has no parameter `{name}`", argument.span,
-                           secondary=[Label(declaration.name_span, "declared here")],
-                           help=did_you_mean(name, slots, "a parameter"))
+                raise fail(
+                    "no-such-parameter",
+                    f"`{declaration.name}` has no parameter `{name}`",
+                    argument.span,
+                    secondary=[Label(declaration.name_span, "declared here")],
+                    help=did_you_mean(name, slots, "a parameter"),
+                )
             given.spans[name] = argument.span
 
     def run_block(self, callee: Waiting, given: Given, env: Environment, span: Span, hint: str | None) -> Any:
@@ -125,11 +141,14 @@ class BlockCalls(Machine):
                 self.key(value, dims)
         swap = {id(a): b for a, b in zip(made.formals, dims, strict=True)}
         outputs = [r for r in made.returned if isinstance(r, Tensor)]
-        base = [hint] if hint and len(outputs) == 1 else [t.name if hint is None else f"{hint}_{t.name}" for t in outputs]
+        base = (
+            [hint] if hint and len(outputs) == 1 else [t.name if hint is None else f"{hint}_{t.name}" for t in outputs]
+        )
         if hint is None and len(outputs) == 1:
             base = [made.builder.block]
         results = tuple(
-            (b, t.kind, tuple(swap.setdefault(id(d), fresh(d)) for d in t.dims)) for b, t in zip(base, outputs, strict=True)
+            (b, t.kind, tuple(swap.setdefault(id(d), fresh(d)) for d in t.dims))
+            for b, t in zip(base, outputs, strict=True)
         )
         values = [*given.tensors.values(), *(t for v in given.settings.values() for t in tensors_in(v))]
         operands = tuple(v for v in values if v is not None)
@@ -162,8 +181,12 @@ class BlockCalls(Machine):
         """Let loops between the owner of a shared block and this body pass it on."""
         while builder is not owner:
             if builder.parent is None:
-                raise fail("not-built-yet", f"`{name}` is shared by a block around this one, which only works inside loops yet",
-                           span, help="declare it `shared` in the block that calls it")
+                raise fail(
+                    "not-built-yet",
+                    f"`{name}` is shared by a block around this one, which only works inside loops yet",
+                    span,
+                    help="declare it `shared` in the block that calls it",
+                )
             if name not in builder.borrowed:
                 builder.own(name, span)
                 builder.borrow(name, made.name)
@@ -205,8 +228,13 @@ class BlockCalls(Machine):
     def _default(self, declaration: sx.Function, parameter: sx.Parameter, env: Environment, span: Span) -> None:
         default = parameter.default
         if default is None:
-            raise fail("missing-argument", f"`{declaration.name}` needs `{parameter.name}`", span, "not given here",
-                       [Label(parameter.span, "declared without a default")])
+            raise fail(
+                "missing-argument",
+                f"`{declaration.name}` needs `{parameter.name}`",
+                span,
+                "not given here",
+                [Label(parameter.span, "declared without a default")],
+            )
         if isinstance(default, sx.Name) and env.cell(default.id) is not None:
             env.bind(parameter.name, env.cell(default.id))
         else:
@@ -228,8 +256,13 @@ class BlockCalls(Machine):
         if len(tensor.dims) < len(shape):
             wanted = ", ".join(item.name or "..." for item in shape)
             have = ", ".join(d.name for d in tensor.dims)
-            raise fail("too-few-dims", f"the input `{statement.name}` needs the dims [{wanted}]", where, f"this has [{have}]",
-                       [Label(statement.span, "declared here")])
+            raise fail(
+                "too-few-dims",
+                f"the input `{statement.name}` needs the dims [{wanted}]",
+                where,
+                f"this has [{have}]",
+                [Label(statement.span, "declared here")],
+            )
         for item, dim in zip(reversed(shape), reversed(tensor.dims), strict=False):
             self._bind_dim(item, dim, statement, env, where)
 
@@ -237,8 +270,13 @@ class BlockCalls(Machine):
         if item.size is not None:
             size = whole(self.number(item.size, env), f"the size of `{item.name}`", item.span)
             if dim.size is not None and dim.size != size:
-                raise fail("dim-mismatch", f"`{item.name}` must be {size}, this has {dim.size}", where,
-                           f"`{dim.name}` = {dim.size}", [Label(item.span, "declared here")])
+                raise fail(
+                    "dim-mismatch",
+                    f"`{item.name}` must be {size}, this has {dim.size}",
+                    where,
+                    f"`{dim.name}` = {dim.size}",
+                    [Label(item.span, "declared here")],
+                )
         if item.name is None:
             return
         cell = env.cells.get(item.name)
@@ -247,8 +285,14 @@ class BlockCalls(Machine):
             if isinstance(cell.value, Dim) or known != dim.size:
                 first = cell.value.size if isinstance(cell.value, Dim) else known
                 labels = [Label(cell.span, f"`{item.name}` was first bound to {first or 'another dim'} here")]
-                raise fail("dim-mismatch", f"`{item.name}` is {first or 'one dim'} in one place and {dim.size or 'another'} "
-                           f"in `{statement.name}`", where, f"`{dim.name}` = {dim.size or '?'}", labels)
+                raise fail(
+                    "dim-mismatch",
+                    f"`{item.name}` is {first or 'one dim'} in one place and {dim.size or 'another'} "
+                    f"in `{statement.name}`",
+                    where,
+                    f"`{dim.name}` = {dim.size or '?'}",
+                    labels,
+                )
         env.bind(item.name, dim, where)
         if not env.is_inline:
             env.builder.call_dim(dim, item.name)

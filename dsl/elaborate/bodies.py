@@ -63,13 +63,19 @@ class Run:
         made = self.made
         value = made.variables.get(name)
         if value is None:
-            raise fail("no-such-member", f"`{made.builder.block}` has no variable `{name}`", span,
-                       help=did_you_mean(name, made.variables, "a variable"))
+            raise fail(
+                "no-such-member",
+                f"`{made.builder.block}` has no variable `{name}`",
+                span,
+                help=did_you_mean(name, made.variables, "a variable"),
+            )
         for tensor, output in zip(self.tensors, made.outputs, strict=False):
             if output is value:
                 return tensor
         if not isinstance(value, Tensor):
-            raise fail("wrong-type", f"`{name}` of `{made.builder.block}` is {kind(value)}, a run has tensors only", span)
+            raise fail(
+                "wrong-type", f"`{name}` of `{made.builder.block}` is {kind(value)}, a run has tensors only", span
+            )
         made.asked[name] = made.builder.local(value)
         return self.asked(name)
 
@@ -78,7 +84,9 @@ class Run:
         if name not in self.given:
             inner = self.made.asked[name]
             dims = tuple(self.swap.setdefault(id(d), fresh(d)) for d in inner.dims)
-            made = Tensor(self.builder.fresh(f"{self.tensors[0].name}_{name}"), inner.kind, dims, self.builder, span=inner.span)
+            made = Tensor(
+                self.builder.fresh(f"{self.tensors[0].name}_{name}"), inner.kind, dims, self.builder, span=inner.span
+            )
             self.given[name] = made
         return self.given[name]
 

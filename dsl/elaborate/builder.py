@@ -82,10 +82,15 @@ class Builder:
     def own(self, name: str, span: Span) -> None:
         """Take a name for something that owns weights. Raises `same-name-twice`."""
         if name in self.owners:
-            raise fail("same-name-twice", f"two calls own weights under the name `{name}`", span, "the second",
-                       [Label(self.owners[name], "the first")],
-                       help=f"bind each to a variable of its own (`{name}1 = ...`, `{name}2 = ...`), or put one into "
-                       f"a loop; `shared {name} = ...` makes both one")
+            raise fail(
+                "same-name-twice",
+                f"two calls own weights under the name `{name}`",
+                span,
+                "the second",
+                [Label(self.owners[name], "the first")],
+                help=f"bind each to a variable of its own (`{name}1 = ...`, `{name}2 = ...`), or put one into "
+                f"a loop; `shared {name} = ...` makes both one",
+            )
         self.owners[name] = span
 
     def borrow(self, name: str, body: str) -> None:
@@ -115,9 +120,13 @@ class Builder:
         if tensor.builder is self:
             return tensor
         if self.parent is None:
-            raise fail("out-of-reach", f"`{self.block}` uses `{tensor.name}`, a tensor of `{tensor.builder.block}`",
-                       tensor.span, f"`{self.block}` cannot see it",
-                       help="what is `shared` is called in the block that declares it, or in its loops")
+            raise fail(
+                "out-of-reach",
+                f"`{self.block}` uses `{tensor.name}`, a tensor of `{tensor.builder.block}`",
+                tensor.span,
+                f"`{self.block}` cannot see it",
+                help="what is `shared` is called in the block that declares it, or in its loops",
+            )
         outer = self.parent.local(tensor)
         if id(outer) not in self.captured:
             inner = Tensor(self.fresh(outer.name.replace(".", "_")), outer.kind, outer.dims, self, span=outer.span)
@@ -152,7 +161,9 @@ class Builder:
         made_inputs = tuple(self._value(t) for t in inputs)
         nodes = tuple(self._node(n) for n in self.nodes)
         weights = tuple(
-            pg.Weight(w, self.names_of(dims), init, op, keep, tuple(self.names_of(axis) for axis in layout), trained, span)
+            pg.Weight(
+                w, self.names_of(dims), init, op, keep, tuple(self.names_of(axis) for axis in layout), trained, span
+            )
             for w, dims, init, op, keep, layout, trained, span in self.weights
         )
         outs = tuple(self.local(t).name for t in outputs)

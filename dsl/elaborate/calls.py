@@ -67,9 +67,7 @@ class Calls(Machine):
             raise fail("too-many-arguments", "`identity` takes one input", expr.arguments[1].span)
         return self.value(expr.arguments[0].value, env)
 
-    def apply(
-        self, callee: Waiting, tensors: dict[str, Any], env: Environment, span: Span, hint: str | None
-    ) -> Any:
+    def apply(self, callee: Waiting, tensors: dict[str, Any], env: Environment, span: Span, hint: str | None) -> Any:
         """Call a function that has its settings with its inputs, given by name."""
         if callee.op is not None:
             return self.apply_op(callee.op, tensors, callee.settings, callee.spans, env, span, hint, callee.shared)
@@ -87,8 +85,11 @@ class Calls(Machine):
         if isinstance(declaration, sx.Variant):
             return self.variant(found, span)
         if not isinstance(declaration, sx.Function):
-            raise fail("not-built-yet", f"a {getattr(declaration, 'keyword', 'checkpoint map')} cannot be used as a value",
-                       span)
+            raise fail(
+                "not-built-yet",
+                f"a {getattr(declaration, 'keyword', 'checkpoint map')} cannot be used as a value",
+                span,
+            )
         if declaration.keyword in ("pipeline", "recipe"):
             raise fail("not-built-yet", f"{declaration.keyword}s are not built yet", span)
         waiting = Waiting(found=found, span=span)
@@ -110,8 +111,11 @@ class Calls(Machine):
         finally:
             self.resolving.pop()
         if not isinstance(value, Waiting):
-            raise fail("wrong-type", f"a {declaration.keyword} is a call of another, this is {kind(value)}",
-                       declaration.value.span)
+            raise fail(
+                "wrong-type",
+                f"a {declaration.keyword} is a call of another, this is {kind(value)}",
+                declaration.value.span,
+            )
         if declaration.rules:
             value = replace(value, sheets=(*value.sheets, self.sheet_of(found, env)))
         return value
@@ -122,7 +126,15 @@ def _cycle(chain: list[Found]) -> SpecError:
     first = min(range(len(chain)), key=lambda i: (chain[i].declaration.name_span.start, chain[i].declaration.name))
     turned = chain[first:] + chain[:first]
     names = [f.declaration.name for f in turned]
-    what = f"`{names[0]}` is defined by itself" if len(names) == 1 else f"{' and '.join(f'`{n}`' for n in names)} are defined by each other"
-    return fail("cyclic-definition", f"{what}: {' -> '.join([*names, names[0]])}", turned[0].declaration.name_span,
-                secondary=[Label(f.declaration.name_span) for f in turned[1:]],
-                help=f"one of them needs a body: `{turned[0].declaration.keyword} {names[0]}(...):`")
+    what = (
+        f"`{names[0]}` is defined by itself"
+        if len(names) == 1
+        else f"{' and '.join(f'`{n}`' for n in names)} are defined by each other"
+    )
+    return fail(
+        "cyclic-definition",
+        f"{what}: {' -> '.join([*names, names[0]])}",
+        turned[0].declaration.name_span,
+        secondary=[Label(f.declaration.name_span) for f in turned[1:]],
+        help=f"one of them needs a body: `{turned[0].declaration.keyword} {names[0]}(...):`",
+    )

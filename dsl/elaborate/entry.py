@@ -8,15 +8,15 @@ from typing import Any
 
 from .. import program as pg
 from .. import syntax as sx
-from ..checkpoint.static import CallValue
 from ..arithmetic import kind
+from ..checkpoint.static import CallValue
 from ..diagnostics import Collector, Diagnostic, SpecError, did_you_mean, fail
 from ..load import File, Found, standard_index
 from ..source import NOWHERE, Span
+from .block_calls import BlockCalls
+from .bodies import Elaborated, Given, inputs_of
 from .builder import Builder
 from .calls import Calls
-from .bodies import Elaborated, Given, inputs_of
-from .block_calls import BlockCalls
 from .environment import Environment
 from .experts import Experts
 from .expressions import Expressions
@@ -125,7 +125,11 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: s
     made = machine.body_of(waiting, given, Environment(found.file, builder), span)
     for value in made.returned:
         if not isinstance(value, Tensor):
-            raise fail("wrong-type", f"a model returns tensors, `{declaration.name}` returns {kind(value)}", declaration.name_span)
+            raise fail(
+                "wrong-type",
+                f"a model returns tensors, `{declaration.name}` returns {kind(value)}",
+                declaration.name_span,
+            )
     objectives: dict[str, str] = {}
     if objective is not None:
         objectives.update(_objective(machine, found, waiting, objective, tensors, builder, made))
@@ -196,12 +200,20 @@ def _choose(file: File, model: str | None) -> Found:
     if model is not None:
         found = file.lookup(model)
         if found is None or getattr(found.declaration, "keyword", None) != "model":
-            raise fail("unknown-name", f"`{file.source.name}` has no model named `{model}`", Span(file.source, 0, 0),
-                       help=did_you_mean(model, models, "a model"))
+            raise fail(
+                "unknown-name",
+                f"`{file.source.name}` has no model named `{model}`",
+                Span(file.source, 0, 0),
+                help=did_you_mean(model, models, "a model"),
+            )
         return found
     if not models:
-        raise fail("nothing-declared", f"`{file.source.name}` declares no model", Span(file.source, 0, 0),
-                   help="a model starts with `model NAME(...):`")
+        raise fail(
+            "nothing-declared",
+            f"`{file.source.name}` declares no model",
+            Span(file.source, 0, 0),
+            help="a model starts with `model NAME(...):`",
+        )
     ready = [m for m in models if _is_ready(file.lookup(m))]
     return file.lookup((ready or models)[-1])
 
@@ -216,5 +228,9 @@ def _check_overrides(waiting: Waiting, overrides: Mapping[str, Any], found: Foun
     names = [p.name for p in waiting.found.declaration.parameters]
     for name in overrides:
         if name not in names:
-            raise fail("no-such-parameter", f"`{found.declaration.name}` has no parameter `{name}`",
-                       found.declaration.name_span or NOWHERE, help=did_you_mean(name, names, "a parameter"))
+            raise fail(
+                "no-such-parameter",
+                f"`{found.declaration.name}` has no parameter `{name}`",
+                found.declaration.name_span or NOWHERE,
+                help=did_you_mean(name, names, "a parameter"),
+            )

@@ -9,7 +9,6 @@ from ..source import NOWHERE, Span
 from .builder import Builder
 from .values import Cell
 
-
 Scope = tuple[tuple[Any, Any], ...]
 """The sheets in force with the states of their selectors, the innermost first: see `rewriting.py`."""
 

@@ -62,8 +62,12 @@ def number_of(value: Any, span: Span) -> Any:
     """Dims stand for their size in arithmetic."""
     if isinstance(value, Dim):
         if value.size is None:
-            raise fail("size-unknown", f"the size of `{value.name}` is not known before the data are", span,
-                       "expected a size that parameters give")
+            raise fail(
+                "size-unknown",
+                f"the size of `{value.name}` is not known before the data are",
+                span,
+                "expected a size that parameters give",
+            )
         return value.size
     return value
 
@@ -100,8 +104,13 @@ class Expressions(Machine):
             what = BUILTINS.get(name, ("function", "a function"))
             return fail("not-built-yet", f"`{name}` ({what[1]}) cannot run yet", span, "known, but not built yet")
         names = env.names() | set(self.ops) | set(BUILTINS) | set(env.file.declared)
-        return fail("unknown-name", f"nothing is named `{name}` here", span, "not found",
-                    help=did_you_mean(name, names, "something"))
+        return fail(
+            "unknown-name",
+            f"nothing is named `{name}` here",
+            span,
+            "not found",
+            help=did_you_mean(name, names, "something"),
+        )
 
     def _number(self, expr: sx.Number, env: Environment, hint: str | None) -> Any:
         return expr.value
@@ -129,7 +138,9 @@ class Expressions(Machine):
         return tuple(self.value(a.value, env) for a in expr.items if a.name is None)
 
     def _range(self, expr: sx.Range, env: Environment, hint: str | None) -> list[int]:
-        first, last = (whole(self.number(e, env), "an end of a range", e.span, -(2**31)) for e in (expr.first, expr.last))
+        first, last = (
+            whole(self.number(e, env), "an end of a range", e.span, -(2**31)) for e in (expr.first, expr.last)
+        )
         step = 1 if expr.step is None else whole(self.number(expr.step, env), "the step of a range", expr.step.span)
         check_length((last - first) // step + 1, expr.span)
         return list(range(first, last + 1, step))
@@ -148,8 +159,13 @@ class Expressions(Machine):
         seen: dict[str, Span] = {}
         for pair in expr.pairs:
             if pair.key in entries:
-                raise fail("duplicate-name", f"the table has two entries for \"{pair.key}\"", pair.span, "the second",
-                           [Label(seen[pair.key], "the first")])
+                raise fail(
+                    "duplicate-name",
+                    f'the table has two entries for "{pair.key}"',
+                    pair.span,
+                    "the second",
+                    [Label(seen[pair.key], "the first")],
+                )
             seen[pair.key] = pair.span
             entries[pair.key] = Lazy(lambda value=pair.value: self.value(value, env))
         return TableOf(entries, expr.span)
@@ -167,14 +183,19 @@ class Expressions(Machine):
         raise fail("wrong-type", f"{kind(base)} cannot be indexed", expr.span)
 
     def entries(self, table: TableOf, at: Any, span: Span) -> Any:
-        """One entry for each character of a string (`kinds["M*-"]`) or item of a list; a word that is a key: that one."""
+        """One entry for each character of a string (`kinds["M*-"]`) or item of a list; a word that is a key: that
+        one."""
         if isinstance(at, str) and at in table.entries and len(at) > 1:
             return table.entries[at].get()
         if isinstance(at, str):
             symbols = list(at if "|" in table.entries or "/" in table.entries else main_stack(at))
             if "/" in at and "/" not in table.entries:
-                raise fail("not-built-yet", "the layers behind `/` predict further tokens, which is not built yet", span,
-                           help="leave out the part from `/` on")
+                raise fail(
+                    "not-built-yet",
+                    "the layers behind `/` predict further tokens, which is not built yet",
+                    span,
+                    help="leave out the part from `/` on",
+                )
         elif isinstance(at, list):
             symbols = at
         else:
@@ -183,8 +204,13 @@ class Expressions(Machine):
         bad = next((i for i, s in enumerate(symbols) if s not in table.entries), None)
         if bad is not None:
             known = ", ".join(f'"{k}"' for k in table.entries)
-            raise fail("unknown-symbol", f"layer {bad} of the pattern is \"{symbols[bad]}\", which the table does not have",
-                       span, "in this pattern", [Label(table.span, f"this table has {known}")])
+            raise fail(
+                "unknown-symbol",
+                f'layer {bad} of the pattern is "{symbols[bad]}", which the table does not have',
+                span,
+                "in this pattern",
+                [Label(table.span, f"this table has {known}")],
+            )
         return [table.entries[s].get() for s in symbols]
 
     def _items_at(self, base: list[Any] | str, at: Any, span: Span) -> Any:
@@ -235,8 +261,12 @@ class Expressions(Machine):
                 if not isinstance(plain, Symbolic):
                     return other if truth(plain) == (op == "and") else truth(plain)
         if op in ("/", "^"):
-            raise fail("wrong-type", f"coordinates are whole numbers, `{op}` does not keep them whole", expr.span,
-                       help="`//` divides and rounds down" if op == "/" else None)
+            raise fail(
+                "wrong-type",
+                f"coordinates are whole numbers, `{op}` does not keep them whole",
+                expr.span,
+                help="`//` divides and rounds down" if op == "/" else None,
+            )
         if op == "//" and not isinstance(right, Symbolic) and number_of(right, expr.right.span) == 0:
             raise fail("divide-by-zero", "a coordinate is divided by 0", expr.right.span)
         sides = [self.term(v, e.span) for v, e in ((left, expr.left), (right, expr.right))]
@@ -296,14 +326,19 @@ class Expressions(Machine):
 
     def _coordinate_of(self, dim: Dim, expr: sx.Member, env: Environment) -> Tensor:
         if not dim.sequence:
-            raise fail("no-sequence", f"`{dim.name}` is no sequence, it has no `{expr.name}`", expr.span,
-                       help="coordinates exist on the last dim of an input of kind `token`")
+            raise fail(
+                "no-sequence",
+                f"`{dim.name}` is no sequence, it has no `{expr.name}`",
+                expr.span,
+                help="coordinates exist on the last dim of an input of kind `token`",
+            )
         builder = env.builder
         if expr.name not in COORDINATES:
             return self._computed(dim, expr, env)
         if (id(dim), expr.name) not in builder.coordinates:
-            made = self.apply_op(self.ops["coordinate"], {}, {"dim": (dim,), "which": expr.name}, {}, env, expr.span,
-                                 expr.name)
+            made = self.apply_op(
+                self.ops["coordinate"], {}, {"dim": (dim,), "which": expr.name}, {}, env, expr.span, expr.name
+            )
             builder.coordinates[id(dim), expr.name] = made
         return builder.coordinates[id(dim), expr.name]
 
@@ -317,9 +352,13 @@ class Expressions(Machine):
         """What a computed coordinate of a dim is, in the coordinates that every sequence has, of `query`."""
         if (id(dim), expr.name) not in self.coordinates:
             here = [name for i, name in self.coordinates if i == id(dim)]
-            raise fail("no-such-member", f"`{dim.name}` has no coordinate `{expr.name}` here", expr.span,
-                       help=did_you_mean(expr.name, (*COORDINATES, *here), "a coordinate")
-                       or f"`{dim.name}.{expr.name} = ...` computes one")
+            raise fail(
+                "no-such-member",
+                f"`{dim.name}` has no coordinate `{expr.name}` here",
+                expr.span,
+                help=did_you_mean(expr.name, (*COORDINATES, *here), "a coordinate")
+                or f"`{dim.name}.{expr.name} = ...` computes one",
+            )
         made = self.coordinates[id(dim), expr.name][1]
         if made is None:
             raise SpecError([])
@@ -332,7 +371,9 @@ class Expressions(Machine):
                 if name in ("position", "document"):
                     return expr
                 if name == "valid":
-                    raise fail("no-such-member", "attention never sees what is not valid, no mask has to say it", expr.span)
+                    raise fail(
+                        "no-such-member", "attention never sees what is not valid, no mask has to say it", expr.span
+                    )
                 made = self._definition(query if which == "query" else key, expr)
                 return made if which == "query" else _asked_of_key(made)
             case sx.Binary():
@@ -356,8 +397,12 @@ class Expressions(Machine):
                 return weight
         if tensor.run is not None:
             return tensor.run(expr.name, expr.span)
-        raise fail("no-such-member", f"`{tensor.name}` has no part named `{expr.name}`", expr.span,
-                   help="a call that owns weights has them as parts: `embedding.weight`")
+        raise fail(
+            "no-such-member",
+            f"`{tensor.name}` has no part named `{expr.name}`",
+            expr.span,
+            help="a call that owns weights has them as parts: `embedding.weight`",
+        )
 
     # --- helpers for the other parts --------------------------------------------------------------
 
@@ -416,9 +461,14 @@ class Expressions(Machine):
     def _dims_of_name(self, expr: sx.Name, env: Environment) -> tuple[Dim, ...]:
         cell = env.cell(expr.id)
         if cell is None:
-            names = [n for n in env.names()]
-            raise fail("unknown-dim", f"no dim or parameter is named `{expr.id}` here", expr.span, "not found",
-                       help=did_you_mean(expr.id, names, "a dim or parameter"))
+            names = env.names()
+            raise fail(
+                "unknown-dim",
+                f"no dim or parameter is named `{expr.id}` here",
+                expr.span,
+                "not found",
+                help=did_you_mean(expr.id, names, "a dim or parameter"),
+            )
         return self.promote(cell, expr.span)
 
     def promote(self, cell: Cell, span: Span) -> tuple[Dim, ...]:
@@ -429,8 +479,12 @@ class Expressions(Machine):
             return tuple(cell.value)
         if not isinstance(cell.value, Dim):
             if cell.value is None or isinstance(cell.value, (Tensor, Waiting, str, list, tuple)):
-                raise fail("wrong-type", f"`{cell.name}` is used as a dim, but it is {kind(cell.value)}", span,
-                           help=f"give `{cell.name}` a size" if cell.value is None else None)
+                raise fail(
+                    "wrong-type",
+                    f"`{cell.name}` is used as a dim, but it is {kind(cell.value)}",
+                    span,
+                    help=f"give `{cell.name}` a size" if cell.value is None else None,
+                )
             try:
                 size = whole(cell.value, f"the size of `{cell.name}`", span)
             except SpecError:
@@ -446,7 +500,9 @@ class Expressions(Machine):
         if name in DISTRIBUTIONS and not env.has(name):
             values = tuple(float(self.number(a.value, env)) for a in call.arguments)
             if len(values) != DISTRIBUTIONS[name]:
-                raise fail("wrong-arity", f"`{name}` takes {DISTRIBUTIONS[name]} numbers, this has {len(values)}", expr.span)
+                raise fail(
+                    "wrong-arity", f"`{name}` takes {DISTRIBUTIONS[name]} numbers, this has {len(values)}", expr.span
+                )
             return Init(_SPELLED.get(name, name), values)
         return Init("constant", (float(self.number(expr, env)),))
 

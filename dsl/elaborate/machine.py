@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class Machine(ABC):
-    """State of one elaboration. `ops` is the table of the floor above, `required` its mark of a setting without default."""
+    """State of one elaboration. `ops` is the table of the floor above, `required` its mark of a setting without
+    default."""
 
     ops: Mapping[str, Any]
     required: Any
@@ -78,7 +79,9 @@ class Machine(ABC):
     @abstractmethod
     def declared(self, found: Found, span: Span) -> Any: ...
     @abstractmethod
-    def apply(self, callee: Waiting, tensors: dict[str, Any], env: Environment, span: Span, hint: str | None) -> Any: ...
+    def apply(
+        self, callee: Waiting, tensors: dict[str, Any], env: Environment, span: Span, hint: str | None
+    ) -> Any: ...
     @abstractmethod
     def input_names(self, callee: Waiting) -> list[str]: ...
     @abstractmethod
@@ -109,7 +112,9 @@ class Machine(ABC):
     @abstractmethod
     def rewritten(self, callee: Waiting, env: Environment, hint: str | None) -> tuple[Waiting, str | None]: ...
     @abstractmethod
-    def invoke(self, callee: Waiting, tensors: dict[str, Any], env: Environment, span: Span, hint: str | None) -> Any: ...
+    def invoke(
+        self, callee: Waiting, tensors: dict[str, Any], env: Environment, span: Span, hint: str | None
+    ) -> Any: ...
     @abstractmethod
     def may_be_absent(self, selector: Selector) -> bool: ...
 

@@ -50,8 +50,11 @@ class OpCalls(Machine):
                 first = None
                 slots = [s.name for s in op.settings if s.name not in given.settings]
         if len(positional) > len(slots):
-            raise fail("too-many-arguments", f"`{op.name}` takes {count_of(slots)}, this is one more",
-                       positional[len(slots)].span)
+            raise fail(
+                "too-many-arguments",
+                f"`{op.name}` takes {count_of(slots)}, this is one more",
+                positional[len(slots)].span,
+            )
         for i, (name, argument) in enumerate(zip(slots, positional, strict=False)):
             self._op_argument(op, name, argument, env, given, first if i == 0 else None)
         for argument in expr.arguments:
@@ -70,13 +73,19 @@ class OpCalls(Machine):
             if isinstance(value, Dim):
                 value = number_of(value, argument.span)
             if not isinstance(value, Tensor) and not (is_number(value) and elementwise(op)):
-                raise fail("wrong-type", f"`{name}` of `{op.name}` must be a tensor, this is {kind(value)}", argument.span)
+                raise fail(
+                    "wrong-type", f"`{name}` of `{op.name}` must be a tensor, this is {kind(value)}", argument.span
+                )
             given.tensors[name] = value
         elif op.setting(name):
             given.settings[name] = self._setting(op.setting(name), argument, env)
         else:
-            raise fail("no-such-parameter", f"`{op.name}` has no parameter `{name}`", argument.span,
-                       help=did_you_mean(name, [*inputs, *op_settings(op)], "a parameter"))
+            raise fail(
+                "no-such-parameter",
+                f"`{op.name}` has no parameter `{name}`",
+                argument.span,
+                help=did_you_mean(name, [*inputs, *op_settings(op)], "a parameter"),
+            )
 
     def _repeated_arguments(self, op: Any, expr: sx.Call, env: Environment, given: Given) -> None:
         """`attend(q, (k, v, mask), (k2, v2, mask2), scale = s)`: a tuple for each source."""
@@ -90,7 +99,9 @@ class OpCalls(Machine):
             elif isinstance(argument.value, sx.TupleOf):
                 extra = next((a for a in argument.value.items if a.name), None)
                 if extra is not None:
-                    raise fail("not-built-yet", f"`{extra.name}` of one source of `{op.name}` is not built yet", extra.span)
+                    raise fail(
+                        "not-built-yet", f"`{extra.name}` of one source of `{op.name}` is not built yet", extra.span
+                    )
                 sources.append((self.value(argument.value, env), argument.span))
             elif taken < len(plain):
                 self._op_argument(op, plain[taken], argument, env, given)
@@ -101,8 +112,12 @@ class OpCalls(Machine):
             return
         for values, span in sources:
             if len(values) != len(repeated) + 1:
-                raise fail("wrong-arity", f"a source of `{op.name}` has {len(repeated) + 1} parts, this has {len(values)}",
-                           span, f"expected ({', '.join([*repeated, 'mask'])})")
+                raise fail(
+                    "wrong-arity",
+                    f"a source of `{op.name}` has {len(repeated) + 1} parts, this has {len(values)}",
+                    span,
+                    f"expected ({', '.join([*repeated, 'mask'])})",
+                )
         for i, name in enumerate(repeated):
             column = [values[i] for values, _ in sources]
             for value, (_, span) in zip(column, sources, strict=True):
@@ -116,15 +131,23 @@ class OpCalls(Machine):
             return sx.Constant(value)
         if isinstance(value, Symbolic) and value.is_mask:
             return value.expr
-        raise fail("wrong-type", f"a mask compares coordinates of `query` and `key`, this is {kind(value)}", span,
-                   help="`causal`, `full` and `window(span)` are masks")
+        raise fail(
+            "wrong-type",
+            f"a mask compares coordinates of `query` and `key`, this is {kind(value)}",
+            span,
+            help="`causal`, `full` and `window(span)` are masks",
+        )
 
     def _setting(self, setting: Any, argument: sx.Argument, env: Environment) -> Any:
         expr = argument.value
         if setting.kind == "map":
             if not isinstance(expr, sx.Arrow):
-                raise fail("wrong-type", f"`{setting.name}` must say which dims become which", argument.span,
-                           "expected `dims -> dims`")
+                raise fail(
+                    "wrong-type",
+                    f"`{setting.name}` must say which dims become which",
+                    argument.span,
+                    "expected `dims -> dims`",
+                )
             return self.arrow(expr, env)
         if setting.kind == "dims":
             cell = env.cell(expr.id) if isinstance(expr, sx.Name) else None
@@ -141,8 +164,12 @@ class OpCalls(Machine):
             return bool(value)
         if setting.kind == "weight":
             if value is not None and not isinstance(value, Tensor):
-                raise fail("wrong-type", f"`{setting.name}` must be the weight of another call, this is {kind(value)}",
-                           argument.span, help="`embedding.weight`")
+                raise fail(
+                    "wrong-type",
+                    f"`{setting.name}` must be the weight of another call, this is {kind(value)}",
+                    argument.span,
+                    help="`embedding.weight`",
+                )
             return value
         value = number_of(value, argument.span)
         if setting.kind == "whole":
@@ -182,14 +209,18 @@ class OpCalls(Machine):
         typing = op.infer(call)
         if typing.sequences:
             full["masks"] = tuple(
-                self.resolved(mask, query, key) for mask, (query, key) in zip(full["masks"], typing.sequences, strict=True)
+                self.resolved(mask, query, key)
+                for mask, (query, key) in zip(full["masks"], typing.sequences, strict=True)
             )
         owner = None
         if any(self.is_owned(o) for o in typing.operands):
             owner = shared.name if shared else hint or op.name
         operands = self._operands(op, typing, owner, builder, shared, span)
-        attrs = {name: value for name, value in full.items() if op.setting(name).kind != "weight"
-                 and value is not None and value != op.setting(name).default}
+        attrs = {
+            name: value
+            for name, value in full.items()
+            if op.setting(name).kind != "weight" and value is not None and value != op.setting(name).default
+        }
         attrs.update(numbers)
         results = tuple((hint or op.name, kind_, dims) for kind_, dims in typing.results)
         made = env.builder.add_node(op.name, operands, results, attrs, typing.bindings, span)
@@ -216,10 +247,16 @@ class OpCalls(Machine):
                 name = f"{owner}.{operand.part}"
                 known = builder.weight_tensors.get(name)
                 if known is not None and known.dims != operand.dims:
-                    raise fail("dim-mismatch", f"the shared weight `{name}` has other dims here than at its first use", span,
-                               secondary=[Label(known.span, "first used here")])
-                made.append(known or builder.add_weight(
-                    name, operand.dims, operand.init, op.name, operand.keep, operand.layout, span))
+                    raise fail(
+                        "dim-mismatch",
+                        f"the shared weight `{name}` has other dims here than at its first use",
+                        span,
+                        secondary=[Label(known.span, "first used here")],
+                    )
+                made.append(
+                    known
+                    or builder.add_weight(name, operand.dims, operand.init, op.name, operand.keep, operand.layout, span)
+                )
             else:
                 made.append(operand if isinstance(operand, Tensor) else None)
         return tuple(made)

@@ -99,8 +99,12 @@ class Rewriting(Machine):
             around.bind(WRAPPED, replace(current, spans=settings, shared=None, is_it=True), rule.span)
             made = self.value(rule.value, around)
             if not isinstance(made, Waiting):
-                raise fail("wrong-type", f"a rule builds a function around `it`, this is {kind(made)}", rule.value.span,
-                           help="`lora(it, rank = 8)` wraps it, `it(mask = full)` changes an argument")
+                raise fail(
+                    "wrong-type",
+                    f"a rule builds a function around `it`, this is {kind(made)}",
+                    rule.value.span,
+                    help="`lora(it, rank = 8)` wraps it, `it(mask = full)` changes an argument",
+                )
             if made.place is None:  # something new: the rules of this sheet do not select its parts
                 made = replace(made, place=scope_of(made) + outer[i + 1 :], sheets=())
             current = replace(made, shared=callee.shared, is_it=False)
@@ -134,8 +138,12 @@ class Rewriting(Machine):
         help = did_you_mean(last, self.segments, "a part") or f"`{selector}?` may select nothing"
         if last in self.segments and last != first:
             help = f"`{last}` exists, but not there; `{last} in {first}` selects it at any depth"
-        return Diagnostic("selects-nothing", f"`{selector}` selects nothing in {where}", Label(span, "this rule does nothing"),
-                          help=help)
+        return Diagnostic(
+            "selects-nothing",
+            f"`{selector}` selects nothing in {where}",
+            Label(span, "this rule does nothing"),
+            help=help,
+        )
 
     def invoke(self, callee: Waiting, tensors: dict[str, Any], env: Environment, span: Span, hint: str | None) -> Any:
         """Call a function with inputs that may be named as those of the function that it took the place of."""
@@ -147,7 +155,10 @@ class Rewriting(Machine):
             if any(not isinstance(t, Tensor) for t in given):
                 raise fail("not-built-yet", f"`{callee.name}` around the sources of attention is not built yet", span)
             if len(given) > len(names):
-                raise fail("wrong-arity", f"`{callee.name}` takes {len(names)} inputs, and stands for a call with {len(given)}",
-                           span)
+                raise fail(
+                    "wrong-arity",
+                    f"`{callee.name}` takes {len(names)} inputs, and stands for a call with {len(given)}",
+                    span,
+                )
             tensors = dict(zip(names, given, strict=False))
         return self.apply(callee, tensors, env, span, hint)

@@ -42,8 +42,13 @@ class Statements(Machine):
         if len(self.collector.found) > before:
             raise SpecError([])
         if declaration.keyword == "block" and not env.builder.emits:
-            raise fail("missing-return", f"`{declaration.name}` returns nothing", declaration.name_span or declaration.span,
-                       "expected `return` in its body", help="the last line says what comes out: `return y`")
+            raise fail(
+                "missing-return",
+                f"`{declaration.name}` returns nothing",
+                declaration.name_span or declaration.span,
+                "expected `return` in its body",
+                help="the last line says what comes out: `return y`",
+            )
         return []
 
     def run(self, statements: tuple[sx.Statement, ...], env: Environment, hint: str | None = None) -> None:
@@ -82,7 +87,9 @@ class Statements(Machine):
             case sx.CoordinateInput() if statement.optional:
                 pass  # absent: whoever asks for it sees that no data give it
             case sx.CoordinateInput() if statement.default is not None:
-                self._coordinate(sx.Coordinate(statement.dim, statement.name, statement.default, span=statement.span), env)
+                self._coordinate(
+                    sx.Coordinate(statement.dim, statement.name, statement.default, span=statement.span), env
+                )
             case _:
                 raise fail("not-built-yet", _later(statement), statement.span)
 
@@ -99,8 +106,11 @@ class Statements(Machine):
             result = self.value(values[0], env)
             if not isinstance(result, (tuple, list)) or len(result) != len(names):
                 count = len(result) if isinstance(result, (tuple, list)) else 1
-                raise fail("wrong-arity", f"{len(names)} names are bound to {count} value{'s' if count != 1 else ''}",
-                           statement.span)
+                raise fail(
+                    "wrong-arity",
+                    f"{len(names)} names are bound to {count} value{'s' if count != 1 else ''}",
+                    statement.span,
+                )
             made = list(result)
         else:
             raise fail("wrong-arity", f"{len(names)} names are bound to {len(values)} values", statement.span)
@@ -118,8 +128,11 @@ class Statements(Machine):
         for name, expr in zip(statement.names, statement.values, strict=True):
             value = self.value(expr, env)
             if not isinstance(value, Waiting):
-                raise fail("wrong-type", f"`shared` keeps one set of weights of a function that waits, this is {kind(value)}",
-                           expr.span)
+                raise fail(
+                    "wrong-type",
+                    f"`shared` keeps one set of weights of a function that waits, this is {kind(value)}",
+                    expr.span,
+                )
             env.bind(name, replace(value, shared=Shared(name, env.builder, env.scope), span=expr.span), statement.span)
 
     def _name_dims(self, statement: sx.Assign, value: Any, env: Environment) -> None:
@@ -155,8 +168,12 @@ class Statements(Machine):
         value = self.value(statement.value, env, statement.name)
         kinds = ("loss", "real") if statement.keyword == "metric" else ("loss",)
         if not isinstance(value, Tensor) or value.kind not in kinds or value.dims:
-            raise fail("wrong-type", f"`{statement.keyword}` needs a sum over scored places, such as `cross_entropy`, or a mean "
-                       f"over all places, this is {kind(value)}", statement.value.span)
+            raise fail(
+                "wrong-type",
+                f"`{statement.keyword}` needs a sum over scored places, such as `cross_entropy`, or a mean "
+                f"over all places, this is {kind(value)}",
+                statement.value.span,
+            )
         env.builder.emits.append((statement.keyword, statement.name, env.builder.local(value)))
 
     def _update(self, statement: sx.Emit, env: Environment) -> None:
@@ -164,15 +181,27 @@ class Statements(Machine):
         cell = env.cell(statement.name)
         buffer = cell.value if cell is not None else None
         if not isinstance(buffer, Tensor) or statement.name not in env.builder.buffers:
-            raise fail("not-a-buffer", f"`{statement.name}` is no buffer of this block", statement.span,
-                       help=did_you_mean(statement.name, env.builder.buffers, "a buffer")
-                       or f"`buffer {statement.name}[...] = 0` declares one")
+            raise fail(
+                "not-a-buffer",
+                f"`{statement.name}` is no buffer of this block",
+                statement.span,
+                help=did_you_mean(statement.name, env.builder.buffers, "a buffer")
+                or f"`buffer {statement.name}[...] = 0` declares one",
+            )
         value = self.value(statement.value, env, f"next_{statement.name}")
-        if not isinstance(value, Tensor) or value.kind != "real" or {id(d) for d in value.dims} != {id(d) for d in buffer.dims}:
+        if (
+            not isinstance(value, Tensor)
+            or value.kind != "real"
+            or {id(d) for d in value.dims} != {id(d) for d in buffer.dims}
+        ):
             shown = ", ".join(d.name for d in buffer.dims)
             have = f"[{', '.join(d.name for d in value.dims)}]" if isinstance(value, Tensor) else kind(value)
-            raise fail("dim-mismatch", f"the buffer `{statement.name}` has the dims [{shown}], its new value has others",
-                       statement.value.span, f"this is {have}")
+            raise fail(
+                "dim-mismatch",
+                f"the buffer `{statement.name}` has the dims [{shown}], its new value has others",
+                statement.value.span,
+                f"this is {have}",
+            )
         env.builder.emits.append(("update", statement.name, env.builder.local(value)))
 
     def _param(self, statement: sx.Declare, env: Environment) -> None:
@@ -180,11 +209,16 @@ class Statements(Machine):
         trained = statement.keyword == "param"
         init = pg.Init("zeros") if statement.value is None else self.distribution(statement.value, env)
         if not trained and init.kind not in ("zeros", "ones", "constant"):
-            raise fail("wrong-type", "a buffer starts with one number everywhere", (statement.value or statement).span,
-                       "this is random")
+            raise fail(
+                "wrong-type",
+                "a buffer starts with one number everywhere",
+                (statement.value or statement).span,
+                "this is random",
+            )
         env.builder.own(statement.name, statement.span)
-        tensor = env.builder.add_weight(statement.name, dims, init, statement.keyword, False, tuple((d,) for d in dims),
-                                        statement.span, trained)
+        tensor = env.builder.add_weight(
+            statement.name, dims, init, statement.keyword, False, tuple((d,) for d in dims), statement.span, trained
+        )
         if not trained:
             env.builder.buffers[statement.name] = tensor
         env.bind(statement.name, tensor, statement.span)
@@ -193,24 +227,42 @@ class Statements(Machine):
         """`seq.piece = seq.position // 16`: seen by this block and what it calls, from here on."""
         dim = env.cell(statement.dim).value if env.cell(statement.dim) is not None else None
         if not isinstance(dim, Dim):
-            raise fail("unknown-dim", f"`{statement.dim}` is no dim of an input of this block", statement.span,
-                       help=did_you_mean(statement.dim, env.names(), "a dim"))
+            raise fail(
+                "unknown-dim",
+                f"`{statement.dim}` is no dim of an input of this block",
+                statement.span,
+                help=did_you_mean(statement.dim, env.names(), "a dim"),
+            )
         if not dim.sequence:
-            raise fail("no-sequence", f"`{dim.name}` is no sequence, it has no position to compute `{statement.name}` from",
-                       statement.span, help="coordinates exist on the last dim of an input of kind `token`")
+            raise fail(
+                "no-sequence",
+                f"`{dim.name}` is no sequence, it has no position to compute `{statement.name}` from",
+                statement.span,
+                help="coordinates exist on the last dim of an input of kind `token`",
+            )
         if statement.name in COORDINATES:
-            raise fail("bound-twice", f"every sequence has a `{statement.name}` already", statement.span,
-                       help="choose another name for this coordinate")
+            raise fail(
+                "bound-twice",
+                f"every sequence has a `{statement.name}` already",
+                statement.span,
+                help="choose another name for this coordinate",
+            )
         self.coordinates[id(dim), statement.name] = (dim, None)  # if it is wrong, using it says nothing more
         asking = Environment(env.file, env.builder, env)
         asking.bind(statement.dim, SequenceName("query"), statement.span)
         value = self.value(statement.value, asking)
         if not (is_number(value) or isinstance(value, Symbolic) and not value.is_mask):
-            raise fail("wrong-type", f"a coordinate is a whole number along `{statement.dim}`, this is {kind(value)}",
-                       statement.value.span)
+            raise fail(
+                "wrong-type",
+                f"a coordinate is a whole number along `{statement.dim}`, this is {kind(value)}",
+                statement.value.span,
+            )
         if is_number(value):
             value = whole(value, f"the coordinate `{statement.name}`", statement.value.span, -(2**31))
-        self.coordinates[id(dim), statement.name] = (dim, self.resolved(self.term(value, statement.value.span), dim, dim))
+        self.coordinates[id(dim), statement.name] = (
+            dim,
+            self.resolved(self.term(value, statement.value.span), dim, dim),
+        )
 
     def _dims_of_shape(self, item: sx.DimItem, env: Environment) -> tuple[Dim, ...]:
         if item.name is None:
@@ -218,8 +270,12 @@ class Statements(Machine):
         dims = self.dims(sx.Name(item.name, span=item.span), env)
         for dim in dims:
             if dim.size is None:
-                raise fail("weight-of-unknown-size", f"a weight would have the size of `{dim.name}`, which the data decide",
-                           item.span, "weights may depend on parameters only")
+                raise fail(
+                    "weight-of-unknown-size",
+                    f"a weight would have the size of `{dim.name}`, which the data decide",
+                    item.span,
+                    "weights may depend on parameters only",
+                )
         return dims
 
     # --- loops ------------------------------------------------------------------------------------
@@ -248,12 +304,18 @@ class Statements(Machine):
         loop.schedule.append(done)
         for name, before, after in zip(loop.carried, values, done.after, strict=True):
             if isinstance(after, Tensor) != isinstance(before, Tensor):
-                raise fail("not-built-yet", f"`{name}` turns from {kind(before)} into {kind(after)} inside the loop, which is "
-                           "not built yet", loop.statement.span)
+                raise fail(
+                    "not-built-yet",
+                    f"`{name}` turns from {kind(before)} into {kind(after)} inside the loop, which is not built yet",
+                    loop.statement.span,
+                )
             if isinstance(after, Tensor) and [id(d) for d in after.dims] != [id(d) for d in before.dims]:
-                raise fail("dim-mismatch", f"`{name}` has other dims after an iteration than before it",
-                           loop.statement.span, f"[{', '.join(d.name for d in before.dims)}] becomes "
-                           f"[{', '.join(d.name for d in after.dims)}]")
+                raise fail(
+                    "dim-mismatch",
+                    f"`{name}` has other dims after an iteration than before it",
+                    loop.statement.span,
+                    f"[{', '.join(d.name for d in before.dims)}] becomes [{', '.join(d.name for d in after.dims)}]",
+                )
             if not isinstance(after, Tensor):
                 loop.env.bind(name, after, loop.statement.span)
 
@@ -301,7 +363,9 @@ class Statements(Machine):
             inputs = [done.builder.inputs[i] for i in range(len(tensors))]
             for i, outer in captured.items():
                 if i not in done.builder.captured:
-                    inner = Tensor(done.builder.fresh(outer.name), outer.kind, outer.dims, done.builder, span=outer.span)
+                    inner = Tensor(
+                        done.builder.fresh(outer.name), outer.kind, outer.dims, done.builder, span=outer.span
+                    )
                     done.builder.captured[i] = (outer, inner)
                 inputs.append(done.builder.captured[i][1])
             for shared in (n for n in borrowed if n not in done.builder.borrowed):
@@ -317,8 +381,9 @@ class Statements(Machine):
         env.builder.instances.append(pg.Instance(instance, tuple(names), schedule, lends=tuple(borrowed)))
         befores = [env.cell(n).value for n in tensors]
         results = tuple((n, t.kind, t.dims) for n, t in zip(tensors, befores, strict=True))
-        made = env.builder.add_node("loop", (*befores, *captured.values()), results, {"instance": instance}, {},
-                                    statement.span)
+        made = env.builder.add_node(
+            "loop", (*befores, *captured.values()), results, {"instance": instance}, {}, statement.span
+        )
         for name, tensor in zip(tensors, made, strict=True):
             self._rebind(env, name, tensor)
 

@@ -61,8 +61,9 @@ class Shared(NamedTuple):
 class Waiting:
     """A function that waits for its inputs: an op (`op`), a block (`found`), or what changes nothing (neither).
 
-    `settings` are parameters given so far, as cells by name; `shared` is its one set of weights, if it has one. `sheets` are the rules of the variant that it is; `place` are the rules in force in its body
-    where a rule has already been applied to it, `is_it` whether it stands inside what that rule built.
+    `settings` are parameters given so far, as cells by name; `shared` is its one set of weights, if it has one.
+    `sheets` are the rules of the variant that it is; `place` are the rules in force in its body where a rule has
+    already been applied to it, `is_it` whether it stands inside what that rule built.
     """
 
     op: Any = None

@@ -11,7 +11,9 @@ from ..source import Span
 
 def given_twice(name: str, first: Span, second: Span) -> SpecError:
     """The `duplicate-argument` of two arguments for one parameter."""
-    how = "the first" if re.match(rf"{re.escape(name)}\s*=", first.text) else f"the first: this is `{name}`, by its place"
+    how = (
+        "the first" if re.match(rf"{re.escape(name)}\s*=", first.text) else f"the first: this is `{name}`, by its place"
+    )
     return fail("duplicate-argument", f"`{name}` is given twice", second, "the second", [Label(first, how)])
 
 

@@ -35,9 +35,9 @@ def _owner(node: Node) -> str:
 def _fuse_linears(graph: Graph) -> Graph:
     groups: dict[tuple[str, object], list[Node]] = {}
     for node in graph.nodes:
-        if node.op not in STRUCTURE and op_of(node).stacked and op_of(node).linear and node.attr("map"):
-            if all(_own_once(graph, o) for o in node.operands[1:]):
-                groups.setdefault((node.operands[0] or "", node.attr("map")[0]), []).append(node)
+        stacks = node.op not in STRUCTURE and op_of(node).stacked and op_of(node).linear and node.attr("map")
+        if stacks and all(_own_once(graph, o) for o in node.operands[1:]):
+            groups.setdefault((node.operands[0] or "", node.attr("map")[0]), []).append(node)
     for members in groups.values():
         if len(members) > 1:
             graph = _one_product(graph, members)
@@ -79,7 +79,7 @@ def _stack_channelwise(graph: Graph) -> Graph:
         for members in readers.values():
             if len(members) > 1:
                 graph = _side_by_side(graph, product, members)
-                product = graph.producers[product.results[0].name] if product.results[0].name in graph.producers else product
+                product = graph.producers.get(product.results[0].name, product)
     return graph
 
 
@@ -106,7 +106,7 @@ def _side_by_side(graph: Graph, product: Node, members: list[Node]) -> Graph:
     parts = dict(zip(order, product.attr("parts"), strict=True))
     group = tuple(parts[m.operands[0] or ""] for m in members)
     name = "_".join(group)
-    by_name = {part: result for part, result in zip(product.attr("parts"), product.results, strict=True)}
+    by_name = dict(zip(product.attr("parts"), product.results, strict=True))
     lead = by_name[group[0]].type.dims[: -len(_channels(graph, members[0]))]
     size = sum(_count(graph, m) for m in members)
     dims = (*graph.body.dims, Dim(name, size))
@@ -139,7 +139,9 @@ def _side_by_side(graph: Graph, product: Node, members: list[Node]) -> Graph:
 
 def _order_parts(product: Node, give: list[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
     """Parts in the order of the groups, so that a group is contiguous in the rows of the product."""
-    pairs = dict(zip(product.attr("parts"), zip(product.operands[1::2], product.operands[2::2], strict=True), strict=True))
+    pairs = dict(
+        zip(product.attr("parts"), zip(product.operands[1::2], product.operands[2::2], strict=True), strict=True)
+    )
     parts = tuple(p for group in give for p in group)
     return parts, (product.operands[0], *(o for p in parts for o in pairs[p]))
 
@@ -173,10 +175,15 @@ def _fuse_epilogues(graph: Graph) -> Graph:
         renamed = {u[0].name: r.name for u, r in zip(users, node.results, strict=True)}
         if any(name in graph.results for name in renamed):
             continue
-        made = replace(node, attrs=(*node.attrs, ("act", acts.pop())),
-                       spans=node.spans + tuple(s for u in users for s in u[0].spans))
+        made = replace(
+            node,
+            attrs=(*node.attrs, ("act", acts.pop())),
+            spans=node.spans + tuple(s for u in users for s in u[0].spans),
+        )
         nodes = tuple(
-            replace(made if n.name == node.name else n, operands=tuple(renamed.get(o, o) if o else o for o in n.operands))
+            replace(
+                made if n.name == node.name else n, operands=tuple(renamed.get(o, o) if o else o for o in n.operands)
+            )
             for n in graph.nodes
             if n.name not in renamed
         )

@@ -41,7 +41,11 @@ def _free(graph: Graph) -> dict[str, Node]:
     """Nodes that depend on nothing but coordinates and constants."""
     found: dict[str, Node] = {}
     for node in graph.nodes:
-        plain = node.op not in STRUCTURE and not op_of(node).random and all(r.type.kind in ("real", "coordinate") for r in node.results)
+        plain = (
+            node.op not in STRUCTURE
+            and not op_of(node).random
+            and all(r.type.kind in ("real", "coordinate") for r in node.results)
+        )
         if plain and all(o is None or o in found for o in node.operands):
             found.update((r.name, node) for r in node.results)
     return found
@@ -187,6 +191,9 @@ def _align_loops(graphs: dict[str, Graph], moved: dict[str, _Moved]) -> None:
                 known = {d.name for d in body.dims}
                 theirs = {d.name: d for other in bodies for d in graphs[other].body.dims}
                 more = tuple(theirs[d] for v in fill for d in v.type.dims if d not in known)
-                graphs[b] = Graph(replace(body, inputs=body.inputs[:common] + tuple(fill),
-                                          dims=body.dims + tuple(dict.fromkeys(more))))
+                graphs[b] = Graph(
+                    replace(
+                        body, inputs=body.inputs[:common] + tuple(fill), dims=body.dims + tuple(dict.fromkeys(more))
+                    )
+                )
                 start += len(mine)

@@ -24,7 +24,8 @@ def stream(program: GraphProgram) -> GraphProgram:
     before:  uc = causal_conv(u, taps = 4)
     after:   uc = causal_conv(u, taps = 4)        # keeps 3 rows of u
 
-    Why here: fused ops keep one state for all their parts. Raises nothing: a model that cannot be streamed still trains;
+    Why here: fused ops keep one state for all their parts. Raises nothing: a model that cannot be streamed still
+    trains;
     `streaming_errors` says why, and `generate` asks.
     """
     return program.with_graphs(program.graphs, states={g.name: tuple(_states(g)) for g in program.graphs.values()})
@@ -127,16 +128,26 @@ def _late(graph: Graph, node: Node) -> list[Diagnostic]:
     if not _along_stream(graph, node, monoid.formal):
         return []
     if monoid.peers == "all":
-        return [Diagnostic("not-causal", f"`{node.op}` reads the whole sequence, so tokens cannot be made one by one",
-                           Label(span, "needs the last token for the first row"),
-                           help="the model can be trained, but not sampled from")]
+        return [
+            Diagnostic(
+                "not-causal",
+                f"`{node.op}` reads the whole sequence, so tokens cannot be made one by one",
+                Label(span, "needs the last token for the first row"),
+                help="the model can be trained, but not sampled from",
+            )
+        ]
     if monoid.peers == "masked":
         ahead = [hull(mask).ahead for mask in node.attr("masks")]
         if any(a is None or a > 0 for a in ahead):
             far = "every later key" if None in ahead else f"{max(a for a in ahead if a is not None)} keys ahead"
-            return [Diagnostic("not-causal", f"attention sees {far}, so tokens cannot be made one by one",
-                               Label(span, "this mask looks ahead"),
-                               help="`causal` and `window(span)` are masks that look back only")]
+            return [
+                Diagnostic(
+                    "not-causal",
+                    f"attention sees {far}, so tokens cannot be made one by one",
+                    Label(span, "this mask looks ahead"),
+                    help="`causal` and `window(span)` are masks that look back only",
+                )
+            ]
     return []
 
 

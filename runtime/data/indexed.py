@@ -1,13 +1,14 @@
 """Megatron-LM's indexed token files: `.bin` has the tokens, `.idx` where each sequence and document begins.
 
-Index layout (megatron/core/datasets/indexed_dataset.py): magic `MMIDIDX\\0\\0`, version u64 = 1, dtype code u8, number of
-sequences u64, number of document boundaries u64, lengths i32, byte offsets i64, document boundaries i64.
+Index layout (megatron/core/datasets/indexed_dataset.py): magic `MMIDIDX\\0\\0`, version u64 = 1, dtype code u8, number
+of sequences u64, number of document boundaries u64, lengths i32, byte offsets i64, document boundaries i64.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +42,17 @@ def read_index(path: Path) -> Iterator[np.ndarray]:
     held = data.stat().st_size // kind.itemsize
     _check_places(index, lengths, pointers, documents, kind.itemsize, held)
     tokens = np.memmap(data, kind, "r", shape=(held,)) if held else np.zeros(0, kind)
-    for first, last in zip(documents[:-1], documents[1:], strict=True):
-        parts = [tokens[p // kind.itemsize : p // kind.itemsize + n]
-                 for p, n in zip(pointers[first:last], lengths[first:last], strict=True)]
+    for first, last in pairwise(documents):
+        parts = [
+            tokens[p // kind.itemsize : p // kind.itemsize + n]
+            for p, n in zip(pointers[first:last], lengths[first:last], strict=True)
+        ]
         yield np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
 
-def _check_places(index: Path, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, size: int, held: int) -> None:
+def _check_places(
+    index: Path, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, size: int, held: int
+) -> None:
     """Every sequence lies within the `held` tokens of the file, and every document within the sequences."""
     if (lengths < 0).any() or (pointers < 0).any() or (pointers % size).any():
         raise UserError("bad-index", f"`{index}` has a sequence that begins before the file or between two tokens")

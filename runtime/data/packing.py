@@ -38,8 +38,11 @@ class Packed:
         self.corpus, self.seq, self.seed = corpus, seq, seed
         self.num_rows = len(corpus.tokens) // seq
         if not self.num_rows:
-            raise UserError("no-data", f"the data have {len(corpus.tokens)} tokens, too few for one row of {seq}",
-                            help="shorter rows, or more text")
+            raise UserError(
+                "no-data",
+                f"the data have {len(corpus.tokens)} tokens, too few for one row of {seq}",
+                help="shorter rows, or more text",
+            )
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def _row_at(self, place: int) -> int:

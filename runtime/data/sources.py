@@ -54,8 +54,11 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, field: str = "text"
     if not len(corpus.tokens):
         raise UserError("no-data", f"no text in {', '.join(f'`{p}`' for p in paths)}")
     if vocab is not None and int(corpus.tokens.max()) >= vocab:
-        raise UserError("token-out-of-range", f"the data have token {int(corpus.tokens.max())}, the model's vocabulary has "
-                        f"{vocab}", help="another tokenizer, or a model with a larger `vocab`")
+        raise UserError(
+            "token-out-of-range",
+            f"the data have token {int(corpus.tokens.max())}, the model's vocabulary has {vocab}",
+            help="another tokenizer, or a model with a larger `vocab`",
+        )
     return corpus
 
 
@@ -64,7 +67,9 @@ def _files(path: Path) -> Iterator[Path]:
         found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
         kept = [p for p in found if p.suffix in (*TEXT_SUFFIXES, ".jsonl", ".bin")]
         if not kept:
-            raise UserError("no-data", f"the folder `{path}` has no text", help=f"files that count: {', '.join(TEXT_SUFFIXES)}")
+            raise UserError(
+                "no-data", f"the folder `{path}` has no text", help=f"files that count: {', '.join(TEXT_SUFFIXES)}"
+            )
         yield from kept
     elif path.is_file():
         yield path
@@ -113,8 +118,10 @@ def _lines(path: Path, field: str) -> Iterator[str]:
         try:
             record[field].encode()
         except UnicodeEncodeError as error:
-            raise UserError("bad-line", f"`{path}`:{number}: half of a surrogate pair in the field `{field}`, at character "
-                            f"{error.start}") from None
+            raise UserError(
+                "bad-line",
+                f"`{path}`:{number}: half of a surrogate pair in the field `{field}`, at character {error.start}",
+            ) from None
         yield record[field]
 
 
@@ -129,5 +136,7 @@ def split(corpus: Corpus, held_out: float) -> tuple[Corpus, Corpus]:
     held = [i for i, side in enumerate(sides) if side]
     kept = [i for i, side in enumerate(sides) if not side]
     if not kept:
-        raise UserError("no-data", "every document fell to the held-out side", help="more documents, or a smaller share")
+        raise UserError(
+            "no-data", "every document fell to the held-out side", help="more documents, or a smaller share"
+        )
     return corpus.select(kept), corpus.select(held)

@@ -62,5 +62,7 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
         return Bytes()
     path = Path(name)
     if not path.is_file():
-        raise UserError("no-such-file", f"there is no tokenizer `{name}`", help="`bytes`, or the path of a tokenizer.json")
+        raise UserError(
+            "no-such-file", f"there is no tokenizer `{name}`", help="`bytes`, or the path of a tokenizer.json"
+        )
     return FromFile(path)

@@ -57,8 +57,11 @@ def misfits(mapped: TensorMap, tensors: Tensors) -> list[str]:
             pieces[name] = (last, (last.index + 1, *shape))
     problems = [f"missing: `{n}` {list(s)}" for n, (_, s) in pieces.items() if n not in tensors]
     problems += [f"extra: `{n}` {list(tensors.shape(n))}" for n in tensors.names() if n not in pieces]
-    problems += [f"misshapen: `{n}` is {list(tensors.shape(n))}, the spec says {list(s)}"
-                 for n, (_, s) in pieces.items() if n in tensors and tensors.shape(n) != s]
+    problems += [
+        f"misshapen: `{n}` is {list(tensors.shape(n))}, the spec says {list(s)}"
+        for n, (_, s) in pieces.items()
+        if n in tensors and tensors.shape(n) != s
+    ]
     for entry in mapped.entries:
         kinds = {str(tensors.dtype(p.name)).removeprefix("torch.") for p in entry.pieces if p.name in tensors}
         if len(kinds) > 1:

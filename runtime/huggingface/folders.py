@@ -38,8 +38,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError("no-such-file", f"there is no `{path}`",
-                        help="a Hugging Face folder has a config.json") from None
+        raise UserError(
+            "no-such-file", f"there is no `{path}`", help="a Hugging Face folder has a config.json"
+        ) from None
     except OSError as error:
         raise UserError("no-such-file", f"`{path}` cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
@@ -59,8 +60,11 @@ def architecture(config: dict[str, Any], source: Path) -> str:
     """The class that a config names. Raises UserError `broken-config`."""
     named = config.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
-        raise UserError("broken-config", f"`{source / 'config.json'}` names no architecture",
-                        help='it should say "architectures": ["..."]')
+        raise UserError(
+            "broken-config",
+            f"`{source / 'config.json'}` names no architecture",
+            help='it should say "architectures": ["..."]',
+        )
     return named[0]
 
 

@@ -87,10 +87,16 @@ def misfits(mapped: TensorMap, tensors: Tensors) -> list[str]:
     """Each tensor that is missing, left over or misshapen."""
     wanted = {e.theirs: e for e in mapped.entries}
     missing = [f"missing: `{n}` {list(e.shape)}" for n, e in wanted.items() if n not in tensors]
-    extra = [f"extra: `{n}` {list(tensors.shape(n))}" for n in tensors.names()
-             if n not in wanted and not mapped.is_ignored(n)]
-    wrong = [f"misshapen: `{n}` is {list(tensors.shape(n))}, the spec says {list(e.shape)}"
-             for n, e in wanted.items() if n in tensors and not fits(e, tensors.shape(n))]
+    extra = [
+        f"extra: `{n}` {list(tensors.shape(n))}"
+        for n in tensors.names()
+        if n not in wanted and not mapped.is_ignored(n)
+    ]
+    wrong = [
+        f"misshapen: `{n}` is {list(tensors.shape(n))}, the spec says {list(e.shape)}"
+        for n, e in wanted.items()
+        if n in tensors and not fits(e, tensors.shape(n))
+    ]
     kinds: dict[str, set[str]] = {}
     for entry in mapped.entries:
         for piece in entry.pieces:
@@ -123,8 +129,10 @@ def _contradicting(
         except SpecError:
             continue
         said = (field_of(line.theirs) for selector, line in lines(checkpoint) if target(selector, {name: None}) == name)
-        return (f"the config says `{next(filter(None, said), name)}` = {shown(value)}, "
-                f"these are the tensors of a model where it is {shown(not value)}")
+        return (
+            f"the config says `{next(filter(None, said), name)}` = {shown(value)}, "
+            f"these are the tensors of a model where it is {shown(not value)}"
+        )
     return None
 
 

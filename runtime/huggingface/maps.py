@@ -32,8 +32,11 @@ def for_architecture(name: str) -> tuple[File, sx.Checkpoint]:
     path = architectures().get(name)
     if path is None:
         known = ", ".join(architectures())
-        raise UserError("unknown-architecture", f"no spec maps the architecture `{name}`",
-                        help=did_you_mean(name, architectures(), "an architecture") or f"known: {known}")
+        raise UserError(
+            "unknown-architecture",
+            f"no spec maps the architecture `{name}`",
+            help=did_you_mean(name, architectures(), "an architecture") or f"known: {known}",
+        )
     file = load(path, root=shipped_folder())
     return file, next(c for c in file.checkpoints if c.name == MAP and c.target == name)
 
@@ -44,16 +47,22 @@ def for_program(file: File, program: Program) -> tuple[File, sx.Checkpoint]:
         for checkpoint in candidate.checkpoints:
             if checkpoint.name == MAP and checkpoint.model.id == program.family:
                 return candidate, checkpoint
-    raise UserError("no-map", f"no file that `{program.name}` uses declares a `{MAP}` map for `{program.family}`",
-                    help=f"add `checkpoint {MAP} \"...\" for {program.family}:` to its spec")
+    raise UserError(
+        "no-map",
+        f"no file that `{program.name}` uses declares a `{MAP}` map for `{program.family}`",
+        help=f'add `checkpoint {MAP} "..." for {program.family}:` to its spec',
+    )
 
 
 def declared(file: File, checkpoint: sx.Checkpoint) -> sx.Function:
     """The family that a map is for. Raises `SpecError` `not-a-function`."""
     found = file.lookup(checkpoint.model.id)
     if found is None or not isinstance(found.declaration, sx.Function):
-        raise fail("not-a-function", f"a map is for a model with a body, `{checkpoint.model.id}` is none",
-                   checkpoint.model.span)
+        raise fail(
+            "not-a-function",
+            f"a map is for a model with a body, `{checkpoint.model.id}` is none",
+            checkpoint.model.span,
+        )
     return found.declaration
 
 

@@ -18,7 +18,8 @@ def top_k(x: Tensor, k: int, dim: int) -> Tensor:
 
 
 def route(x: Tensor, routing: Tensor, experts: nn.ModuleList, at: At, *more: Any) -> Tensor:
-    """y[..., N] = sum over e of routing[..., e] experts[e](x[..., K]); an expert runs on rows with a weight other than 0.
+    """y[..., N] = sum over e of routing[..., e] experts[e](x[..., K]); an expert runs on rows with a weight other than
+    0.
 
     Where no weight is 0 this is the dense sum; a weight of 0 gets no gradient.
     """

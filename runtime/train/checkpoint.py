@@ -1,7 +1,7 @@
 """Checkpoints of a run: folders that appear whole or not at all.
 
 `checkpoints/step-00000123/` has `model.safetensors` (weights by their paths in the spec), `optimizer.safetensors`,
-`state.json` (step, data position, settings) and `manifest.json`, which is written last and has every file's size and hash.
+`state.json` (step, data position, settings) and `manifest.json`, written last, with every file's size and hash.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
 
 
-def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
-         ) -> Path:  # fmt: skip
+def save(
+    folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
+) -> Path:
     """Write a checkpoint, then remove all but the newest `keep`. If it cannot be written, older ones are as they were.
 
     Raises UserError `cannot-write`.
@@ -45,15 +46,17 @@ def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str,
         _sync_folder(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError("cannot-write", f"cannot save `{out}`: {error.strerror or error}",
-                        help="older checkpoints are as they were") from None
+        raise UserError(
+            "cannot-write", f"cannot save `{out}`: {error.strerror or error}", help="older checkpoints are as they were"
+        ) from None
     for old in whole(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return out
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
-    """Rename. A checkpoint of the same step stands aside as `<name>.old`, where it is found, until the new one is there."""
+    """Rename. A checkpoint of the same step stands aside as `<name>.old`, where it is found, until the new one is
+    there."""
     aside = out.with_name(f"{out.name}.old")
     if out.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -124,7 +127,8 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """(weights, optimizer, state) of a checkpoint; its files are held against their hashes. Raises `damaged-weights`."""
+    """(weights, optimizer, state) of a checkpoint; its files are held against their hashes. Raises
+    `damaged-weights`."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         saved = {name: manifest[name] for name in FILES}

@@ -38,8 +38,8 @@ class Report:
 
 
 def train(
-    model: nn.Module, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None = None, resume: bool = False,
-    console: Console | None = None,
+    model: nn.Module, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None = None,
+    resume: bool = False, console: Console | None = None,
 ) -> Report:  # fmt: skip
     """Train a model in place. `out` gets `log.jsonl`, `board/` and `checkpoints/`.
 
@@ -77,11 +77,16 @@ class _Run:
         found = checkpoint.latest(self.folder)
         if resume:
             if found is None:
-                raise UserError("nothing-to-resume", f"`{self.folder}` has no checkpoint", help="start without --resume")
+                raise UserError(
+                    "nothing-to-resume", f"`{self.folder}` has no checkpoint", help="start without --resume"
+                )
             self._take_up(found)
         elif found is not None:
-            raise UserError("already-there", f"`{self.out}` has a run already",
-                            help="go on with --resume, or choose another folder with -o")
+            raise UserError(
+                "already-there",
+                f"`{self.out}` has a run already",
+                help="go on with --resume, or choose another folder with -o",
+            )
         try:
             self.log = Log(self.out / "log.jsonl", self.step)
         except OSError as error:
@@ -98,12 +103,18 @@ class _Run:
         weights, moments, state = checkpoint.load(path)
         differing = [k for k, v in self._identity().items() if state["run"].get(k) != v]
         if differing:
-            raise UserError("other-run", f"`{path}` is of a run with another {' and '.join(differing)}",
-                            help="resume with the settings that it was started with")
+            raise UserError(
+                "other-run",
+                f"`{path}` is of a run with another {' and '.join(differing)}",
+                help="resume with the settings that it was started with",
+            )
         shapes = {name: t.shape for name, t in self.model.state_dict().items()}
         if {name: t.shape for name, t in weights.items()} != shapes:
-            raise UserError("other-run", f"`{path}` is of a run with another model",
-                            help="resume with the spec and the --set that it was started with")
+            raise UserError(
+                "other-run",
+                f"`{path}` is of a run with another model",
+                help="resume with the spec and the --set that it was started with",
+            )
         self.model.load_state_dict(weights)
         try:
             self.optimizer.load(moments)
@@ -154,13 +165,22 @@ class _Run:
         self.step += 1
         loss = float(total)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise UserError("not-finite", f"the loss of step {self.step} is {loss}, its gradient's norm {norm}",
-                            help="the last checkpoint is from before; a smaller --lr or more --warmup may cure it")
+            raise UserError(
+                "not-finite",
+                f"the loss of step {self.step} is {loss}, its gradient's norm {norm}",
+                help="the last checkpoint is from before; a smaller --lr or more --warmup may cure it",
+            )
         rate = self.config.learning_rate(self.step)
         self.optimizer.step(rate)
         metrics = gathered.settle()
-        record = {"step": self.step, "loss": loss, "norm": norm, "lr": rate,
-                  "tokens": self.step * self.config.batch * self.config.accumulate * self.config.seq, **metrics}
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "norm": norm,
+            "lr": rate,
+            "tokens": self.step * self.config.batch * self.config.accumulate * self.config.seq,
+            **metrics,
+        }
         self.log.write(record)
         self.board.write(record)
         tokens = self.config.batch * self.config.accumulate * self.config.seq

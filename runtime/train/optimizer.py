@@ -20,7 +20,8 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig):
         self.weights: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = {
-            name: p.detach().float().clone().requires_grad_() if p.dtype.itemsize < 4 else p for name, p in self.weights.items()
+            name: p.detach().float().clone().requires_grad_() if p.dtype.itemsize < 4 else p
+            for name, p in self.weights.items()
         }
         decayed = _decayed(model)
         groups = [
@@ -28,7 +29,11 @@ class Optimizer:
             for side, decay in ((True, config.weight_decay), (False, 0.0))
         ]
         self.adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+            [g for g in groups if g["params"]],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
         )
 
     def gather(self, scale: float | Tensor = 1.0) -> None:
@@ -61,7 +66,8 @@ class Optimizer:
     # --- state ------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and masters by name: `exp_avg.<name>`, `exp_avg_sq.<name>`, `master.<name>`, and the count of steps."""
+        """Moments and masters by name: `exp_avg.<name>`, `exp_avg_sq.<name>`, `master.<name>`, and the count of
+        steps."""
         found: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             for key, value in self.adam.state[master].items():

@@ -71,9 +71,13 @@ class Bar:
         self._live = self.console.is_terminal
         self._steps = steps
         self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(),
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
             console=self.console,
-        )  # fmt: skip
+        )
         self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
         if self._live:
             self._progress.start()

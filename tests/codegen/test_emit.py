@@ -60,7 +60,8 @@ def test_it_runs_where_the_compiler_is_not(path, tmp_path):
         import importlib.abc, runpy, sys
         class Blocked(importlib.abc.MetaPathFinder):
             def find_spec(self, name, path, target=None):
-                if name.startswith("heddle.") and name != "heddle.runtime" and not name.startswith("heddle.runtime.lib"):
+                library = name == "heddle.runtime" or name.startswith("heddle.runtime.lib")
+                if name.startswith("heddle.") and not library:
                     raise ImportError(name + " is blocked")
         sys.meta_path.insert(0, Blocked())
         import torch
@@ -103,7 +104,11 @@ def test_it_reads_like_a_module(path):
 
 @twins
 def test_every_comment_is_a_line_of_a_spec(path):
-    specs = {p.name: p.read_text().splitlines() for p in shipped_folder().rglob("*.spec") if p.parent in (path.parent, shipped_folder() / "std")}
+    specs = {
+        p.name: p.read_text().splitlines()
+        for p in shipped_folder().rglob("*.spec")
+        if p.parent in (path.parent, shipped_folder() / "std")
+    }
     for line in source(path).splitlines():
         found = re.fullmatch(r"\s*# (\w+\.spec):(\d+)  (.*)", line)
         if found:

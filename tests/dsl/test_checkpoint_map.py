@@ -339,8 +339,10 @@ def test_an_older_spelling_goes_only_where_it_would_contradict() -> None:
     values = read() | {"theta": 5}
     assert write_config(SCALED, values, PARAMETERS, {"rope_theta": 5})["rope_theta"] == 5
     assert "rope_theta" not in write_config(SCALED, values, PARAMETERS, {"rope_theta": 6})
-    older = the_map('s = squeeze(factor = config.new.factor, least = config.new.least) if config.new.type == "linear"',
-                    's? = squeeze(least = config.old.least, factor = config.old.factor) if config.old.type == "linear"')
+    older = the_map(
+        's = squeeze(factor = config.new.factor, least = config.new.least) if config.new.type == "linear"',
+        's? = squeeze(least = config.old.least, factor = config.old.factor) if config.old.type == "linear"',
+    )
     now, more = CallValue("squeeze", (("factor", 2), ("least", 1))), parameters("s = identity")
     old = {"type": "linear", "factor": 2, "least": 1}
     assert write_config(older, {"s": now}, more, {"old": old}) == {"old": old, "new": old}
@@ -437,7 +439,7 @@ def test_any_config_is_read_or_refused(file, checkpoint, data) -> None:
     try:
         found = read_config(checkpoint, config, declared.parameters)
     except SpecError as error:
-        assert {d.code for d in error.diagnostics} <= REFUSALS  # noqa: PT017
+        assert {d.code for d in error.diagnostics} <= REFUSALS
     else:
         assert set(found) <= {p.name for p in declared.parameters}
 

@@ -12,7 +12,14 @@ from heddle.dsl.parse import parse
 from heddle.dsl.source import Source
 from heddle.lowering.masks import hull
 
-COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
+COMPARE = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
 ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv}
 POSITIONS = range(40)
 MIDDLE = range(16, 24)
@@ -43,17 +50,20 @@ numbers = st.integers(0, 9).map(lambda n: sx.Number(n, str(n)))
 steps = st.integers(1, 5).map(lambda n: sx.Number(n, str(n)))
 terms = st.recursive(
     st.sampled_from([QUERY, KEY]) | numbers,
-    lambda inner: st.builds(sx.Binary, st.sampled_from(["+", "-"]), inner, inner)
-    | st.builds(sx.Binary, st.just("//"), inner, steps)
-    | st.builds(sx.Binary, st.just("*"), numbers, inner)
-    | st.builds(sx.Unary, st.just("-"), inner),
+    lambda inner: (
+        st.builds(sx.Binary, st.sampled_from(["+", "-"]), inner, inner)
+        | st.builds(sx.Binary, st.just("//"), inner, steps)
+        | st.builds(sx.Binary, st.just("*"), numbers, inner)
+        | st.builds(sx.Unary, st.just("-"), inner)
+    ),
     max_leaves=5,
 )
 comparisons = st.builds(sx.Binary, st.sampled_from(list(COMPARE)), terms, terms)
 masks = st.recursive(
     comparisons | st.booleans().map(sx.Constant),
-    lambda inner: st.builds(sx.Binary, st.sampled_from(["and", "or"]), inner, inner)
-    | st.builds(sx.Unary, st.just("not"), inner),
+    lambda inner: (
+        st.builds(sx.Binary, st.sampled_from(["and", "or"]), inner, inner) | st.builds(sx.Unary, st.just("not"), inner)
+    ),
     max_leaves=4,
 )
 

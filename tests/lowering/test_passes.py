@@ -34,7 +34,7 @@ def ops_of(graphs: GraphProgram, name: str) -> list[str]:
 def run(graphs: GraphProgram, made: Program) -> dict[str, torch.Tensor]:
     """Logits, losses and gradients by the paths of the spec, in fp64, from one set of weights."""
     space: dict = {"__name__": "made"}
-    exec(compile(emit_module(graphs, "test"), "<made>", "exec"), space)  # noqa: S102
+    exec(compile(emit_module(graphs, "test"), "<made>", "exec"), space)
     model = space["Model"]().initialise(1).cast(torch.float64).eval()
     tokens = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     document = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
@@ -98,7 +98,9 @@ def test_a_wrong_type_is_found():
     made = build(program_of(load(shipped_folder() / "llama" / "tiny.spec")))
     graph = next(g for g in made.graphs.values() if any(n.op == "add" for n in g.nodes))
     nodes = tuple(
-        replace(n, results=(replace(n.results[0], type=replace(n.results[0].type, kind="coordinate")),)) if n.op == "add" else n
+        replace(n, results=(replace(n.results[0], type=replace(n.results[0].type, kind="coordinate")),))
+        if n.op == "add"
+        else n
         for n in graph.nodes
     )
     with pytest.raises(InternalError, match="its op says"):
@@ -131,21 +133,33 @@ def test_hoist_computes_rotations_once_for_all_layers():
 
 def test_hoist_leaves_what_is_drawn_anew():
     """`dropout` of a constant is no constant."""
-    made = lower(twin("place = index(hidden)\ny = dropout(place, 0.5)\nz = dropout(place, 0.5)\nx = x + y + z"), "hoist")
+    made = lower(
+        twin("place = index(hidden)\ny = dropout(place, 0.5)\nz = dropout(place, 0.5)\nx = x + y + z"), "hoist"
+    )
     assert ops_of(made, "made").count("dropout") == 2
 
 
 def test_fuse_parallel_joins_what_reads_one_input_and_nothing_else():
-    made = lower(twin("q = linear(x, hidden -> heads)\nk = linear(x, hidden -> heads)\no = linear(silu(x), hidden -> heads)\n"
-                      "x = x + linear(q + k + o, heads -> hidden)"), "fuse_parallel")
+    made = lower(
+        twin(
+            "q = linear(x, hidden -> heads)\nk = linear(x, hidden -> heads)\no = linear(silu(x), hidden -> heads)\n"
+            "x = x + linear(q + k + o, heads -> hidden)"
+        ),
+        "fuse_parallel",
+    )
     assert ops_of(made, "made").count("parallel_linear") == 1
     (fused,) = (n for n in made.model.nodes if n.op == "parallel_linear")
     assert fused.attr("parts") == ("q", "k")
 
 
 def test_a_tied_weight_is_not_fused():
-    made = lower(twin("q = linear(x, hidden -> heads)\nk = linear(x, hidden -> heads, weight = q.weight)\n"
-                      "x = x + linear(q + k, heads -> hidden)"), "fuse_parallel")
+    made = lower(
+        twin(
+            "q = linear(x, hidden -> heads)\nk = linear(x, hidden -> heads, weight = q.weight)\n"
+            "x = x + linear(q + k, heads -> hidden)"
+        ),
+        "fuse_parallel",
+    )
     assert "parallel_linear" not in ops_of(made, "made")
 
 
@@ -160,9 +174,11 @@ def test_states_follow_from_roles(layer, kinds):
 
 
 def test_what_looks_ahead_cannot_be_sampled_from():
-    for layer, said in (("attention(x, heads, mask = full)", "every later key"),
-                        ("attention(x, heads, mask = query.position - key.position > -3)", "2 keys ahead"),
-                        ("mean(x, over = seq)", "reads the whole sequence")):
+    for layer, said in (
+        ("attention(x, heads, mask = full)", "every later key"),
+        ("attention(x, heads, mask = query.position - key.position > -3)", "2 keys ahead"),
+        ("mean(x, over = seq)", "reads the whole sequence"),
+    ):
         with pytest.raises(SpecError) as caught:
             require_causal(lower(twin(f"x = x + {layer}")))
         (found,) = caught.value.diagnostics

@@ -76,7 +76,9 @@ def test_check_a_good_file():
 
 
 def test_check_shows_every_error_of_every_file(place):
-    (place / "one.spec").write_text(GOOD.replace("rms_norm(x)\n    logits", "rms_nrm(x)\n    logits").replace("embed(", "emed("))
+    (place / "one.spec").write_text(
+        GOOD.replace("rms_norm(x)\n    logits", "rms_nrm(x)\n    logits").replace("embed(", "emed(")
+    )
     (place / "two.spec").write_text("model m(:\n")
     out, err = run("check", "one.spec", "two.spec", "good.spec", "none.spec", code=2)
     assert not out
@@ -194,7 +196,10 @@ def test_a_missing_file_names_its_neighbour():
 def test_show():
     data = json.loads(run("show", "good.spec", "--json", "--paths")[0])
     assert data["parameters"] == sum(b["parameters"] for b in data["blocks"])
-    assert data["parameters"] == json.loads(run("check", "good.spec", "--json")[0])["files"][0]["models"]["tiny"]["parameters"]
+    assert (
+        data["parameters"]
+        == json.loads(run("check", "good.spec", "--json")[0])["files"][0]["models"]["tiny"]["parameters"]
+    )
     assert {w["path"] for w in data["weights"]} >= {"embedding.weight", "layer.1.attention.q.weight"}
     assert data["state_bytes"] > 0
     assert "embedding" in run("show", "good.spec")[0]
@@ -241,7 +246,9 @@ def test_doctor():
 
 
 def test_fmt(place):
-    (place / "ugly.spec").write_text(GOOD.replace(" = rms_norm( x )", "=rms_norm(x)").replace("hidden = 32", "hidden=32"))
+    (place / "ugly.spec").write_text(
+        GOOD.replace(" = rms_norm( x )", "=rms_norm(x)").replace("hidden = 32", "hidden=32")
+    )
     run("fmt", "--check", "ugly.spec", code=2)
     assert "hidden=32" in (place / "ugly.spec").read_text()
     assert "formatted" in run("fmt", "ugly.spec")[0]
@@ -283,7 +290,9 @@ def test_train_generate_resume(place):
     spoken = run("generate", "run", "--prompt", "the warp", "--max-new-tokens", 5)[0]
     assert spoken.startswith("the warp")
     assert run("generate", "run", "--prompt", "the warp", "--max-new-tokens", 5)[0] == spoken
-    sampled = [run("generate", "run", "--prompt", "a", "--temperature", 1, "--top-k", 9, "--seed", s)[0] for s in (1, 1, 2)]
+    sampled = [
+        run("generate", "run", "--prompt", "a", "--temperature", 1, "--top-k", 9, "--seed", s)[0] for s in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
     before = files(place / "run")
     assert "already-there" in train(code=2)[1]
@@ -291,11 +300,13 @@ def test_train_generate_resume(place):
     assert "other-run" in train("--resume", "--set", "hidden=64", code=2)[1]
     assert "other-run" in train("--resume", "--accumulate", 2, code=2)[1]
     now = files(place / "run")
-    assert {n: b for n, b in now.items() if "board" not in n.parts} == {n: b for n, b in before.items() if "board" not in n.parts}
+    assert {n: b for n, b in now.items() if "board" not in n.parts} == {
+        n: b for n, b in before.items() if "board" not in n.parts
+    }
     train("--resume", steps=6)
     records = [json.loads(line) for line in (place / "run/log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(1, 7))
-    assert not [p for p in (place / "run").rglob(".*")]
+    assert not list((place / "run").rglob(".*"))
 
 
 @pytest.mark.parametrize(

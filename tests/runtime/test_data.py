@@ -140,7 +140,9 @@ def test_other_dtypes_and_documents_of_several_sequences(tmp_path, code, kind):
     np.arange(10, dtype=kind).tofile(tmp_path / "d.bin")
     size = np.dtype(kind).itemsize
     raw = MAGIC + struct.pack("<QBQQ", 1, code, 3, 3)
-    raw += np.array([4, 1, 5], np.int32).tobytes() + (np.array([0, 4, 5]) * size).tobytes() + np.array([0, 2, 3]).tobytes()
+    raw += (
+        np.array([4, 1, 5], np.int32).tobytes() + (np.array([0, 4, 5]) * size).tobytes() + np.array([0, 2, 3]).tobytes()
+    )
     (tmp_path / "d.idx").write_bytes(raw)
     corpus = open_corpus([tmp_path / "d"], BYTES)
     assert corpus.tokens.tolist() == list(range(10))
@@ -182,7 +184,9 @@ def test_a_garbled_index_never_breaks_the_reader(docs, data):
 def test_an_index_that_points_nowhere_is_refused(tmp_path, lengths, pointers, bounds):
     np.arange(4, dtype=np.int32).tofile(tmp_path / "d.bin")
     raw = MAGIC + struct.pack("<QBQQ", 1, 4, len(lengths), len(bounds)) + np.array(lengths, np.int32).tobytes()
-    (tmp_path / "d.idx").write_bytes(raw + np.array(pointers, np.int64).tobytes() + np.array(bounds, np.int64).tobytes())
+    (tmp_path / "d.idx").write_bytes(
+        raw + np.array(pointers, np.int64).tobytes() + np.array(bounds, np.int64).tobytes()
+    )
     refused("bad-index", lambda: list(read_index(tmp_path / "d")))
 
 
@@ -247,6 +251,7 @@ def test_a_cursor_needs_no_history(lengths, place, rows):
 
 def test_seeds_and_epochs_have_their_own_orders():
     corpus = numbered([200])
+
     def order(seed, epoch):
         return Packed(corpus, 2, seed).batch(Cursor(100 * epoch), 100)[0].tokens.tolist()
 
@@ -287,5 +292,7 @@ def test_the_share_that_is_held_out():
 
 def test_json_of_a_line_may_hold_any_text(tmp_path):
     strange = ["a\nb", "\u2029", "\x1c", "é\r\nü"]
-    (tmp_path / "a.jsonl").write_bytes("".join(json.dumps({"text": s}, ensure_ascii=False) + "\r\n" for s in strange).encode())
+    (tmp_path / "a.jsonl").write_bytes(
+        "".join(json.dumps({"text": s}, ensure_ascii=False) + "\r\n" for s in strange).encode()
+    )
     assert texts(open_corpus([tmp_path], BYTES)) == strange

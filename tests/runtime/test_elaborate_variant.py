@@ -42,8 +42,10 @@ def program(text, **overrides):
 def body(lines, head="model m(vocab = 16, hidden = 8)"):
     """A model whose layers are these lines; they rebind x."""
     inner = "".join(f"    {line}\n" for line in lines.strip("\n").split("\n"))
-    return (f"{head}:\n    tokens[batch, seq]: token\n    embedding = embed(tokens, vocab -> hidden)\n    x = embedding\n"
-            f"{inner}    logits = linear(x, hidden -> vocab)\n    return logits\n")
+    return (
+        f"{head}:\n    tokens[batch, seq]: token\n    embedding = embed(tokens, vocab -> hidden)\n    x = embedding\n"
+        f"{inner}    logits = linear(x, hidden -> vocab)\n    return logits\n"
+    )
 
 
 def names(p):
@@ -108,7 +110,9 @@ def test_the_parallel_block_is_the_formula():
 
 def test_dims_unify_by_position():
     """A block's `width` is what it is called with, at each call anew."""
-    text = "block half(out):\n    x[width]\n    return linear(x, width -> out)\n\n" + body("a = half(x, 4)\nx = half(a, hidden)")
+    text = "block half(out):\n    x[width]\n    return linear(x, width -> out)\n\n" + body(
+        "a = half(x, 4)\nx = half(a, hidden)"
+    )
     shapes = {q.name: tuple(q.shape) for q in program(text).parameters()}
     assert [s for n, s in shapes.items() if n.startswith(("a.", "a"))] == [(4, 8)]
     assert (8, 4) in shapes.values()
@@ -140,7 +144,11 @@ def test_kv_heads_are_heads_unless_said():
     def total(shape):
         return torch.Size(shape).numel()
 
-    shared, given, fewer = shapes("x = attention(x, 4)"), shapes("x = attention(x, 4, 4)"), shapes("x = attention(x, 4, 2)")
+    shared, given, fewer = (
+        shapes("x = attention(x, 4)"),
+        shapes("x = attention(x, 4, 4)"),
+        shapes("x = attention(x, 4, 2)"),
+    )
     assert shared == given
     assert total(shared["k"]) == total(shared["q"]) == 2 * total(fewer["k"]) == 2 * total(fewer["v"])
 

@@ -1,4 +1,5 @@
-"""The four families against their `transformers` classes: logits, greedy tokens, bytes of the way back, and bad folders."""
+"""The four families against their `transformers` classes: logits, greedy tokens, bytes of the way back, and bad
+folders."""
 
 from __future__ import annotations
 
@@ -41,20 +42,38 @@ def random_config(family: str, seed: int) -> dict:
         layers = kinds + [r.choice(kinds) for _ in range(r.randint(0, 3))]
         r.shuffle(layers)
         # No clamp of dt, as in the trainers: transformers clamps prefill at `time_step_min` and decoding not at all.
-        config |= dict(layers_block_type=layers, n_groups=groups, mamba_num_heads=groups * r.choice([1, 2, 3]),
-                       mamba_head_dim=r.choice([4, 7, 8]), ssm_state_size=r.choice([5, 8, 16]), chunk_size=r.choice([4, 8, 128]),
-                       conv_kernel=r.choice([2, 3, 4]), time_step_min=1e-30, layer_norm_epsilon=r.choice([1e-5, 1e-6]))
+        config |= dict(
+            layers_block_type=layers,
+            n_groups=groups,
+            mamba_num_heads=groups * r.choice([1, 2, 3]),
+            mamba_head_dim=r.choice([4, 7, 8]),
+            ssm_state_size=r.choice([5, 8, 16]),
+            chunk_size=r.choice([4, 8, 128]),
+            conv_kernel=r.choice([2, 3, 4]),
+            time_step_min=1e-30,
+            layer_norm_epsilon=r.choice([1e-5, 1e-6]),
+        )
         experts = r.choice([3, 4, 7])
-        return config | dict(n_routed_experts=experts, num_experts_per_tok=r.randint(1, experts), moe_intermediate_size=r.choice([6, 15]),
-                             moe_shared_expert_intermediate_size=r.choice([9, 16]), moe_latent_size=r.choice([None, 11]),
-                             routed_scaling_factor=r.choice([1.0, 2.5]))
+        return config | dict(
+            n_routed_experts=experts,
+            num_experts_per_tok=r.randint(1, experts),
+            moe_intermediate_size=r.choice([6, 15]),
+            moe_shared_expert_intermediate_size=r.choice([9, 16]),
+            moe_latent_size=r.choice([None, 11]),
+            routed_scaling_factor=r.choice([1.0, 2.5]),
+        )
     config |= dict(num_hidden_layers=r.randint(1, 3), max_position_embeddings=256)
     rope = {"rope_type": "default", "rope_theta": r.choice([1000.0, 10000.0, 500000.0])}
     if family == "Nemotron":
         rope["partial_rotary_factor"] = 0.5
     if family == "Llama" and seed % 3 == 1:
-        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                 "original_max_position_embeddings": 32}
+        rope |= {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
     if family == "Llama" and seed % 3 == 2:
         rope |= {"rope_type": "linear", "factor": 4.0}
     if family in ("Llama", "Nemotron"):
@@ -71,7 +90,7 @@ def make(family: str, seed: int, folder) -> torch.nn.Module:
     config._experts_implementation = "eager"  # their grouped product refuses odd widths
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p)) if p.dim() < 2 else p.mul_(4)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -102,7 +121,9 @@ def test_same_logits_same_tokens_same_bytes(family, seed, tmp_path):
         a, b = ours(tokens), theirs(tokens, attention_mask=torch.ones_like(tokens)).logits
     assert float((a - b).abs().max() / b.abs().max()) < 2e-5
     mine = ours.generate(tokens[:, :7], 64)
-    other = theirs.generate(tokens[:, :7], attention_mask=torch.ones_like(tokens[:, :7]), max_new_tokens=64, do_sample=False)
+    other = theirs.generate(
+        tokens[:, :7], attention_mask=torch.ones_like(tokens[:, :7]), max_new_tokens=64, do_sample=False
+    )
     same = mine == other
     # A tie within rounding may fall either way; from there on the texts differ.
     for row in range(2):
@@ -184,7 +205,11 @@ def test_missing_extra_and_misshapen_are_named_together(folders, tmp_path):
 
     error = broken(folders, tmp_path, with_tensors(change))
     assert error.code == "missing-tensor"
-    for said in ("missing: `model.norm.weight`", "extra: `model.stray.weight` [2]", "`model.embed_tokens.weight` is [3, 5]"):
+    for said in (
+        "missing: `model.norm.weight`",
+        "extra: `model.stray.weight` [2]",
+        "`model.embed_tokens.weight` is [3, 5]",
+    ):
         assert said in str(error)
 
 
@@ -198,7 +223,9 @@ def test_truncated_file(folders, tmp_path):
 
 
 def test_garbage_file(folders, tmp_path):
-    error = broken(folders, tmp_path, lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"x"))
+    error = broken(
+        folders, tmp_path, lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"x")
+    )
     assert error.code == "damaged-weights"
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import os
+import re
 import resource
 import shutil
 import struct
@@ -422,14 +422,14 @@ def test_any_bytes_are_read_or_refused(data, good) -> None:
         try:
             about = read_header(path)
         except UserError as error:
-            assert error.code == "damaged-weights"  # noqa: PT017
+            assert error.code == "damaged-weights"
         else:
             tensors = Tensors([path])
             for name, (dtype, shape) in about.items():
                 try:
                     assert (tensors.get(name).dtype, tuple(tensors.get(name).shape)) == (dtype, shape)
                 except UserError as error:
-                    assert error.code == "damaged-weights"  # noqa: PT017
+                    assert error.code == "damaged-weights"
 
 
 def edited(good, tmp_path, family="Llama", tensors=None, **fields) -> Path:
@@ -538,7 +538,7 @@ def test_a_value_that_the_map_cannot_say_is_not_exported(good, tmp_path) -> None
     ours = import_folder(good / "NemotronH", tmp_path / "ours")
     text = (ours / "model.spec").read_text()
     (ours / "model.spec").write_text(re.sub(r'pattern = "(.)', r'pattern = "\1|', text))
-    with pytest.raises(SpecError, match="`pattern` has \"|\", for which `layers_block_type` has no word"):
+    with pytest.raises(SpecError, match="for which `layers_block_type` has no word"):
         export_folder(ours, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

@@ -112,8 +112,10 @@ def test_what_does_not_use_it_takes_its_place():
 
 
 def test_later_rules_win_and_sheets_nest():
-    text = (f"{BASE}\nmodel one = base with:\n    linear in attention: lora(it, rank = 2)\n    attention.q: it\n"
-            "model two = one with:\n    attention: adapter(it, width = 4)\n")
+    text = (
+        f"{BASE}\nmodel one = base with:\n    linear in attention: lora(it, rank = 2)\n    attention.q: it\n"
+        "model two = one with:\n    attention: adapter(it, width = 4)\n"
+    )
     names = {p.name for p in program(text, "two").parameters()}
     layer = {n.removeprefix("layer.0.attention.") for n in names if n.startswith("layer.0.attention.")}
     assert {"q.weight", "k.weight", "k.lora.a.weight", "adapter.down.weight"} <= layer
@@ -142,15 +144,19 @@ def test_init_picks_iterations():
 
 
 def with_mask(mask: str, before: str = "") -> str:
-    return BASE.replace("    x = embedding\n", f"    x = embedding\n{before}").replace("rotary = rope()", f"mask = {mask}")
+    return BASE.replace("    x = embedding\n", f"    x = embedding\n{before}").replace(
+        "rotary = rope()", f"mask = {mask}"
+    )
 
 
 @settings(max_examples=25)
 @given(piece=st.integers(1, 9), shift=st.integers(0, 4), seed=st.integers(0, 99))
 def test_a_computed_coordinate_is_its_formula(piece, shift, seed):
     """`key.piece < query.piece` is the comparison of what defines `piece`; it streams; the future changes nothing."""
-    named = with_mask("(key.piece < query.piece or key.piece == query.piece) and causal",
-                      f"    seq.piece = (seq.position + {shift}) // {piece}\n")
+    named = with_mask(
+        "(key.piece < query.piece or key.piece == query.piece) and causal",
+        f"    seq.piece = (seq.position + {shift}) // {piece}\n",
+    )
     spelled = with_mask(f"(key.position + {shift}) // {piece} <= (query.position + {shift}) // {piece} and causal")
     one, two = module(named, seed=seed), module(spelled, seed=seed)
     assert torch.equal(one(tokens(seed)), two(tokens(seed)))
@@ -172,15 +178,20 @@ def test_pieces_bound_what_is_kept():
 
 
 def test_coordinates_are_values_too():
-    text = BASE.replace("    x = embedding\n", "    seq.half = seq.position // 2\n"
-                        "    place = embed(seq.half, 50 -> hidden)\n    x = embedding + place\n")
+    text = BASE.replace(
+        "    x = embedding\n",
+        "    seq.half = seq.position // 2\n    place = embed(seq.half, 50 -> hidden)\n    x = embedding + place\n",
+    )
     model = module(text)
     assert model.state_dict()["place.weight"].shape == (50, 24)
     streams_like_it_runs(model)
 
 
 def test_a_coordinate_is_seen_by_what_is_called_and_no_further():
-    inner = "block inner(heads):\n    x[seq, hidden]\n    seq.piece = seq.position // 2\n    return attention(x, heads, mask = near)\n"
+    inner = (
+        "block inner(heads):\n    x[seq, hidden]\n    seq.piece = seq.position // 2\n"
+        "    return attention(x, heads, mask = near)\n"
+    )
     near = "block near(): return causal and key.piece == query.piece\n"
     fine = near + inner + BASE.replace("attention(rms_norm(x), heads, rotary = rope())", "inner(rms_norm(x), heads)")
     streams_like_it_runs(module(fine))
@@ -195,7 +206,11 @@ def test_a_coordinate_is_seen_by_what_is_called_and_no_further():
      ("seq.piece = seq.position / 2", "wrong-type"), ("seq.piece = seq.position < 2", "wrong-type")],
 )  # fmt: skip
 def test_bad_coordinates(line, code):
-    text = with_mask("key.piece == query.piece", f"    {line}\n") if "piece" in line else with_mask("causal", f"    {line}\n")
+    text = (
+        with_mask("key.piece == query.piece", f"    {line}\n")
+        if "piece" in line
+        else with_mask("causal", f"    {line}\n")
+    )
     assert refused(text)[0] == code
 
 
@@ -295,7 +310,10 @@ def test_losses_and_buffers_do_not_see_micro_batches(cut, seed):
     two.settle()
     biases = [b for name, b in whole.named_buffers() if name.endswith("bias")]
     assert len(biases) == 2 and all(float(b.abs().max()) == pytest.approx(1e-3) for b in biases)
-    assert all(torch.equal(a, b) for a, b in zip(biases, (b for n, b in parts.named_buffers() if n.endswith("bias")), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(biases, (b for n, b in parts.named_buffers() if n.endswith("bias")), strict=True)
+    )
 
 
 def test_the_bias_moves_towards_balance():
@@ -325,21 +343,26 @@ def test_nobody_asked_nothing_computed():
 
 
 def test_what_an_update_cannot_wait_for():
-    text = MOE.replace("model sparse", """block greedy(experts):
+    text = MOE.replace(
+        "model sparse",
+        """block greedy(experts):
     x[seq, hidden]
     buffer top[experts] = 0
     score = sigmoid(linear(x, hidden -> experts))
     update top = max_over(score, except = experts)
     return linear(score, experts -> hidden)
 
-model sparse""").replace("x = embedding +", "x = embedding + greedy(embedding, experts) +")
+model sparse""",
+    ).replace("x = embedding +", "x = embedding + greedy(embedding, experts) +")
     with pytest.raises(SpecError) as caught:
         build(program(text))
     assert [d.code for d in caught.value.diagnostics] == ["not-built-yet"]
 
 
 def test_dropout_only_while_training():
-    text = BASE.replace("rms_norm(x))", "rms_norm(x))").replace("x = x + mlp(norm, 2 * hidden)", "x = x + dropout(mlp(norm, 2 * hidden), 0.5)")
+    text = BASE.replace("rms_norm(x))", "rms_norm(x))").replace(
+        "x = x + mlp(norm, 2 * hidden)", "x = x + dropout(mlp(norm, 2 * hidden), 0.5)"
+    )
     model = module(text)
     assert torch.equal(model(tokens()), module(BASE)(tokens()))
     model.train()
@@ -389,13 +412,16 @@ model asked(vocab = {VOCAB}, hidden = 8):
 
 
 def test_objectives_may_ask_for_what_the_model_does_not_return():
-    text = BASE + """
+    text = (
+        BASE
+        + """
 block both(net):
     tokens[batch, seq]: token
     out = net(tokens)
     loss lm = cross_entropy(out.logits, next(tokens))
     loss small = 0.1 * mean(out.final ^ 2)
 """
+    )
     made = program_of(load_text(text, folder=shipped_folder()), "base", {}, "both")
     model = instantiate(build(made), seed=1).cast(torch.float64)
     sums, counts = model.losses(tokens()), model.counts(tokens())

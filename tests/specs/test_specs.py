@@ -1,4 +1,5 @@
-"""Every shipped spec: sizes, length, bytes; every tiny twin: what trains is what generates, and documents do not leak."""
+"""Every shipped spec: sizes, length, bytes; every tiny twin: what trains is what generates, and documents do not
+leak."""
 
 from __future__ import annotations
 
@@ -136,7 +137,9 @@ def test_any_feeding_equals_each_document_alone(name, case):
             begin = torch.rand(len(rows), wrong, generator=generator) < 0.3
             model.prefill(junk, stream, start=begin)
             stream.rollback(wrong)
-        count = [int(torch.randint(0, min(width, len(t) - f) + 1, (), generator=generator)) for f, t in zip(fed, tokens)]
+        count = [
+            int(torch.randint(0, min(width, len(t) - f) + 1, (), generator=generator)) for f, t in zip(fed, tokens)
+        ]
         chunk = torch.full((len(rows), width), 10**9)  # poison: no such token
         begin = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, n in enumerate(count):
@@ -185,7 +188,9 @@ def test_restore_one_row_while_others_go_on(name):
 
 @pytest.mark.parametrize("name", TWINS)
 @settings(max_examples=10, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4), which=st.integers(0, 3), seed=st.integers(0, 2**31 - 1))
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4), which=st.integers(0, 3), seed=st.integers(0, 2**31 - 1)
+)
 def test_a_document_never_sees_another(name, lengths, which, seed):
     """Perturbing one packed document leaves the others' logits and the gradients of their losses bit-identical.
 
@@ -217,6 +222,7 @@ def test_a_document_never_sees_another(name, lengths, which, seed):
 @pytest.mark.parametrize("name", TWINS)
 def test_state_bytes_are_what_is_allocated_whatever_the_width(name):
     from heddle.lowering.passes.stream import state_bytes
+
     model = twin(name)
     a, b = model.stream(1, 40), model.stream(1, 40)
     model.prefill(torch.zeros(1, 9, dtype=torch.int64), a)
@@ -228,6 +234,7 @@ def test_state_bytes_are_what_is_allocated_whatever_the_width(name):
 def test_decoding_state_grows_with_the_window_not_the_text():
     """A sliding window keeps its span; full attention keeps every key."""
     from heddle.lowering.passes.stream import state_bytes
+
     windowed, full = lower(program("mistral/tiny")), lower(program("llama/tiny"))
     assert state_bytes(windowed, 100) == state_bytes(windowed, 1000)
     assert state_bytes(full, 1000) == 10 * state_bytes(full, 100)

@@ -29,15 +29,23 @@ def _infer(call: OpCall) -> Typing:
         bindings["S" if i == 0 else f"S{i + 1}"] = mine["S"]
         sequences.append((bindings["Q"][0], mine["S"][0]))
         if mine["S"] != bindings["Q"] or not mine["S"][0].sequence:
-            raise fail("not-built-yet", f"attention along `{bindings['Q'][0].name}` to the keys along `{mine['S'][0].name}` is "
-                       "not built yet", call.span, "the queries and keys of one sequence can attend")
+            raise fail(
+                "not-built-yet",
+                f"attention along `{bindings['Q'][0].name}` to the keys along `{mine['S'][0].name}` is not built yet",
+                call.span,
+                "the queries and keys of one sequence can attend",
+            )
     alone_along(call, leading, bindings["Q"][0])
     (heads,), (kv_heads,) = bindings["H"], bindings["K"]
     call.known(bindings["D"][0], "q")
     if call.known(heads, "q") % call.known(kv_heads, "k"):
-        raise fail("indivisible-heads", f"`{heads.name}` = {heads.size} query heads cannot share "
-                   f"`{kv_heads.name}` = {kv_heads.size} key heads evenly", call.span,
-                   f"{heads.size} divided by {kv_heads.size} leaves {heads.size % kv_heads.size}")
+        raise fail(
+            "indivisible-heads",
+            f"`{heads.name}` = {heads.size} query heads cannot share "
+            f"`{kv_heads.name}` = {kv_heads.size} key heads evenly",
+            call.span,
+            f"{heads.size} divided by {kv_heads.size} leaves {heads.size % kv_heads.size}",
+        )
     result = leading + bindings["Q"] + bindings["H"] + bindings["E"]
     return Typing(bindings, (q, *(t for pair in sources for t in pair)), (("real", result),), tuple(sequences))
 

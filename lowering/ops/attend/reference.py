@@ -19,8 +19,11 @@ def attend(q: Tensor, sources: list[tuple[Tensor, Tensor, Tensor]], scale: float
 def identity(q: Tensor, width: int) -> State:
     """The state of no keys."""
     b, n, h, _ = q.shape
-    return (torch.full((b, n, h), -torch.inf, dtype=q.dtype), torch.zeros(b, n, h, dtype=q.dtype),
-            torch.zeros(b, n, h, width, dtype=q.dtype))
+    return (
+        torch.full((b, n, h), -torch.inf, dtype=q.dtype),
+        torch.zeros(b, n, h, dtype=q.dtype),
+        torch.zeros(b, n, h, width, dtype=q.dtype),
+    )
 
 
 def lift(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> State:

@@ -30,7 +30,7 @@ def emit(use: Any) -> str:
 
 def slot(use: Any, state: Any) -> str:
     """What a stream keeps for it."""
-    (_, row), = state.rows
+    ((_, row),) = state.rows
     channels = 1
     for size in row:
         channels *= size

@@ -10,8 +10,11 @@ def _infer(call: OpCall) -> Typing:
     call.op._check_kinds(call)
     rate = call.settings["rate"]
     if not 0 <= rate < 1:
-        raise fail("out-of-range", f"the rate of `dropout` is {rate:g}, it must be at least 0 and less than 1",
-                   call.span_of("rate"))
+        raise fail(
+            "out-of-range",
+            f"the rate of `dropout` is {rate:g}, it must be at least 0 and less than 1",
+            call.span_of("rate"),
+        )
     x = call.tensors["x"]
     return Typing({"D": tuple(x.dims)}, (x,), (("real", tuple(x.dims)),))
 

@@ -36,8 +36,9 @@ def combine(a: State, b: State) -> State:
     return count, a[1] + delta * share, a[2] + b[2] + delta**2 * a[0] * share
 
 
-def finish(state: State, x: Tensor, g: Tensor, b: Tensor | None = None, eps: float = 1e-5,
-           zero_centred: bool = False) -> Tensor:
+def finish(
+    state: State, x: Tensor, g: Tensor, b: Tensor | None = None, eps: float = 1e-5, zero_centred: bool = False
+) -> Tensor:
     """A part of y, from the statistic of all parts."""
     count, mean, deviations = state
     y = (x - mean[..., None]) / torch.sqrt(deviations / count + eps)[..., None] * (1 + g if zero_centred else g)

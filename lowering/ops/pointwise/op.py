@@ -54,7 +54,12 @@ def _infer(call: OpCall) -> Typing:
         return Typing({"D": ()}, tuple(call.tensors.values()), (("loss", ()),))
     for t in tensors:
         if t.kind not in _KINDS:
-            raise fail("wrong-kind", f"`{SIGNS.get(call.op.name, call.op.name)}` needs numbers", call.span, f"this is {shown(t)}")
+            raise fail(
+                "wrong-kind",
+                f"`{SIGNS.get(call.op.name, call.op.name)}` needs numbers",
+                call.span,
+                f"this is {shown(t)}",
+            )
     numbers = [n for n in (call.settings.get(name) for name in ("x", "y")) if n is not None]
     whole = call.op.name in _WHOLE and all(float(n).is_integer() for n in numbers)
     kind = "coordinate" if whole and all(t.kind != "real" for t in tensors) else "real"
@@ -66,9 +71,14 @@ def _aligned(call: OpCall, tensors: list[Any], kind: str) -> Typing:
     widest = max(tensors, key=lambda t: len(t.dims))
     for t in tensors:
         if not all(any(d is e for e in widest.dims) for d in t.dims):
-            raise fail("dim-mismatch", f"the operands of `{SIGNS.get(call.op.name, call.op.name)}` have different dims, and neither has all "
-                       "dims of the other", call.span, f"{shown(widest)} and {shown(t)}",
-                       help="`outer(a, b)` gives the dims of both")
+            raise fail(
+                "dim-mismatch",
+                f"the operands of `{SIGNS.get(call.op.name, call.op.name)}` have different dims, and neither has all "
+                "dims of the other",
+                call.span,
+                f"{shown(widest)} and {shown(t)}",
+                help="`outer(a, b)` gives the dims of both",
+            )
     return Typing({"D": tuple(widest.dims)}, tuple(call.tensors.values()), ((kind, tuple(widest.dims)),))
 
 
@@ -84,7 +94,12 @@ def _where(call: OpCall) -> Typing:
     tensors = [t for name in call.tensors for t in tensors_of(call.tensors[name])]
     kinds = {t.kind for t in tensors[1:]} or {"real"}
     if len(kinds) > 1:
-        raise fail("wrong-kind", "both values of `where` must be of one kind", call.span, f"these are {' and '.join(sorted(kinds))}")
+        raise fail(
+            "wrong-kind",
+            "both values of `where` must be of one kind",
+            call.span,
+            f"these are {' and '.join(sorted(kinds))}",
+        )
     return _aligned(call, tensors, kinds.pop())
 
 
@@ -92,8 +107,12 @@ def _outer(call: OpCall) -> Typing:
     x, y = call.tensors["x"], call.tensors["y"]
     both = [d.name for d in y.dims if any(d is e for e in x.dims)]
     if both:
-        raise fail("dim-mismatch", f"both operands of `outer` have `{both[0]}`", call.span,
-                   help="`*` multiplies along dims that both have")
+        raise fail(
+            "dim-mismatch",
+            f"both operands of `outer` have `{both[0]}`",
+            call.span,
+            help="`*` multiplies along dims that both have",
+        )
     return Typing({"A": tuple(x.dims), "B": tuple(y.dims)}, (x, y), (("real", (*x.dims, *y.dims)),))
 
 
@@ -116,7 +135,8 @@ OPS = (
     Op("clip", "x[D] -> z[D]", "x, but at least `low` and at most `high`", infer_with=_clip, flops=_flops,
        settings=(Setting("low", "number", None), Setting("high", "number", None)), operand_kinds=_ANY, source="ours"),
     Op("where", "mask[D], x[D], y[D] -> z[D]", "x where the mask is true, else y", infer_with=_where, flops=_flops,
-       linear=(("x", "y"),), operand_kinds={"mask": ("mask",), "x": (*_KINDS, "token"), "y": (*_KINDS, "token")}, source="ours"),
+       linear=(("x", "y"),), source="ours",
+       operand_kinds={"mask": ("mask",), "x": (*_KINDS, "token"), "y": (*_KINDS, "token")}),
     Op("outer", "x[A], y[B] -> z[A, B]", "the product of each place of x with each of y", infer_with=_outer,
        linear=(("x",), ("y",)), operand_kinds=_ANY, flops=lambda sizes, attrs: float(sizes["A"] * sizes["B"]),
        source="ours"),

@@ -14,9 +14,14 @@ def _reduced(call: OpCall) -> tuple[Any, ...]:
     for name, dims in (("over", over), ("except", rest)):
         absent = [d for d in dims or () if not any(d is e for e in x.dims)]
         if absent:
-            raise fail("dim-mismatch", f"`{call.op.name}` reduces `{absent[0].name}`, which its input does not have"
-                       if name == "over" else f"the input of `{call.op.name}` does not have `{absent[0].name}`",
-                       call.span_of(name), f"the input is {shown(x)}")
+            raise fail(
+                "dim-mismatch",
+                f"`{call.op.name}` reduces `{absent[0].name}`, which its input does not have"
+                if name == "over"
+                else f"the input of `{call.op.name}` does not have `{absent[0].name}`",
+                call.span_of(name),
+                f"the input is {shown(x)}",
+            )
     if over is not None and rest is not None:
         raise fail("wrong-arity", f"`{call.op.name}` takes `over` or `except`, not both", call.span_of("except"))
     return over if over is not None else tuple(d for d in x.dims if not any(d is e for e in rest or ()))
@@ -37,8 +42,10 @@ def _reduction(name: str, meaning: str, state: tuple[str, ...], linear: bool, *k
         name=name,
         text="x[*, D+] -> y[*]",
         meaning=meaning,
-        settings=(Setting("over", "dims", None, "the dims that are reduced; all if not given"),
-                  Setting("except", "dims", None, "the dims that stay, in place of `over`")),
+        settings=(
+            Setting("over", "dims", None, "the dims that are reduced; all if not given"),
+            Setting("except", "dims", None, "the dims that stay, in place of `over`"),
+        ),
         infer_with=_infer,
         operand_kinds={"x": kinds},
         linear=(("x",),) if linear else (),
@@ -51,7 +58,9 @@ def _reduction(name: str, meaning: str, state: tuple[str, ...], linear: bool, *k
 
 OPS = (
     _reduction("sum", "the sum along dims", ("sum",), True, "real"),
-    _reduction("mean", "the mean along dims; of a mask, the share that is true", ("count", "sum"), True, "real", "mask"),
+    _reduction(
+        "mean", "the mean along dims; of a mask, the share that is true", ("count", "sum"), True, "real", "mask"
+    ),
     _reduction("max_over", "the largest along dims", ("max",), False, "real"),
     _reduction("count", "how many are true along dims", ("sum",), False, "mask"),
 )

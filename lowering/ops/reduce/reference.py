@@ -60,9 +60,7 @@ PARTIAL = {
         _add,
         lambda state: state[1] / state[0],
     ),
-    "count": Partial(
-        lambda x: (_zero(x),), lambda x: ((x != 0).to(x.dtype).sum(-1),), _add, lambda state: state[0]
-    ),
+    "count": Partial(lambda x: (_zero(x),), lambda x: ((x != 0).to(x.dtype).sum(-1),), _add, lambda state: state[0]),
     "max_over": Partial(
         lambda x: (torch.full(x.shape[:-1], -torch.inf, dtype=x.dtype),),
         lambda x: (x.amax(-1),),

@@ -23,8 +23,12 @@ def _bind(call: OpCall) -> dict[str, tuple[Any, ...]]:
     over = over_dims(call)
     groups, first = call.settings["groups"], over[0]
     if first.size is not None and first.size % groups:
-        raise fail("not-exact", f"`{first.name}` = {first.size} does not divide into {groups} groups",
-                   call.span_of("groups"), f"{first.size} divided by {groups} leaves {first.size % groups}")
+        raise fail(
+            "not-exact",
+            f"`{first.name}` = {first.size} does not divide into {groups} groups",
+            call.span_of("groups"),
+            f"{first.size} divided by {groups} leaves {first.size % groups}",
+        )
     return {"D": over}
 
 

@@ -11,13 +11,18 @@ def _infer(call: OpCall) -> Typing:
     op = call.op
     op._check_kinds(call)
     operands = [call.tensors[name] for name in ("x", "cos", "sin")]
-    leading, *others = [_match(call, op.signature.operand(name), call.tensors[name], bindings) for name in ("x", "cos", "sin")]
+    leading, *others = [
+        _match(call, op.signature.operand(name), call.tensors[name], bindings) for name in ("x", "cos", "sin")
+    ]
     for other in others:
         join_leading(leading, other, call)
     (width,), (pairs,) = bindings["D"], bindings["R"]
     if 2 * pairs.size > width.size:
-        raise fail("out-of-range", f"{pairs.size} pairs of channels are rotated, `{width.name}` has only {width.size} "
-                   "channels", call.span)
+        raise fail(
+            "out-of-range",
+            f"{pairs.size} pairs of channels are rotated, `{width.name}` has only {width.size} channels",
+            call.span,
+        )
     dims = leading + bindings["S"] + bindings["H"] + bindings["D"]
     return Typing(bindings, tuple(operands), (("real", dims),))
 

@@ -21,5 +21,4 @@ def emit(use: Any) -> str:
 def slot(use: Any, state: Any) -> str:
     """What a stream keeps for it."""
     sizes = {name: size[0] for name, size in state.rows}
-    return (f"stream.scan(heads={sizes['h']}, head_dim={sizes['p']}, groups={sizes['g']}, "
-            f"state={sizes['n']})")
+    return f"stream.scan(heads={sizes['h']}, head_dim={sizes['p']}, groups={sizes['g']}, state={sizes['n']})"

@@ -13,13 +13,21 @@ def _bind(call: OpCall) -> dict[str, tuple[Any, ...]]:
     u, b = call.tensors["u"].dims, call.tensors["b"].dims
     if len(u) < 3 or len(b) < 3:
         short = "u" if len(u) < 3 else "b"
-        raise fail("too-few-dims", f"`{short}` of `ssd` needs a sequence dim and two more", call.span_of(short),
-                   f"this is {shown(call.tensors[short])}")
+        raise fail(
+            "too-few-dims",
+            f"`{short}` of `ssd` needs a sequence dim and two more",
+            call.span_of(short),
+            f"this is {shown(call.tensors[short])}",
+        )
     heads, groups = u[-2], b[-2]
     call.known(u[-1], "u"), call.known(b[-1], "b")
     if call.known(heads, "u") % call.known(groups, "b"):
-        raise fail("not-exact", f"`{heads.name}` = {heads.size} does not divide into `{groups.name}` = {groups.size}",
-                   call.span, f"{heads.size} divided by {groups.size} leaves {heads.size % groups.size}")
+        raise fail(
+            "not-exact",
+            f"`{heads.name}` = {heads.size} does not divide into `{groups.name}` = {groups.size}",
+            call.span,
+            f"{heads.size} divided by {groups.size} leaves {heads.size % groups.size}",
+        )
     return {"S": (u[-3],), "H": (heads,), "P": (u[-1],), "G": (groups,), "N": (b[-1],)}
 
 

@@ -1,7 +1,7 @@
 """The selective scan (Dao and Gu 2024, section 6), one row at a time.
 
-    d_t = softplus(dt_t + dt_bias), A = -exp(A_log)
-    S_t = exp(d_t A) S_{t-1} + d_t u_t (outer) B_t,    y_t = S_t C_t + D u_t
+d_t = softplus(dt_t + dt_bias), A = -exp(A_log)
+S_t = exp(d_t A) S_{t-1} + d_t u_t (outer) B_t,    y_t = S_t C_t + D u_t
 """
 
 from __future__ import annotations
@@ -12,15 +12,25 @@ from torch import Tensor
 State = tuple[Tensor, Tensor]
 
 
-def ssd(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
-        starts: Tensor | None = None) -> Tensor:
+def ssd(
+    u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor, starts: Tensor | None = None
+) -> Tensor:
     """u[b, S, H, P], dt[b, S, H], B and C[b, S, G, N] -> y[b, S, H, P]; rows of `starts` bool[b, S] clear the state."""
     y, _ = run(identity(u, B), u, dt, B, C, A_log, D, dt_bias, starts)
     return y
 
 
-def run(state: State, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
-        starts: Tensor | None = None) -> tuple[Tensor, State]:
+def run(
+    state: State,
+    u: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, State]:
     """Rows behind a state: their results, and the state behind them."""
     heads = u.shape[2] // B.shape[2]
     B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)
@@ -46,8 +56,9 @@ def identity(u: Tensor, B: Tensor) -> State:
     return torch.ones(b, h, dtype=u.dtype), torch.zeros(b, h, p, B.shape[-1], dtype=u.dtype)
 
 
-def lift(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
-         starts: Tensor | None = None) -> State:
+def lift(
+    u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor, starts: Tensor | None = None
+) -> State:
     """(decay, state) of some rows, whoever asks; the decay is 0 where a document starts in them."""
     return run(identity(u, B), u, dt, B, C, A_log, D, dt_bias, starts)[1]
 
@@ -57,7 +68,16 @@ def combine(a: State, b: State) -> State:
     return a[0] * b[0], b[0][..., None, None] * a[1] + b[1]
 
 
-def finish(state: State, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
-           starts: Tensor | None = None) -> Tensor:
+def finish(
+    state: State,
+    u: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    starts: Tensor | None = None,
+) -> Tensor:
     """The results of some rows, from the state of all rows before them."""
     return run(state, u, dt, B, C, A_log, D, dt_bias, starts)[0]

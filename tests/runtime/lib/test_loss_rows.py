@@ -1,6 +1,5 @@
 """Losses and coordinates: what is scored, where documents start, and what the next token is."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
