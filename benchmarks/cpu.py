@@ -81,7 +81,7 @@ def our_step(model: torch.nn.Module, tokens: torch.Tensor, config: TrainConfig) 
 
     def step() -> None:
         counts = model.counts(tokens)
-        sum(s / counts[n] for n, s in model.losses(tokens).items()).backward()
+        torch.stack([s / counts[n] for n, s in model.losses(tokens).items()]).sum().backward()
         optimizer.gather()
         optimizer.clip(1.0)
         optimizer.step(1e-4)

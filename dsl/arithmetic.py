@@ -141,7 +141,10 @@ def _sequence(op: str, a: Any, b: Any, span: Span) -> Any:
     if op == "*" and isinstance(a, (str, list)) and isinstance(b, int) and not isinstance(b, bool):
         check_length(len(a) * b, span)
         return a * max(b, 0)
-    if op == "+" and (isinstance(a, str) and isinstance(b, str) or isinstance(a, list) and isinstance(b, list)):
+    if op == "+" and isinstance(a, str) and isinstance(b, str):
+        check_length(len(a) + len(b), span)
+        return a + b
+    if op == "+" and isinstance(a, list) and isinstance(b, list):
         check_length(len(a) + len(b), span)
         return a + b
     return None

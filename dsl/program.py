@@ -167,6 +167,9 @@ class Body:
         return found
 
 
+Path = tuple[str | int, ...]
+Kinds = tuple[str | None, ...]
+
 WRAPPED = "it"
 """The name of what a `with:` rule wrapped, inside what it built around it."""
 
@@ -235,13 +238,13 @@ class Program:
         """Every weight of the model: what training changes by gradient."""
         return tuple(p for p in self.tensors() if p.weight.trained)
 
-    def _tensors(self, body: Body, path: tuple, kinds: tuple, place: _Place) -> Iterator[Parameter]:
+    def _tensors(self, body: Body, path: Path, kinds: Kinds, place: _Place) -> Iterator[Parameter]:
         """Those of a body at a path. What a rule wrapped keeps its path; what is around it has a segment of its own."""
         around, names, classes = place.of(body), path, kinds
         if body.is_around:
             around, names, classes = around.at(body.block, body.block), (*path, body.block), (*kinds, body.block)
         selecting = around.into(body.rules)
-        sizes = {d.name: d.size for d in body.dims}
+        sizes = {d.name: d.size or 0 for d in body.dims}  # a weight has no dim of unknown size
         for weight in body.weights:
             owner, _, part = weight.name.rpartition(".")
             dims = tuple((d, sizes[d]) for d in weight.dims)

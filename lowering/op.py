@@ -89,7 +89,12 @@ class OpCall:
     settings: dict[str, Any]
     span: Span
     spans: Mapping[str, Span] = field(default_factory=dict)
-    new_dim: Callable[[str, int], Any] | None = None
+    make_dim: Callable[[str, int], Any] | None = None
+
+    def new_dim(self, name: str, size: int) -> Any:
+        """A dim that this use makes."""
+        assert self.make_dim is not None
+        return self.make_dim(name, size)
 
     def span_of(self, name: str) -> Span:
         return self.spans.get(name, self.span)

@@ -33,7 +33,8 @@ def measure(program: Program, batch: int, seq: int) -> list[dict[str, Any]]:
 
     def step() -> None:
         counts = model.counts(tokens)
-        sum(s / counts[n] for n, s in model.losses(tokens).items()).backward()
+        torch.stack([s / counts[n] for n, s in model.losses(tokens).items()]).sum().backward()
+        optimizer.gather()
         optimizer.clip(1.0)
         optimizer.step(1e-4)
 

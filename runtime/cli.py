@@ -126,10 +126,12 @@ def check(
     json: Json = False,
 ) -> None:
     """Check names, sizes, dims and types of every model of the files."""
+    from ..dsl.diagnostics import Diagnostic
     from ..dsl.load import load
     from .check import check_file
 
-    found, checked = [], []
+    found: list[Diagnostic] = []
+    checked = []
     for path in files:
         try:
             checked.append(check_file(load(path)))

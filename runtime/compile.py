@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import __version__
 from ..codegen.emit import digest, emit_module
@@ -25,6 +24,7 @@ from ..lowering.graph import GraphProgram
 from ..lowering.pipeline import lower
 from .check import program_of
 from .errors import UserError
+from .lib import Model
 from .paths import split_entry
 
 TARGETS = ("cpu",)
@@ -89,7 +89,7 @@ def plan(lowered: GraphProgram) -> dict[str, Any]:
     }
 
 
-def module_class(source: str, name: str) -> type[nn.Module]:
+def module_class(source: str, name: str) -> type[Model]:
     """The model's class, from the text of its module."""
     spec = importlib.util.spec_from_loader(f"heddle_artifact_{digest(source)}", loader=None, origin=name)
     assert spec is not None
@@ -102,7 +102,7 @@ def module_class(source: str, name: str) -> type[nn.Module]:
 
 def instantiate(
     artifact: Artifact, seed: int | None = 0, dtype: torch.dtype | None = None, device: str | None = None
-) -> nn.Module:
+) -> Model:
     """A module of the artifact, filled from the spec's initial values (`seed` None leaves it unfilled)."""
     kind = module_class(artifact.source, f"{artifact.name}/model.py")
     with torch.device(device or "cpu"):
@@ -124,7 +124,7 @@ def compile(  # noqa: A001 (the public name is heddle.compile)
     dtype: torch.dtype | str | None = None,
     overrides: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
-) -> nn.Module:
+) -> Model:
     """Compile a model of a spec file to an `nn.Module`: `model(tokens)` gives logits [batch, seq, vocab].
 
     `model` names one of the file's models (`path` may also be `FILE:MODEL`), `seed` fills its weights, `dtype` casts

@@ -76,7 +76,7 @@ def _try_model() -> str:
         model = instantiate(build(program_of(load_text(PROBE))))
         tokens = torch.arange(8)[None]
         losses = model.losses(tokens)
-        sum(losses.values()).backward()
+        torch.stack(list(losses.values())).sum().backward()
         model.generate(tokens, 2)
     except Exception as error:  # a doctor reports every illness
         return f"{type(error).__name__}: {error}"

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..dsl.load import File, shipped_folder
 from ..dsl.load import load as load_file
 from .check import program_of
 from .compile import build, instantiate
 from .errors import UserError
+from .lib import Model
 
 RECORD = "model.json"
 
@@ -68,7 +68,7 @@ def weights_file(folder: Path) -> Path:
     return found / "model.safetensors"
 
 
-def load(folder: str | Path, dtype: torch.dtype | str | None = None) -> nn.Module:
+def load(folder: str | Path, dtype: torch.dtype | str | None = None) -> Model:
     """Open a model folder: compile its spec and load its weights. Raises `SpecError`, `UserError`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file as load_tensors
@@ -91,7 +91,7 @@ def load(folder: str | Path, dtype: torch.dtype | str | None = None) -> nn.Modul
     return made.eval()
 
 
-def _fill(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+def _fill(model: Model, state: dict[str, torch.Tensor], path: Path) -> None:
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     extra = [k for k in state if k not in own]

@@ -35,7 +35,7 @@ def summary(program: Program, length: int = 4096) -> dict[str, Any]:
 def _blocks(program: Program) -> list[dict[str, Any]]:
     """Parameters of each block: paths with `*` for iterations, in order of appearance."""
     found: dict[str, dict[str, Any]] = {}
-    copies: dict[str, set[tuple]] = {}
+    copies: dict[str, set[tuple[str | int, ...]]] = {}
     for p in program.parameters():
         depth = next((i for i, s in enumerate(p.path) if isinstance(s, int)), None)
         head = p.path[: depth + 2] if depth is not None else p.path[:1]

@@ -10,7 +10,6 @@ from .. import program as pg
 from .. import syntax as sx
 from ..arithmetic import kind, whole
 from ..diagnostics import Diagnostic, Label, SpecError, did_you_mean, fail
-from ..load import Found
 from ..source import Span
 from .bodies import Elaborated, Given, Run, fresh, inputs_of, inside, tensors_in
 from .builder import Builder
@@ -26,7 +25,7 @@ class BlockCalls(Machine):
     """Evaluation of calls of blocks; a part of `Elaborator`."""
 
     def call_block(self, callee: Waiting, expr: sx.Call, env: Environment, hint: str | None) -> Any:
-        declaration = callee.found.declaration
+        declaration = callee.block
         inputs = [i.name for i in inputs_of(declaration)]
         parameters = [p.name for p in declaration.parameters]
         given = Given({}, dict(callee.settings), dict(callee.spans))
@@ -91,7 +90,7 @@ class BlockCalls(Machine):
 
     def run_block(self, callee: Waiting, given: Given, env: Environment, span: Span, hint: str | None) -> Any:
         """Call a block with inputs: a body of its own if it owns weights, else its statements in the caller's body."""
-        declaration = callee.found.declaration
+        declaration = callee.block
         if declaration.name in self.running:
             raise fail("recursion", f"`{declaration.name}` calls itself", span, "programs of this language always end")
         if len(self.running) > 60:
@@ -105,7 +104,7 @@ class BlockCalls(Machine):
 
     def body_of(self, callee: Waiting, given: Given, env: Environment, span: Span) -> Elaborated:
         """The elaborated body for these arguments, made once."""
-        declaration = callee.found.declaration
+        declaration = callee.block
         dims: list[Dim] = []
         scope = scope_of(callee)
         key = (
@@ -116,13 +115,13 @@ class BlockCalls(Machine):
         )
         if key not in self.memo:
             builder = Builder(declaration.name, span=declaration.span, doc=declaration.doc)
-            inner = Environment(callee.found.file, builder, scope=scope)
+            inner = Environment(callee.file, builder, scope=scope)
             tensors = {
                 name: None if t is None else builder.add_input(name, t.kind, t.dims, t.span)
                 for name, t in given.tensors.items()
             }
             settings = {name: inside(v, name, builder) for name, v in given.settings.items()}
-            returned = self.run_function(callee.found, Given(tensors, settings, given.spans), inner, span)
+            returned = self.run_function(callee, Given(tensors, settings, given.spans), inner, span)
             name = self.fresh_body(declaration.name)
             variables = {n: c.value for n, c in inner.cells.items()}
             made = Elaborated(name, builder, list(builder.inputs), returned, dims, variables)
@@ -135,24 +134,18 @@ class BlockCalls(Machine):
                   ) -> Any:  # fmt: skip
         builder = env.builder
         name = self._instance(callee, made, builder, span, hint)
-        dims: list[Dim] = []
-        for values in (given.tensors, given.settings):
-            for _, value in sorted(values.items()):
-                self.key(value, dims)
-        swap = {id(a): b for a, b in zip(made.formals, dims, strict=True)}
+        swap = self.swap(made, given)
         outputs = [r for r in made.returned if isinstance(r, Tensor)]
-        base = (
-            [hint] if hint and len(outputs) == 1 else [t.name if hint is None else f"{hint}_{t.name}" for t in outputs]
-        )
-        if hint is None and len(outputs) == 1:
-            base = [made.builder.block]
+        base = [hint or made.builder.block]
+        if len(outputs) > 1:
+            base = [t.name if hint is None else f"{hint}_{t.name}" for t in outputs]
         results = tuple(
             (b, t.kind, tuple(swap.setdefault(id(d), fresh(d)) for d in t.dims))
-            for b, t in zip(base, outputs, strict=True)
+            for b, t in zip(base, outputs, strict=False)
         )
-        values = [*given.tensors.values(), *(t for v in given.settings.values() for t in tensors_in(v))]
-        operands = tuple(v for v in values if v is not None)
-        bindings = {made.builder.dim_name(f): (swap[id(f)],) for f in made.formals}
+        brought = [t for v in given.settings.values() for t in tensors_in(v)]
+        operands = tuple(t for t in (*given.tensors.values(), *brought) if t is not None)
+        bindings: dict[str, tuple[Dim, ...]] = {made.builder.dim_name(f): (swap[id(f)],) for f in made.formals}
         tensors = builder.add_node("call", operands, results, {"instance": name}, bindings, span)
         made.runs.append(Run(made, builder, builder.nodes[-1], tensors, swap))
         for tensor in tensors:
@@ -160,6 +153,14 @@ class BlockCalls(Machine):
         rest = iter(tensors)
         values = [next(rest) if isinstance(r, Tensor) else r for r in made.returned]
         return values[0] if len(values) == 1 else tuple(values)
+
+    def swap(self, made: Elaborated, given: Given) -> dict[int, Dim]:
+        """The caller's dims in the place of those that a body was made with, by identity."""
+        dims: list[Dim] = []
+        for values in (given.tensors, given.settings):
+            for _, value in sorted(values.items()):
+                self.key(value, dims)
+        return {id(a): b for a, b in zip(made.formals, dims, strict=True)}
 
     def _instance(self, callee: Waiting, made: Elaborated, builder: Builder, span: Span, hint: str | None) -> str:
         if callee.shared:
@@ -194,16 +195,16 @@ class BlockCalls(Machine):
 
     def run_inline(self, callee: Waiting, given: Given, env: Environment | None, span: Span, hint: str | None) -> Any:
         builder = env.builder if env is not None else Builder(callee.name)
-        inner = Environment(callee.found.file, builder, is_inline=True, scope=scope_of(callee))
+        inner = Environment(callee.file, builder, is_inline=True, scope=scope_of(callee))
         tensors = {n: None if t is None else builder.local(t) for n, t in given.tensors.items()}
-        returned = self.run_function(callee.found, Given(tensors, given.settings, given.spans), inner, span, hint)
+        returned = self.run_function(callee, Given(tensors, given.settings, given.spans), inner, span, hint)
         return returned[0] if len(returned) == 1 else tuple(returned)
 
     def run_function(
-        self, found: Found, given: Given, env: Environment, span: Span, hint: str | None = None
+        self, callee: Waiting, given: Given, env: Environment, span: Span, hint: str | None = None
     ) -> list[Any]:
         """Bind inputs and parameters, run the statements; gives the returned values."""
-        declaration = found.declaration
+        declaration = callee.block
         self.running.append(declaration.name)
         outside = dict(self.coordinates)
         before = len(self.collector.found)

@@ -10,6 +10,9 @@ from ..diagnostics import Label, fail
 from ..source import NOWHERE, Span
 from .values import Dim, Tensor
 
+Layout = tuple[tuple[Dim, ...], ...]
+"""The axes of a weight in published checkpoints, each the dims that it is made of."""
+
 
 @dataclass(eq=False)
 class Builder:
@@ -21,7 +24,7 @@ class Builder:
     span: Span = NOWHERE
     doc: str = ""
     inputs: list[Tensor] = field(default_factory=list)
-    weights: list[tuple[str, tuple[Dim, ...], pg.Init, str, bool, tuple, bool, Span]] = field(default_factory=list)
+    weights: list[tuple[str, tuple[Dim, ...], pg.Init, str, bool, Layout, bool, Span]] = field(default_factory=list)
     weight_tensors: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     instances: list[pg.Instance] = field(default_factory=list)
@@ -106,7 +109,7 @@ class Builder:
         return tensor
 
     def add_weight(
-        self, name: str, dims: tuple[Dim, ...], init: pg.Init, op: str, keep: bool, layout: tuple, span: Span,
+        self, name: str, dims: tuple[Dim, ...], init: pg.Init, op: str, keep: bool, layout: Layout, span: Span,
         trained: bool = True,
     ) -> Tensor:  # fmt: skip
         self._names.add(name)

@@ -77,7 +77,7 @@ class Calls(Machine):
         """The names of a function's inputs, in order."""
         if callee.op is not None:
             return [o.name for o in callee.op.inputs]
-        return [i.name for i in inputs_of(callee.found.declaration)]
+        return [i.name for i in inputs_of(callee.block)]
 
     def declared(self, found: Found, span: Span) -> Any:
         """What the bare name of a declaration stands for: a function that waits, or its value if it needs nothing."""
@@ -100,6 +100,7 @@ class Calls(Machine):
     def variant(self, found: Found, span: Span) -> Waiting:
         """`model b = a(x = 1)`: the function that it names, with those arguments."""
         declaration = found.declaration
+        assert isinstance(declaration, sx.Variant)
         if declaration.keyword not in ("model", "block"):
             raise fail("not-built-yet", f"{declaration.keyword}s are not built yet", span)
         if found in self.resolving:
@@ -136,5 +137,5 @@ def _cycle(chain: list[Found]) -> SpecError:
         f"{what}: {' -> '.join([*names, names[0]])}",
         turned[0].declaration.name_span,
         secondary=[Label(f.declaration.name_span) for f in turned[1:]],
-        help=f"one of them needs a body: `{turned[0].declaration.keyword} {names[0]}(...):`",
+        help=f"one of them needs a body: `{getattr(turned[0].declaration, 'keyword', 'block')} {names[0]}(...):`",
     )

@@ -117,7 +117,7 @@ def _waiting(machine: Elaborator, found: Found) -> Waiting:
 
 
 def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: str | None) -> pg.Program:
-    declaration = waiting.found.declaration
+    declaration = waiting.block
     span = found.declaration.name_span
     builder = Builder("entry")
     tensors = {i.name: _input(i, builder, waiting, machine) for i in inputs_of(declaration)}
@@ -156,7 +156,7 @@ def _objective(
     block = found.file.lookup(objective)
     if block is None:
         raise fail("unknown-name", f"no objective is named `{objective}`", found.declaration.name_span)
-    wanted = [i.name for i in inputs_of(block.declaration)]
+    wanted = [i.name for i in inputs_of(Waiting(found=block).block)]
     if any(tensors.get(name) is None for name in wanted) or "logits" not in model.variables:
         return {}
     given = Given({n: tensors[n] for n in wanted}, {"net": waiting}, {})
@@ -214,18 +214,20 @@ def _choose(file: File, model: str | None) -> Found:
             Span(file.source, 0, 0),
             help="a model starts with `model NAME(...):`",
         )
-    ready = [m for m in models if _is_ready(file.lookup(m))]
-    return file.lookup((ready or models)[-1])
+    ready = [m for m in models if _is_ready(file.declared[m])]
+    chosen = (ready or models)[-1]
+    return Found(file.declared[chosen], file)
 
 
-def _is_ready(found: Found) -> bool:
+def _is_ready(declaration: sx.Declaration) -> bool:
     """Whether every parameter is known: a variant, or a function whose parameters all have defaults."""
-    declaration = found.declaration
-    return isinstance(declaration, sx.Variant) or all(p.default is not None for p in declaration.parameters)
+    return isinstance(declaration, sx.Variant) or (
+        isinstance(declaration, sx.Function) and all(p.default is not None for p in declaration.parameters)
+    )
 
 
 def _check_overrides(waiting: Waiting, overrides: Mapping[str, Any], found: Found) -> None:
-    names = [p.name for p in waiting.found.declaration.parameters]
+    names = [p.name for p in waiting.block.parameters]
     for name in overrides:
         if name not in names:
             raise fail(

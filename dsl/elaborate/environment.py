@@ -37,6 +37,12 @@ class Environment:
             found.read = True
         return found
 
+    def known(self, name: str) -> Cell:
+        """The cell of a name that is in scope."""
+        found = self.cell(name)
+        assert found is not None, name
+        return found
+
     def bind(self, name: str, value: Any, span: Span = NOWHERE) -> Cell:
         """Bind a name here: over the outer binding where a loop carries it, the loop sees to the rest."""
         cell = value if isinstance(value, Cell) else Cell(value, name, span)

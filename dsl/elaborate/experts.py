@@ -11,7 +11,7 @@ from .builder import Builder
 from .environment import Environment
 from .expressions import number_of
 from .machine import Machine
-from .values import Dim, Tensor, Waiting
+from .values import Tensor, Waiting
 
 
 class Experts(Machine):
@@ -52,7 +52,8 @@ class Experts(Machine):
         name = positional[2].value.id if isinstance(positional[2].value, sx.Name) else expert.name
         expert, _ = self.rewritten(expert, env, name)
         tensors = dict(zip(self.input_names(expert), (x,), strict=True))
-        made = self.body_of(expert, Given(tensors, expert.settings, expert.spans), env, expr.span)
+        given = Given(tensors, expert.settings, expert.spans)
+        made = self.body_of(expert, given, env, expr.span)
         along = self._along_sequence(made.builder)
         if along is not None:
             raise fail(
@@ -63,12 +64,7 @@ class Experts(Machine):
         result = made.returned[0] if len(made.returned) == 1 else None
         if not isinstance(result, Tensor) or len(result.dims) != len(x.dims):
             raise fail("wrong-type", "an expert returns one tensor with as many dims as its input", positional[2].span)
-        dims: list[Dim] = []
-        for values in (tensors, expert.settings):
-            for _, value in sorted(values.items()):
-                self.key(value, dims)
-        swap = {id(a): b for a, b in zip(made.formals, dims, strict=True)}
-        last = swap.get(id(result.dims[-1]), result.dims[-1])
+        last = self.swap(made, given).get(id(result.dims[-1]), result.dims[-1])
         env.builder.own(name, expr.span)
         size = whole(number_of(dim, over.span), f"the size of `{dim.name}`", over.span)
         env.builder.instances.append(pg.Instance(name, (made.name,), (0,) * size))

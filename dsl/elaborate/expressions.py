@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .. import syntax as sx
@@ -167,7 +168,7 @@ class Expressions(Machine):
                     [Label(seen[pair.key], "the first")],
                 )
             seen[pair.key] = pair.span
-            entries[pair.key] = Lazy(lambda value=pair.value: self.value(value, env))
+            entries[pair.key] = Lazy(partial(self.value, pair.value, env))
         return TableOf(entries, expr.span)
 
     def _index(self, expr: sx.Index, env: Environment, hint: str | None) -> Any:

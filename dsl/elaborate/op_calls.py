@@ -241,7 +241,7 @@ class OpCalls(Machine):
             builder.own(owner, span)
             if shared:
                 builder.shared[f"{owner}."] = span
-        made = []
+        made: list[Tensor | None] = []
         for operand in typing.operands:
             if self.is_owned(operand):
                 name = f"{owner}.{operand.part}"

@@ -74,9 +74,10 @@ class Rewriting(Machine):
     def sheet_of(self, found: Found, env: Environment) -> Rewrites:
         """The rules of a variant, selectors read; the same ones each time."""
         variant = found.declaration
+        assert isinstance(variant, sx.Variant)
         if id(variant) not in self.sheets:
             rules = []
-            for rule in variant.rules:
+            for rule in (r for r in variant.rules if isinstance(r, sx.Apply)):  # `names` refuses any other
                 selectors = tuple(read(s, lambda e: self.whole_numbers(e, env)) for s in rule.selectors)
                 rules.append(Rewrite(selectors, rule.value, rule.span, [False] * len(selectors)))
             self.sheets[id(variant)] = Rewrites(variant.name, found.file, tuple(rules))

@@ -225,7 +225,8 @@ class Statements(Machine):
 
     def _coordinate(self, statement: sx.Coordinate, env: Environment) -> None:
         """`seq.piece = seq.position // 16`: seen by this block and what it calls, from here on."""
-        dim = env.cell(statement.dim).value if env.cell(statement.dim) is not None else None
+        cell = env.cell(statement.dim)
+        dim = None if cell is None else cell.value
         if not isinstance(dim, Dim):
             raise fail(
                 "unknown-dim",
@@ -266,7 +267,7 @@ class Statements(Machine):
 
     def _dims_of_shape(self, item: sx.DimItem, env: Environment) -> tuple[Dim, ...]:
         if item.name is None:
-            return (Dim("one", whole(self.number(item.size, env), "the size of a dim", item.span), span=item.span),)
+            return (Dim("one", whole(self.number(sized(item), env), "the size of a dim", item.span), span=item.span),)
         dims = self.dims(sx.Name(item.name, span=item.span), env)
         for dim in dims:
             if dim.size is None:
@@ -290,7 +291,7 @@ class Statements(Machine):
         self._close(loop)
 
     def _iteration(self, loop: _Loop, item: Any, scope: Scope) -> None:
-        values = [loop.env.cell(n).value for n in loop.carried]
+        values = [loop.env.known(n).value for n in loop.carried]
         for value in values:
             if value is POISON:
                 raise SpecError([])
@@ -350,14 +351,14 @@ class Statements(Machine):
         if not any(d.builder.nodes for d in distinct):
             return
         env, statement = loop.env, loop.statement
-        tensors = [n for n in loop.carried if isinstance(env.cell(n).value, Tensor)]
+        tensors = [n for n in loop.carried if isinstance(env.known(n).value, Tensor)]
         captured: dict[int, Tensor] = {}
         borrowed: dict[str, str] = {}
         for done in distinct:
             captured.update({i: outer for i, (outer, _) in done.builder.captured.items()})
             borrowed.update(done.builder.borrowed)
         names = []
-        for tensor in [*(env.cell(n).value for n in tensors), *captured.values()]:
+        for tensor in [*(env.known(n).value for n in tensors), *captured.values()]:
             env.builder.names_of(tensor.dims)
         for done in distinct:
             inputs = [done.builder.inputs[i] for i in range(len(tensors))]
@@ -379,7 +380,7 @@ class Statements(Machine):
         env.builder.own(instance, statement.span)
         schedule = tuple(place[id(d)] for d in loop.schedule)
         env.builder.instances.append(pg.Instance(instance, tuple(names), schedule, lends=tuple(borrowed)))
-        befores = [env.cell(n).value for n in tensors]
+        befores = [env.known(n).value for n in tensors]
         results = tuple((n, t.kind, t.dims) for n, t in zip(tensors, befores, strict=True))
         made = env.builder.add_node(
             "loop", (*befores, *captured.values()), results, {"instance": instance}, {}, statement.span
@@ -388,7 +389,7 @@ class Statements(Machine):
             self._rebind(env, name, tensor)
 
     def _rebind(self, env: Environment, name: str, tensor: Tensor) -> None:
-        env.bind(name, tensor, env.cell(name).span)
+        env.bind(name, tensor, env.known(name).span)
 
 
 class _Iteration:
@@ -422,10 +423,16 @@ def assigned(statements: Any) -> list[str]:
     return list(found)
 
 
+def sized(item: sx.DimItem) -> sx.Expr:
+    """The size that stands in a shape in place of a name."""
+    assert item.size is not None
+    return item.size
+
+
 def _later(statement: sx.Statement) -> str:
-    words = {sx.CoordinateInput: "coordinates from the data"}
-    what = words.get(type(statement), f"`{getattr(statement, 'keyword', 'this')}`")
-    return f"{what} are not built yet" if type(statement) in words else f"{what} is not built yet"
+    if isinstance(statement, sx.CoordinateInput):
+        return "coordinates from the data are not built yet"
+    return f"`{getattr(statement, 'keyword', 'this')}` is not built yet"
 
 
 __all__ = ["Found", "Label", "Returned", "Span", "Statements", "assigned"]

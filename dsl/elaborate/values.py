@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .. import syntax as sx
-from ..load import Found
+from ..load import File, Found
 from ..program import Init
 from ..source import NOWHERE, Span
 
@@ -76,6 +76,19 @@ class Waiting:
     place: Any = None
     is_it: bool = False
     kind_word = "a function that waits for its input"
+
+    @property
+    def block(self) -> sx.Function:
+        """The declaration of a block that waits."""
+        assert self.found is not None
+        assert isinstance(self.found.declaration, sx.Function)
+        return self.found.declaration
+
+    @property
+    def file(self) -> File:
+        """Where a block that waits is declared."""
+        assert self.found is not None
+        return self.found.file
 
     @property
     def name(self) -> str:

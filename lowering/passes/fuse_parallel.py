@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ...dsl.program import Dim, Node, Type, Value
 from ..graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..ops import table
 from . import each_graph, lowering_pass
+
+Attrs = tuple[tuple[str, Any], ...]
 
 
 @lowering_pass(requires={"hoisted"}, ensures={"stacked"})
@@ -111,7 +114,8 @@ def _side_by_side(graph: Graph, product: Node, members: list[Node]) -> Graph:
     size = sum(_count(graph, m) for m in members)
     dims = (*graph.body.dims, Dim(name, size))
     joined = Value(name, Type("real", (*lead, name)))
-    give, results, placed = [], [], False
+    give: list[tuple[str, ...]] = []
+    results, placed = [], False
     for part in product.attr("parts"):
         if part not in group:
             give.append((part,))
@@ -146,7 +150,7 @@ def _order_parts(product: Node, give: list[tuple[str, ...]]) -> tuple[tuple[str,
     return parts, (product.operands[0], *(o for p in parts for o in pairs[p]))
 
 
-def _with(attrs: tuple, name: str, value: object) -> tuple:
+def _with(attrs: Attrs, name: str, value: object) -> Attrs:
     return tuple((k, value if k == name else v) for k, v in attrs)
 
 

@@ -214,7 +214,7 @@ def spec_path(module: nn.Module, path: str) -> str:
 
 def spec_paths(module: nn.Module) -> dict[str, str]:
     """{key of `nn.Module.state_dict`: path in the spec}, for the keys that differ."""
-    paths = {}
+    paths: dict[str, str] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, Fused):
             owner = child.owner(prefix)

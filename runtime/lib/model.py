@@ -26,6 +26,9 @@ class Model(nn.Module):
 
     INIT: Mapping[str, tuple[Any, ...]] = {}
     keep_fp32: tuple[str, ...] = ()
+    # The program and the artifact that it was made of, where it was compiled here.
+    program: Any = None
+    artifact: Any = None
     # Why the model cannot be decoded token by token, where it cannot.
     late: str | None = None
 

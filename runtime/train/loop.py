@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import Batch, Cursor, Packed
 from ..errors import UserError
-from ..lib import Gathered
+from ..lib import Gathered, Model
 from . import checkpoint
 from .config import TrainConfig
 from .optimizer import Optimizer
@@ -38,7 +38,7 @@ class Report:
 
 
 def train(
-    model: nn.Module, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None = None,
+    model: Model, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None = None,
     resume: bool = False, console: Console | None = None,
 ) -> Report:  # fmt: skip
     """Train a model in place. `out` gets `log.jsonl`, `board/` and `checkpoints/`.
@@ -57,7 +57,7 @@ def train(
 
 class _Run:
     def __init__(
-        self, model: nn.Module, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None,
+        self, model: Model, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None,
         console: Console | None,
     ):  # fmt: skip
         self.model, self.data, self.config, self.out, self.held_out = model, data, config, out, held_out
@@ -195,7 +195,7 @@ class _Run:
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
             sums = self.model.losses(batch.tokens, batch.document, gathered=gathered)
-            loss = sum(s / counts[n].clamp(min=1) for n, s in sums.items())
+            loss = torch.stack([s / counts[n].clamp(min=1) for n, s in sums.items()]).sum()
             loss.backward()
             self.optimizer.gather()
             total += loss.detach().double()
@@ -213,7 +213,7 @@ class _Run:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Packed, batch: int, rows: int | None = None) -> float:
+def evaluate(model: Model, data: Packed, batch: int, rows: int | None = None) -> float:
     """Mean loss in nats a scored token over the first `rows` rows (all if None)."""
     was_training = model.training
     model.eval()

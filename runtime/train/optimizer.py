@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lib import Model
 from .config import TrainConfig
 
 
@@ -17,7 +18,7 @@ class Optimizer:
     Names are those of parameters of the module; a fused parameter is stepped as one, which AdamW cannot tell apart.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
+    def __init__(self, model: Model, config: TrainConfig):
         self.weights: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = {
             name: p.detach().float().clone().requires_grad_() if p.dtype.itemsize < 4 else p
@@ -88,7 +89,7 @@ class Optimizer:
                     slots[key] = state[f"{key}.{name}"].clone()
 
 
-def _decayed(model: nn.Module) -> set[str]:
+def _decayed(model: Model) -> set[str]:
     """Parameters with weight decay: those of whose parts in the spec any has two dims or more. Norms, biases and what a
     head has one number of are left alone. A convolution's taps count as a matrix, as they do in Megatron-LM."""
     holders = {id(p): name for name, p in model.named_parameters()}

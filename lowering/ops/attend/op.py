@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ....dsl.diagnostics import fail
@@ -50,7 +51,7 @@ def _infer(call: OpCall) -> Typing:
     return Typing(bindings, (q, *(t for pair in sources for t in pair)), (("real", result),), tuple(sequences))
 
 
-def _flops(sizes: dict[str, int], attrs: dict[str, Any]) -> float:
+def _flops(sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
     """Scores and weighted values, for each query and each key that it sees."""
     return 2.0 * sizes["H"] * (sizes["D"] + sizes["E"])
 

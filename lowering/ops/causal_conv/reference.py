@@ -18,7 +18,7 @@ def window(before: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None) -> Ten
     taps = w.shape[-1]
     zeros = torch.zeros(*x.shape[:-2], max(0, taps - 1 - before.shape[-2]), x.shape[-1], dtype=x.dtype)
     rows = torch.cat([zeros, before[..., max(0, before.shape[-2] - taps + 1) :, :], x], -2)
-    y = sum(w[:, j] * rows[..., j : j + x.shape[-2], :] for j in range(taps))
+    y = torch.stack([w[:, j] * rows[..., j : j + x.shape[-2], :] for j in range(taps)]).sum(0)
     return y if b is None else y + b
 
 

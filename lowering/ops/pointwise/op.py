@@ -6,6 +6,7 @@ Operands align by name of dim: one operand must have all dims of the others, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ....dsl.diagnostics import fail
@@ -116,7 +117,7 @@ def _outer(call: OpCall) -> Typing:
     return Typing({"A": tuple(x.dims), "B": tuple(y.dims)}, (x, y), (("real", (*x.dims, *y.dims)),))
 
 
-def _flops(sizes: dict[str, int], attrs: dict[str, Any]) -> float:
+def _flops(sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
     return float(sizes["D"])
 
 

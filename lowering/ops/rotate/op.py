@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ....dsl.diagnostics import fail
 from ...op import Op, OpCall, Typing, _match, join_leading
 
 
 def _infer(call: OpCall) -> Typing:
-    bindings: dict = {}
+    bindings: dict[str, tuple[Any, ...]] = {}
     op = call.op
     op._check_kinds(call)
     operands = [call.tensors[name] for name in ("x", "cos", "sin")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ....dsl.diagnostics import fail
@@ -31,7 +32,7 @@ def _bind(call: OpCall) -> dict[str, tuple[Any, ...]]:
     return {"S": (u[-3],), "H": (heads,), "P": (u[-1],), "G": (groups,), "N": (b[-1],)}
 
 
-def _flops(sizes: dict[str, int], attrs: dict[str, Any]) -> float:
+def _flops(sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
     """Facts sheet of Mamba-2: scores 2 Q N G, weighted sum 2 Q H P, states 4 H P N, for each row."""
     chunk, inner = attrs["chunk"], sizes["H"] * sizes["P"]
     return 2.0 * chunk * sizes["N"] * sizes["G"] + 2.0 * chunk * inner + 4.0 * inner * sizes["N"]
