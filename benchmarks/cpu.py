@@ -123,6 +123,14 @@ def measure(rounds: int, batch: int, seq: int, new: int) -> dict[str, list[tuple
     return found
 
 
+def device() -> str:
+    """The processor's own name, where the system tells it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -152,6 +160,8 @@ def main() -> None:
         given.json.write_text(
             json.dumps(
                 {
+                    "device": device(),
+                    "date": time.strftime("%Y-%m-%d"),
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
                     "threads": torch.get_num_threads(),

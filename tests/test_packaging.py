@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -108,6 +109,13 @@ def test_the_readme_shows_the_error_that_is_printed(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.strip() == shown.strip()
+
+
+def test_the_readme_gives_the_committed_figures() -> None:
+    section = README.split("## How fast it is")[1].split("\n## ")[0]
+    jobs = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["jobs"]
+    shown = [float(n) for n in re.findall(r"(\d\.\d)\s+times", section)]
+    assert shown == [round(job["ratio"], 1) for job in jobs.values()]
 
 
 def test_the_readme_lists_the_commands() -> None:
