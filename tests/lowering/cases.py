@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from heddle.codegen.emit import Writer
 from heddle.codegen.facts import Use
+from heddle.codegen.writer import Writer
 from heddle.dsl import syntax as sx
 from heddle.dsl.program import Body, Dim, Init, Node, Program, Type, Value, Weight
 from heddle.lowering.graph import Graph, GraphProgram, State

@@ -20,7 +20,7 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heddle.codegen.emit import Writer
+from heddle.codegen.writer import Writer
 from heddle.dsl.diagnostics import SpecError
 from heddle.dsl.program import Body, Dim, Node, Type, Value
 from heddle.lowering.graph import Graph

@@ -1,0 +1,387 @@
+"""The statements of one graph as lines of Python, each with the line of the spec that asked for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from ..dsl import syntax as sx
+from ..dsl.format import print_expr
+from ..dsl.program import Instance, Node, Weight
+from ..dsl.source import Span
+from ..lowering.afterwards import parts
+from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
+from ..lowering.masks import hull
+from ..lowering.ops import part
+from . import names
+from .facts import Use, owner_of, slot_name
+
+_COMMENT = re.compile(r'^((?:[^"#]|"[^"]*")*)#.*$')
+NAMED_MASKS = {"key.position <= query.position": "CAUSAL", "true": "FULL"}
+
+
+@dataclass
+class Line:
+    """A line of a method, with the line of the spec that asked for it."""
+
+    text: str
+    spec: str = ""
+    depth: int = 0
+
+
+@dataclass
+class Class:
+    """Plain facts of one generated class, for the template."""
+
+    name: str
+    doc: str
+    construct: list[Line]
+    slots: list[str]
+    inputs: list[str]
+    lent: list[str]
+    body: list[Line]
+    result: str
+    is_model: bool = False
+    more: bool = False
+    around: str | None = None
+    after: list[Line] = field(default_factory=list)
+    losses: list[Line] = field(default_factory=list)
+    loss_result: str = ""
+    counts: list[Line] = field(default_factory=list)
+    count_result: str = ""
+    objective_input: str = "tokens"
+
+
+class Writer:
+    """Writes the statements of one graph; `inlined` are nodes whose expression stands in their only reader's."""
+
+    def __init__(self, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]], inline: bool = True):
+        self.graph, self.program, self.masks = graph, program, masks
+        self.states = {s.node: s for s in program.states.get(graph.name, ())}
+        self.parts = parts(graph, program.emitting)
+        self._when = {
+            n.name: i for i, part_ in enumerate((self.parts.result, self.parts.stated, self.parts.after)) for n in part_
+        }
+        self.constants = self._constant_nodes() if graph.name == program.program.root else {}
+        self.kept = self._kept_constants()
+        self._inline = inline
+        self._names = self._variables()
+
+    # --- names ------------------------------------------------------------------------------------
+
+    def _variables(self) -> dict[str, str]:
+        """Python names: a value takes its variable's plain name again where the older one is dead."""
+        last: dict[str, int] = {}
+        order = self.parts.result + self.parts.stated + self.parts.after
+        place = {node.name: i for i, node in enumerate(order)}
+        for node in order:
+            reader = node
+            while self.is_inlined(reader):  # what it reads is read where its own reader stands
+                (reader,) = self.graph.users[reader.name]
+            for operand in node.operands:
+                if operand is not None:
+                    last[operand] = max(last.get(operand, -1), place[reader.name])
+        last.update({name: len(order) for name in (*self.graph.results, *self.parts.sums)})
+        taken: dict[str, str] = {}
+        found: dict[str, str] = {}
+        for value in self.graph.body.inputs:
+            found[value.name] = names.variable(value.name)
+            taken[found[value.name]] = value.name
+        for i, node in enumerate(order):
+            for result in node.results:
+                plain = names.variable(_base(result.name, self.graph))
+                holder = taken.get(plain)
+                free = holder is None or last.get(holder, -1) <= i
+                found[result.name] = plain if free else names.variable(result.name)
+                taken[found[result.name]] = result.name
+        return found
+
+    def expression(self, name: str) -> str:
+        """A Python expression for a value."""
+        weights = {w.name for w in self.graph.body.weights}
+        if name in weights:
+            return "self." + ".".join(names.attribute(p) for p in name.split("."))
+        node = self.graph.producers.get(name)
+        if node is not None and node.name in self.kept:
+            return f"self.{names.variable(name)}"
+        if node is not None and self.is_inlined(node):
+            return self.call(node)
+        return self._names[name]
+
+    def is_inlined(self, node: Node) -> bool:
+        """A pointwise node with one reader, itself pointwise: both are one expression."""
+        if not self._inline or node.op in STRUCTURE or not _pointwise(node) or node.name in self.kept:
+            return False
+        users = self.graph.users.get(node.name, ())
+        if len(users) != 1 or node.name in self.graph.results or users[0].operands.count(node.name) != 1:
+            return False
+        user = users[0]
+        if self._when[node.name] != self._when[user.name]:
+            return False
+        return user.op not in STRUCTURE and _pointwise(user)
+
+    def mask(self, mask: sx.Expr) -> str:
+        """The name of a mask constant of the module."""
+        text = print_expr(mask)
+        if text not in self.masks:
+            bounds = hull(mask)
+            name = NAMED_MASKS.get(text, f"MASK_{len(self.masks) + 1}")
+            made = f"lib.Mask(lambda query, key: {_python_mask(mask)}, behind={bounds.behind}, ahead={bounds.ahead})"
+            self.masks[text] = (name, made)
+        return self.masks[text][0]
+
+    # --- statements -------------------------------------------------------------------------------
+
+    def _constant_nodes(self) -> dict[str, Node]:
+        """Nodes that depend on nothing: computed when the model is made."""
+        found: dict[str, Node] = {}
+        for node in self.graph.nodes:
+            if node.op in STRUCTURE or node.op == "coordinate" or op_of(node).coordinates:
+                continue
+            if all(
+                o is None or o in self.graph.producers and self.graph.producers[o].name in found for o in node.operands
+            ):
+                found[node.name] = node
+        return found
+
+    def _kept_constants(self) -> set[str]:
+        """Those that a run reads: the others are only on the way to them."""
+        return {
+            name
+            for name in self.constants
+            if name in self.graph.results
+            or any(user.name not in self.constants for user in self.graph.users.get(name, ()))
+        }
+
+    def call(self, node: Node) -> str:
+        """The right side of a node's statement."""
+        if node.op == "call":
+            inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
+            instance = self.graph.instance(node.attr("instance"))
+            return f"{self._module(instance)}({inputs}, at, state.{self._slot_of(node)}{self._lent(instance)})"
+        if node.op == "route":
+            x, routing, *more = [self.expression(o) for o in node.operands if o is not None]
+            instance = self.graph.instance(node.attr("instance"))
+            return f"lib.route({', '.join([x, routing, self._module(instance), 'at', *more])}{self._lent(instance)})"
+        return part(node.op, "cpu").emit(Use(self.graph, node, self, self.states.get(node.name)))
+
+    def _module(self, instance: Instance) -> str:
+        """The module that an instance is: an attribute, or an argument where it is lent."""
+        name = names.attribute(instance.name)
+        return f"self.{name}" if instance.owned else name
+
+    def _lent(self, instance: Instance) -> str:
+        """Further arguments: the shared modules that an instance is lent."""
+        return "".join(f", {self._module(self.graph.instance(name))}" for name in instance.lends)
+
+    def _slot_of(self, node: Node) -> str:
+        """The name of what a call keeps: a shared block keeps something for each of its calls."""
+        name = node.attr("instance")
+        calls = [n.name for n in self.graph.nodes if n.op in STRUCTURE and n.attr("instance") == name]
+        place = calls.index(node.name)
+        return names.attribute(f"{name}_{place + 1}" if place else name)
+
+    def statements(self, nodes: Iterable[Node]) -> list[Line]:
+        lines: list[Line] = []
+        for node in nodes:
+            if node.name in self.constants or node.op not in STRUCTURE and self.is_inlined(node):
+                continue
+            targets = ", ".join(self._names[r.name] for r in node.results)
+            spec = spec_line(node.spans)
+            if node.op == "loop":
+                lines.extend(self._loop(node, spec))
+            else:
+                lines.append(Line(f"{targets} = {self.call(node)}", spec))
+        return lines
+
+    def _loop(self, node: Node, spec: str) -> list[Line]:
+        name = names.attribute(node.attr("instance"))
+        operands = [self.expression(o) for o in node.operands if o is not None]
+        results = [self._names[r.name] for r in node.results]
+        lines = [Line(f"{r} = {o}", spec) for r, o in zip(results, operands, strict=False) if r != o]
+        given = results + operands[len(results) :]
+        lent = self._lent(self.graph.instance(node.attr("instance")))
+        lines.append(Line(f"for {name}, kept in zip(self.{name}, state.{name}):", spec))
+        lines.append(Line(f"    {', '.join(results)} = {name}({', '.join(given)}, at, kept{lent})", spec))
+        return lines
+
+    def construct(self) -> list[Line]:
+        """Submodules in order of first use."""
+        lines: list[Line] = []
+        done: set[str] = set()
+        for node in self.graph.nodes:
+            spec = spec_line(node.spans)
+            if node.op in STRUCTURE:
+                name = node.attr("instance")
+                if self.graph.instance(name).owned and name not in done:
+                    lines.append(Line(f"self.{names.attribute(name)} = {self._instance(name)}", spec))
+                done.add(name)
+                continue
+            owner = owner_of(self.graph, node)
+            if owner is not None and owner not in done:
+                done.add(owner)
+                made = part(node.op, "cpu").construct(Use(self.graph, node, self, None))
+                lines.append(Line(f"self.{names.attribute(owner)} = {made}", spec))
+        for instance in self.graph.body.instances:
+            if instance.owned and instance.name not in done:  # only called inside a loop
+                lines.append(Line(f"self.{names.attribute(instance.name)} = {self._instance(instance.name)}"))
+        for weight in self.graph.body.weights:
+            if "." not in weight.name:
+                lines.append(Line(self._bare(weight), spec_line((weight.span,))))
+        for node in (n for n in self.constants.values() if not self.is_inlined(n)):
+            text = part(node.op, "cpu").emit(Use(self.graph, node, self, None))
+            name = names.variable(node.name) if node.name in self.kept else self._names[node.name]
+            made = (
+                f'self.register_buffer("{name}", {text}, persistent=False)'
+                if node.name in self.kept
+                else f"{name} = {text}"
+            )
+            lines.append(Line(made, spec_line(node.spans)))
+        return lines
+
+    def _bare(self, weight: Weight) -> str:
+        """A `param`, which must still get its values, or a `buffer`, which starts as one number."""
+        name, sizes = names.attribute(weight.name), tuple(self.graph.size(d) for d in weight.dims)
+        if weight.trained:
+            return f"self.{name} = lib.empty({', '.join(map(str, sizes))})"
+        start = {"zeros": 0.0, "ones": 1.0}.get(weight.init.kind, *weight.init.values)
+        return f'self.register_buffer("{name}", torch.full({sizes}, {start!r}))'
+
+    def _instance(self, name: str) -> str:
+        instance = self.graph.instance(name)
+        classes = [names.class_name(b) for b in instance.bodies]
+        if instance.schedule is None:
+            return f"{classes[0]}()"
+        if len(classes) == 1:
+            return f"nn.ModuleList({classes[0]}() for _ in range({len(instance.schedule)}))"
+        return f"nn.ModuleList(kind() for kind in {_schedule(classes, instance.schedule)})"
+
+    def slots(self) -> list[str]:
+        """Arguments of `lib.Slots`: what the stream pass derived, and the blocks inside."""
+        found = []
+        for node in self.graph.nodes:
+            if node.name in self.states:
+                state = self.states[node.name]
+                made = part(node.op, "cpu").slot(Use(self.graph, node, self, state), state)
+                found.append(f"{names.attribute(slot_name(self.graph, node))}={made}")
+        for node in (n for n in self.graph.nodes if n.op in ("call", "loop")):
+            instance = self.graph.instance(node.attr("instance"))
+            made, lent = self._module(instance), self._lent(instance)
+            if instance.schedule is None:
+                found.append(f"{self._slot_of(node)}={made}.slots(stream{lent})")
+            else:
+                name = names.attribute(instance.name)
+                found.append(f"{name}=[{name}.slots(stream{lent}) for {name} in {made}]")
+        return found
+
+    def as_class(self) -> Class:
+        body = self.statements(self.parts.result)
+        result = ", ".join(self.expression(o) for o in self.graph.body.outputs)
+        if self.graph.name == self.program.program.root and self.graph.body.asked:
+            own = self.graph.body.outputs[: -self.graph.body.asked]
+            result = f"({result}) if more else {', '.join(self.expression(o) for o in own)}"
+        stated = self.stated()
+        if stated:
+            body += [Line("if at.gathered is not None:"), *(replace(line, depth=line.depth + 1) for line in stated)]
+        elif body and len(self.graph.body.outputs) == 1 and body[-1].text.startswith(f"{result} = "):
+            last = body.pop()
+            body.append(Line(f"return {last.text.split(' = ', 1)[1]}", last.spec))
+            result = ""
+        return Class(
+            names.class_name(self.graph.name),
+            _first_line(self.graph.body.doc),
+            self.construct(),
+            self.slots(),
+            [names.variable(v.name) for v in self.graph.body.inputs],
+            [names.attribute(i.name) for i in self.graph.body.instances if not i.owned],
+            body,
+            result,
+            around=self.graph.body.block if self.graph.body.is_around else None,
+            after=self.after(),
+        )
+
+    def stated(self) -> list[Line]:
+        """What runs only where losses are asked for: losses, metrics and sums for the end of the step."""
+        lines = self.statements(self.parts.stated)
+        for label, value in self.parts.losses:
+            lines.append(Line(f'at.lose("{label}", {self.expression(value)})'))
+        for label, value in self.parts.means:
+            lines.append(Line(f'at.gathered.mean("{label}", {self.expression(value)}, {self.count_of(value)[0]})'))
+        if self.parts.sums:
+            given = ", ".join(f"{self._names[v]}={self._names[v]}" for v in self.parts.sums)
+            lines.append(Line(f"at.gathered.add(self, {given})"))
+        return lines
+
+    def after(self) -> list[Line]:
+        """The method that runs behind a step: updates of buffers, then the metrics that it gives."""
+        if not self.parts.sums:
+            return []
+        lines = [Line(f'{self._names[v]} = sums["{self._names[v]}"]') for v in self.parts.sums]
+        lines += self.statements(self.parts.after)
+        for label, value in self.parts.updates:
+            lines.append(Line(f"self.{names.attribute(label)}.copy_({self.expression(value)})"))
+        given = ", ".join(f'"{label}": {self.expression(value)}' for label, value in self.parts.metrics)
+        return [*lines, Line(f"return {{{given}}}")]
+
+    def count_of(self, loss: str) -> tuple[str, tuple[Node, ...]]:
+        """The number of places that a loss is a sum over, and the nodes that must run for it."""
+        node = self.graph.producers[loss]
+        while _pointwise(node):  # a loss times a number
+            node = self.graph.producers[next(o for o in node.operands if o is not None)]
+        wanted = {node.operands[1]} if len(node.operands) > 1 else set()
+        needed: list[Node] = []
+        for before in reversed(self.graph.nodes):
+            if any(r.name in wanted for r in before.results):
+                needed.insert(0, before)
+                wanted.update(o for o in before.operands if o is not None)
+        return part(node.op, "cpu").count(Use(self.graph, node, self, None)), tuple(needed)
+
+
+def _pointwise(node: Node) -> bool:
+    op = op_of(node)
+    return bool(op.inputs) and all(not o.leading for o in op.inputs)
+
+
+def _base(name: str, graph: Graph) -> str:
+    stem, _, tail = name.rpartition("_")
+    return stem if stem and tail.isdigit() and (stem in graph.values) else name
+
+
+def _python_mask(mask: sx.Expr) -> str:
+    """A mask in Python: `and`, `or`, `not` of tensors are `&`, `|`, `~`, which bind tighter than comparisons."""
+    match mask:
+        case sx.Binary(operator="and" | "or" as op, left=left, right=right):
+            return f"({_python_mask(left)}) {'&' if op == 'and' else '|'} ({_python_mask(right)})"
+        case sx.Unary(operator="not", value=value):
+            return f"~({_python_mask(value)})"
+        case sx.Constant(value=value):
+            return repr(value)
+    return print_expr(mask)
+
+
+def spec_line(spans: tuple[Span, ...]) -> str:
+    """`model.spec:18  x = x + layer(rms_norm(x))`: the file's name without its folder, and the whole line."""
+    real = [s for s in spans if s.source.text]
+    if not real:
+        return ""
+    span = real[0]
+    file = span.source.name.replace("\\", "/").rsplit("/", 1)[-1]
+    text = _COMMENT.sub(r"\1", span.source.line(span.line)).strip()
+    return f"{file}:{span.line}  {text}"
+
+
+def _first_line(doc: str) -> str:
+    return " ".join(doc.split())
+
+
+def _schedule(classes: list[str], schedule: tuple[int, ...]) -> str:
+    """The kinds of a loop's iterations as a tuple, wrapped."""
+    text, line = "(\n", " " * 12
+    for which in schedule:
+        word = f"{classes[which]}, "
+        if len(line) + len(word) > 116:
+            text += line.rstrip() + "\n"
+            line = " " * 12
+        line += word
+    return text + line.rstrip() + "\n        )"
