@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from .selectors import START, Selector, States
@@ -216,6 +217,7 @@ class Program:
     """A model, elaborated. `root` names the model's body; `objectives` the bodies that train it, by name.
 
     `arguments` are the values of the model's parameters, `family` the declaration that they are parameters of.
+    `is_changed` says that rules of a `with:` built something else around parts of it.
     """
 
     name: str
@@ -224,15 +226,21 @@ class Program:
     bodies: dict[str, Body]
     objectives: dict[str, str]
     arguments: dict[str, Any]
+    is_changed: bool = False
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
     @property
     def model(self) -> Body:
         return self.bodies[self.root]
 
+    @cached_property
+    def _walked(self) -> tuple[tuple[Parameter, ...], set[tuple[int, Selector]]]:
+        hits: set[tuple[int, Selector]] = set()
+        return tuple(self._tensors(self.model, (), (), _Place(hits=hits))), hits
+
     def tensors(self) -> tuple[Parameter, ...]:
         """Every weight and buffer of the model in order of declaration, initial values decided."""
-        return tuple(self._tensors(self.model, (), (), _Place()))
+        return self._walked[0]
 
     def parameters(self) -> tuple[Parameter, ...]:
         """Every weight of the model: what training changes by gradient."""
@@ -270,9 +278,7 @@ class Program:
 
     def selected(self) -> set[tuple[int, Selector]]:
         """(id of the rule, selector) for each selector of an `init` rule that selects a weight of the model."""
-        place = _Place(hits=set())
-        list(self._tensors(self.model, (), (), place))
-        return place.hits or set()
+        return self._walked[1]
 
     def num_parameters(self) -> int:
         return sum(p.count for p in self.parameters())

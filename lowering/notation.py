@@ -243,7 +243,7 @@ class _Reader:
         positional = [a.value for a in line.value.arguments if a.name is None]
         named = {a.name: a.value for a in line.value.arguments if a.name}
         if op in STRUCTURE:
-            bindings = tuple(_binding(i.value) for i in named["dims"].items) if "dims" in named else ()  # type: ignore
+            bindings = tuple(_binding(value) for value in _values(named.get("dims")))
             operands = tuple(_operand(p) for p in positional[1:])
             attrs: tuple[tuple[str, Any], ...] = (("instance", _dotted(positional[0])),)
             if "over" in named:

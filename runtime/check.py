@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..dsl.checkpoint import tensor_map
 from ..dsl.diagnostics import Diagnostic, SpecError, fail
 from ..dsl.elaborate import elaborate, entries
-from ..dsl.load import File, load, load_text
+from ..dsl.load import File, load, load_text, standard_index
 from ..dsl.names import check_names
 from ..dsl.program import Program
 from ..dsl.source import Span
@@ -62,6 +63,21 @@ def check_file(file: File) -> Checked:
     if found:
         raise SpecError(found)
     return Checked(file, programs)
+
+
+def proved(file: File, model: str | None = None, overrides: Mapping[str, Any] | None = None) -> Program:
+    """A model as `program_of` gives it, every map of its family proved total and one-to-one on its weights.
+
+    One that rules have changed is no member of its family any more. Raises `SpecError`, for maps with the codes
+    map-collision, map-shape and map-unused-line.
+    """
+    program = program_of(file, model, overrides)
+    kinds = frozenset(standard_index()) | frozenset(table())
+    for candidate in file.all_files() if not program.is_changed else ():
+        for checkpoint in candidate.checkpoints:
+            if checkpoint.model.id == program.family:
+                tensor_map(checkpoint, program.tensors(), program.arguments, kinds)
+    return program
 
 
 def _is_ready(file: File, name: str) -> bool:

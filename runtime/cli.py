@@ -223,9 +223,13 @@ def compile(  # noqa: A001
     format: Format = "text",  # noqa: A002
 ) -> None:
     """Write readable PyTorch source for a model; the same spec gives the same bytes."""
+    from ..dsl.load import load
+    from .check import proved
     from .compile import build, write
+    from .paths import split_entry
 
-    typer.echo(str(write(build(program_at(spec, set), target), out) / "model.py"))
+    path, model = split_entry(spec)
+    typer.echo(str(write(build(proved(load(path), model, overrides(set)), target), out) / "model.py"))
 
 
 @command

@@ -22,7 +22,7 @@ from ..dsl.load import load
 from ..dsl.program import Program
 from ..lowering.graph import GraphProgram
 from ..lowering.pipeline import lower
-from .check import program_of
+from .check import proved
 from .errors import UserError
 from .lib import Model
 from .paths import split_entry
@@ -132,7 +132,7 @@ def compile(  # noqa: A001 (the public name is heddle.compile)
     Raises `SpecError`, `UserError`.
     """
     file, model = split_entry(path, model)
-    artifact = build(program_of(load(file), model, overrides), target)
+    artifact = build(proved(load(file), model, overrides), target)
     if cache is not None:
         write(artifact, Path(cache))
     return instantiate(artifact, seed, DTYPES[dtype] if isinstance(dtype, str) else dtype)

@@ -117,7 +117,22 @@ def _path(expr: sx.Expr) -> tuple[tuple[str, str | None], ...]:
 # --- the name of a weight ------------------------------------------------------------------------
 
 
-def place(parameter: Parameter, renames: Sequence[Rename], values: Mapping[str, Any]) -> Place:
+class Renames:
+    """The lines of a map that rename, found by the last word of their paths."""
+
+    def __init__(self, lines: Sequence[Rename]):
+        self.lines = tuple(lines)
+        self._by_word: dict[str, list[tuple[int, Rename]]] = {}
+        for i, line in enumerate(self.lines):
+            self._by_word.setdefault(line.path[-1][0], []).append((i, line))
+
+    def ending_in(self, *words: str | None) -> list[Rename]:
+        """Lines whose last word is one of these, the last line first."""
+        found = {i: line for word in words if word is not None for i, line in self._by_word.get(word, ())}
+        return [found[i] for i in sorted(found, reverse=True)]
+
+
+def place(parameter: Parameter, renames: Renames, values: Mapping[str, Any]) -> Place:
     """Where a weight lives: each segment is named by the last line that matches it, or keeps its name.
 
     Raises `SpecError` `map-shape` for a name with a hole that nothing fills.
@@ -155,8 +170,8 @@ def _segments(parameter: Parameter) -> list[_Segment]:
     ]
 
 
-def _last_match(segments: list[_Segment], renames: Sequence[Rename]) -> tuple[Rename, dict[str, int]] | None:
-    for rename in reversed(renames):
+def _last_match(segments: list[_Segment], renames: Renames) -> tuple[Rename, dict[str, int]] | None:
+    for rename in renames.ending_in(segments[-1].name, segments[-1].kind):
         size = len(rename.path)
         tail = segments[len(segments) - size :] if size <= len(segments) else []
         pairs = list(zip(rename.path, tail, strict=False))

@@ -14,7 +14,7 @@ from .. import syntax as sx
 from ..diagnostics import Collector, Label, SpecError, fail, near_or_all
 from ..program import WRAPPED, Parameter
 from ..source import Span
-from .naming import Group, Place, Rename, place, read_lines
+from .naming import Group, Place, Rename, Renames, place, read_lines
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,11 @@ def tensor_map(
     """
     collector = Collector()
     renames, ignored = read_lines(checkpoint, values or {})
+    found = Renames(renames)
     homes: dict[str, _Home] = {}
     for parameter in parameters:
         with collector.collecting():
-            _move_in(homes, parameter, place(parameter, renames, values or {}), checkpoint)
+            _move_in(homes, parameter, place(parameter, found, values or {}), checkpoint)
     occurring = {word for p in parameters for word in (*p.path, *p.kinds)}
     joined = {rename.group for rename in renames if rename.used and rename.group is not None}
     for rename in renames:

@@ -135,7 +135,16 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: s
         objectives.update(_objective(machine, found, waiting, objective, tensors, builder, made))
     machine.finish()
     arguments = {p.name: _plain(made.variables.get(p.name)) for p in declaration.parameters}
-    return pg.Program(found.declaration.name, declaration.name, made.name, machine.bodies, objectives, arguments, span)
+    return pg.Program(
+        found.declaration.name,
+        declaration.name,
+        made.name,
+        machine.bodies,
+        objectives,
+        arguments,
+        bool(machine.sheets),
+        span,
+    )
 
 
 def _unused_inits(machine: Elaborator, program: pg.Program) -> Iterator[Diagnostic]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 
 from ...dsl.program import Dim, Node, Value
@@ -109,9 +110,9 @@ def _copy_in(
     return [values[v.name] for v in moved.frontier]
 
 
-def _fresh(base: str, taken: object) -> str:
+def _fresh(base: str, taken: Container[str]) -> str:
     name, n = base, 1
-    while name in taken:  # type: ignore[operator]
+    while name in taken:
         n += 1
         name = f"{base}_{n}"
     return name

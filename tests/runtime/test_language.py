@@ -11,7 +11,7 @@ from heddle.dsl.diagnostics import SpecError
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.dsl.program import Program
 from heddle.runtime import lib
-from heddle.runtime.check import program_of
+from heddle.runtime.check import program_of, proved
 from heddle.runtime.compile import build, instantiate
 
 VOCAB = 61
@@ -430,3 +430,18 @@ block both(net):
     logits = model(tokens())
     assert logits.shape == (2, 23, VOCAB) and model.generate(tokens()[:, :4], 3).shape == (2, 7)
     assert torch.allclose(sums["small"] / counts["small"], 0.1 * (kept["final"] ** 2).mean())
+
+
+def test_compiling_proves_the_maps_of_the_family():
+    """Two weights under one name are found before a checkpoint is ever written; a changed model has left the family."""
+    text = BASE.replace("model base", "model mapped") + (
+        '\ncheckpoint huggingface "Mapped" for mapped:\n    vocab = config.vocab_size\n'
+        '    embedding = "same"; logits = "same"\n'
+        "\nmodel apart = mapped with:\n    logits: lora(it, rank = 2)\n"
+    )
+    file = load_text(text, folder=shipped_folder())
+    with pytest.raises(SpecError) as caught:
+        proved(file, "mapped")
+    assert [d.code for d in caught.value.diagnostics] == ["map-collision"]
+    assert proved(file, "apart").is_changed
+    assert proved(load_text(text.replace('logits = "same"', 'logits = "other"'), folder=shipped_folder()), "mapped")
