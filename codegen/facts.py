@@ -7,15 +7,15 @@ from typing import Any
 
 from ..dsl import syntax as sx
 from ..dsl.program import Node
-from ..lowering.graph import Graph, State, op_of
+from ..lowering.graph import STRUCTURE, Graph, op_of
 from . import names
 
 
 class Use:
     """One use of an op in a graph. `args` are Python expressions for the operands, None for absent ones."""
 
-    def __init__(self, graph: Graph, node: Node, writer: Any, state: State | None):
-        self.graph, self.node, self.writer, self.state = graph, node, writer, state
+    def __init__(self, graph: Graph, node: Node, writer: Any):
+        self.graph, self.node, self.writer = graph, node, writer
         self.op, self.operands = node.op, node.operands
         self._op = op_of(node)
 
@@ -129,8 +129,13 @@ def owner_of(graph: Graph, node: Node) -> str | None:
 
 
 def slot_name(graph: Graph, node: Node) -> str:
-    """The name of a node's state: its owner's, else its own."""
-    return owner_of(graph, node) or names.variable(node.name)
+    """The name of a node's state: its own, or its owner's; a shared op keeps something for each of its uses."""
+    owner = owner_of(graph, node)
+    if owner is None:
+        return names.variable(node.name)
+    uses = [n.name for n in graph.nodes if n.op not in STRUCTURE and owner_of(graph, n) == owner]
+    place = uses.index(node.name)
+    return f"{owner}_{place + 1}" if place else owner
 
 
 def parameters_in(sizes: tuple[int, ...]) -> int:

@@ -11,7 +11,7 @@ from ..dsl.format import print_expr
 from ..dsl.program import Instance, Node, Weight
 from ..dsl.source import Span
 from ..lowering.afterwards import parts
-from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
+from ..lowering.graph import STRUCTURE, Graph, GraphProgram, State, op_of
 from ..lowering.masks import hull
 from ..lowering.ops import part
 from . import names
@@ -58,7 +58,9 @@ class Writer:
 
     def __init__(self, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]], inline: bool = True):
         self.graph, self.program, self.masks = graph, program, masks
-        self.states = {s.node: s for s in program.states.get(graph.name, ())}
+        self.states: dict[str, list[State]] = {}
+        for state in program.states.get(graph.name, ()):
+            self.states.setdefault(state.node, []).append(state)
         self.parts = parts(graph, program.emitting)
         self._when = {
             n.name: i for i, part_ in enumerate((self.parts.result, self.parts.stated, self.parts.after)) for n in part_
@@ -164,7 +166,7 @@ class Writer:
             x, routing, *more = [self.expression(o) for o in node.operands if o is not None]
             instance = self.graph.instance(node.attr("instance"))
             return f"lib.route({', '.join([x, routing, self._module(instance), 'at', *more])}{self._lent(instance)})"
-        return part(node.op, "cpu").emit(Use(self.graph, node, self, self.states.get(node.name)))
+        return part(node.op, "cpu").emit(Use(self.graph, node, self))
 
     def _module(self, instance: Instance) -> str:
         """The module that an instance is: an attribute, or an argument where it is lent."""
@@ -221,7 +223,7 @@ class Writer:
             owner = owner_of(self.graph, node)
             if owner is not None and owner not in done:
                 done.add(owner)
-                made = part(node.op, "cpu").construct(Use(self.graph, node, self, None))
+                made = part(node.op, "cpu").construct(Use(self.graph, node, self))
                 lines.append(Line(f"self.{names.attribute(owner)} = {made}", spec))
         for instance in self.graph.body.instances:
             if instance.owned and instance.name not in done:  # only called inside a loop
@@ -229,8 +231,12 @@ class Writer:
         for weight in self.graph.body.weights:
             if "." not in weight.name:
                 lines.append(Line(self._bare(weight), spec_line((weight.span,))))
+        for owner, weights in self._unread().items():
+            shapes = (f"{w.name.rpartition('.')[2]}={tuple(self.graph.size(d) for d in w.dims)}" for w in weights)
+            made = f"self.{names.attribute(owner)} = lib.Weights({', '.join(shapes)})"
+            lines.append(Line(made, spec_line((weights[0].span,))))
         for node in (n for n in self.constants.values() if not self.is_inlined(n)):
-            text = part(node.op, "cpu").emit(Use(self.graph, node, self, None))
+            text = part(node.op, "cpu").emit(Use(self.graph, node, self))
             name = names.variable(node.name) if node.name in self.kept else self._names[node.name]
             made = (
                 f'self.register_buffer("{name}", {text}, persistent=False)'
@@ -239,6 +245,16 @@ class Writer:
             )
             lines.append(Line(made, spec_line(node.spans)))
         return lines
+
+    def _unread(self) -> dict[str, list[Weight]]:
+        """Weights whose own op went because nobody reads its result, by owner: they still belong to the checkpoint."""
+        own = [n for n in self.graph.nodes if n.op not in STRUCTURE and owner_of(self.graph, n) is not None]
+        made = {operand for node in own for operand in node.operands}
+        found: dict[str, list[Weight]] = {}
+        for weight in self.graph.body.weights:
+            if "." in weight.name and weight.name not in made:
+                found.setdefault(weight.name.rpartition(".")[0], []).append(weight)
+        return found
 
     def _bare(self, weight: Weight) -> str:
         """A `param`, which must still get its values, or a `buffer`, which starts as one number."""
@@ -262,8 +278,9 @@ class Writer:
         found = []
         for node in self.graph.nodes:
             if node.name in self.states:
-                state = self.states[node.name]
-                made = part(node.op, "cpu").slot(Use(self.graph, node, self, state), state)
+                slot, use = part(node.op, "cpu").slot, Use(self.graph, node, self)
+                each = [slot(use, state) for state in self.states[node.name]]
+                made = each[0] if len(each) == 1 else f"({', '.join(each)})"
                 found.append(f"{names.attribute(slot_name(self.graph, node))}={made}")
         for node in (n for n in self.graph.nodes if n.op in ("call", "loop")):
             instance = self.graph.instance(node.attr("instance"))
@@ -335,7 +352,7 @@ class Writer:
             if any(r.name in wanted for r in before.results):
                 needed.insert(0, before)
                 wanted.update(o for o in before.operands if o is not None)
-        return part(node.op, "cpu").count(Use(self.graph, node, self, None)), tuple(needed)
+        return part(node.op, "cpu").count(Use(self.graph, node, self)), tuple(needed)
 
 
 def _pointwise(node: Node) -> bool:

@@ -36,6 +36,7 @@ class Builder:
     shared: dict[str, Any] = field(default_factory=dict)
     aliases: dict[int, str] = field(default_factory=dict)
     borrowed: dict[str, str] = field(default_factory=dict)
+    op_dims: dict[str, dict[Any, Dim]] = field(default_factory=dict)
     coordinates: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     _spelled: list[Dim] = field(default_factory=list)
     _dims: dict[int, Dim] = field(default_factory=dict)

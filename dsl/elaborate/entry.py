@@ -46,8 +46,11 @@ class Elaborator(Expressions, Calls, OpCalls, BlockCalls, Experts, Rewriting, St
         self.standard = frozenset(standard_index())
         self._names: set[str] = set()
 
-    def new_op_call(self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any) -> Any:
-        return self._op_call(op, tensors, settings, span, spans, lambda name, size: Dim(name, size, span=span))
+    def new_op_call(self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any, made: dict[Any, Dim]) -> Any:
+        def new_dim(name: str, size: int) -> Dim:
+            return made.setdefault((name, size), Dim(name, size, span=span))
+
+        return self._op_call(op, tensors, settings, span, spans, new_dim)
 
     def is_owned(self, value: Any) -> bool:
         return isinstance(value, self._owned)

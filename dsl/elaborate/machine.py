@@ -43,7 +43,9 @@ class Machine(ABC):
 
     # Of the elaborator itself.
     @abstractmethod
-    def new_op_call(self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any) -> Any: ...
+    def new_op_call(
+        self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any, made: dict[Any, Dim]
+    ) -> Any: ...
     @abstractmethod
     def is_owned(self, value: Any) -> bool: ...
     @abstractmethod

@@ -205,7 +205,9 @@ class OpCalls(Machine):
         builder: Builder = shared.builder if shared else env.builder
         local = {name: self._localise(value, env.builder) for name, value in tensors.items()}
         numbers = {name: as_float(value) for name, value in local.items() if is_number(value)}
-        call = self.new_op_call(op, _only_tensors(local), {**full, **numbers}, span, spans)
+        # Dims that an op makes (taps) are those of its weights, so uses of a shared op have them in common.
+        dims = builder.op_dims.setdefault(shared.name, {}) if shared else {}
+        call = self.new_op_call(op, _only_tensors(local), {**full, **numbers}, span, spans, dims)
         typing = op.infer(call)
         if typing.sequences:
             full["masks"] = tuple(

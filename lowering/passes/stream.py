@@ -7,6 +7,7 @@ as long as its mask allows; the rest is forgotten.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from ...dsl.diagnostics import Diagnostic, Label, SpecError
 from ...dsl.program import Node
@@ -45,7 +46,7 @@ def _states(graph: Graph) -> list[State]:
         elif monoid.peers == "neighbours":
             found.append(_window(graph, node))
         elif monoid.peers == "masked":
-            found.append(_cache(graph, node))
+            found.extend(_caches(graph, node))
     return found
 
 
@@ -68,13 +69,15 @@ def _window(graph: Graph, node: Node) -> State:
     return State(node.name, "window", keep, (("row", _sizes(graph, node.bound("C"))),), f"a window of {keep + 1} rows")
 
 
-def _cache(graph: Graph, node: Node) -> State:
-    bounds = [hull(mask) for mask in node.attr("masks")]
-    behind = None if any(b.behind is None for b in bounds) else max(b.behind for b in bounds if b.behind is not None)
+def _caches(graph: Graph, node: Node) -> Iterator[State]:
+    """Keys and values of each source, as far back as its mask lets see."""
     (kv,), (d,), (e,) = node.bound("K"), node.bound("D"), node.bound("E")
     rows = (("k", _sizes(graph, (kv, d))), ("v", _sizes(graph, (kv, e))))
-    why = "later queries may see every key" if behind is None else f"later queries see {behind} keys back"
-    return State(node.name, "cache", behind, rows, why)
+    for mask in node.attr("masks"):
+        behind = hull(mask).behind
+        keep = None if behind is None else max(0, behind)
+        why = "later queries may see every key" if keep is None else f"later queries see {keep} keys back"
+        yield State(node.name, "cache", keep, rows, why)
 
 
 def state_bytes(program: GraphProgram, length: int, item_bytes: int = 2) -> int:

@@ -159,7 +159,7 @@ def emit(case: Case) -> Emitted:
     masks: dict[str, tuple[str, str]] = {}
     writer = Writer(case.graph, case.program, masks, inline=False)
     (node,) = case.graph.nodes
-    use = Use(case.graph, node, writer, case.state)
+    use = Use(case.graph, node, writer)
     text = writer.call(node)
     construct = f"dict({use.own.removeprefix('self.')}={part(node.op, 'cpu').construct(use)})" if use.own else None
     slots = writer.slots()

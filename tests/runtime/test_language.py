@@ -445,3 +445,28 @@ def test_compiling_proves_the_maps_of_the_family():
     assert [d.code for d in caught.value.diagnostics] == ["map-collision"]
     assert proved(file, "apart").is_changed
     assert proved(load_text(text.replace('logits = "same"', 'logits = "other"'), folder=shipped_folder()), "mapped")
+
+
+def test_sources_of_attention_stream_each_with_its_own_memory():
+    """One softmax over a near window and a far one that skips; a shared op keeps rows for each of its uses."""
+    text = f"""
+block two(heads, head_dim):
+    x[seq, hidden]
+    q = linear(x, hidden -> [heads, head_dim])
+    k = linear(x, hidden -> [heads, head_dim])
+    v = linear(x, hidden -> [heads, head_dim])
+    near = query.position - key.position < 3 and causal
+    far = key.position // 2 * 2 == key.position and key.position <= query.position - 3
+    shared mixed = causal_conv(taps = 3)
+    o = attend(q, (k, v, near), (mixed(k), mixed(v), far))
+    return linear(o, [heads, head_dim] -> hidden)
+
+model sourced(vocab = {VOCAB}, hidden = 16):
+    tokens[batch, seq]: token
+    embedding = embed(tokens, vocab -> hidden)
+    x = embedding + two(embedding, 2, 8)
+    logits = linear(x, hidden -> vocab)
+    init linear, embed: normal(0.4)
+    return logits
+"""
+    streams_like_it_runs(module(text))
