@@ -1,7 +1,8 @@
 """What a mask lets a query see, read off its comparisons: how far back, how far ahead.
 
 `hull(mask)` gives (behind, ahead): every key that a query at position p sees lies in [p - behind, p + ahead], where
-None is no bound. `and` intersects, `or` takes the wider; comparisons of other coordinates bound nothing.
+None is no bound. `and` intersects, `or` takes the wider, `not` goes inwards; comparisons of other coordinates bound
+nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Hull:
 
 
 ALL = Hull(None, None)
+NOTHING = Hull(0, 0)
+"""Of a mask that lets nothing be seen: any bounds would do, these ask for no cache and for no later key."""
 
 
 def hull(mask: sx.Expr) -> Hull:
@@ -36,7 +39,26 @@ def hull(mask: sx.Expr) -> Hull:
         return Hull(_most(a.behind, b.behind), _most(a.ahead, b.ahead))
     if isinstance(mask, sx.Binary) and mask.operator in ("<", "<=", ">", ">=", "=="):
         return _comparison(mask)
-    return ALL
+    if isinstance(mask, sx.Unary) and mask.operator == "not" and (opposite := _negated(mask.value)) is not None:
+        return hull(opposite)
+    return NOTHING if mask == sx.Constant(False) else ALL
+
+
+_OPPOSITE = {"<": ">=", ">=": "<", ">": "<=", "<=": ">", "!=": "==", "==": "!=", "and": "or", "or": "and"}
+
+
+def _negated(mask: sx.Expr) -> sx.Expr | None:
+    """A mask that allows what this one does not, written without an outer `not`; None where there is no such one."""
+    match mask:
+        case sx.Unary(operator="not", value=value):
+            return value
+        case sx.Constant(value=bool(value)):
+            return sx.Constant(not value)
+        case sx.Binary(operator="and" | "or" as op, left=left, right=right):
+            return sx.Binary(_OPPOSITE[op], sx.Unary("not", left), sx.Unary("not", right))
+        case sx.Binary(operator=op, left=left, right=right) if op in _OPPOSITE:
+            return sx.Binary(_OPPOSITE[op], left, right)
+    return None
 
 
 @dataclass(frozen=True)

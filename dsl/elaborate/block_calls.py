@@ -11,7 +11,7 @@ from .. import syntax as sx
 from ..arithmetic import kind, whole
 from ..diagnostics import Diagnostic, Label, SpecError, did_you_mean, fail
 from ..source import Span
-from .bodies import Elaborated, Given, Run, fresh, inputs_of, inside, tensors_in
+from .bodies import Elaborated, Given, Run, fresh, inputs_of, inside, required_inputs, tensors_in
 from .builder import Builder
 from .environment import Environment
 from .expressions import number_of
@@ -33,8 +33,7 @@ class BlockCalls(Machine):
         waiting = replace(callee, settings=given.settings, spans=given.spans, span=expr.span)
         if inputs and not given.tensors:
             return waiting
-        required = [i.name for i in inputs_of(declaration) if not i.optional and i.default is None]
-        missing = [n for n in required if n not in given.tensors]
+        missing = [n for n in required_inputs(declaration) if n not in given.tensors]
         if missing:
             raise fail(
                 "missing-argument",
@@ -52,7 +51,8 @@ class BlockCalls(Machine):
         positional = [a for a in expr.arguments if a.name is None]
         values = [self.value(a.value, env) for a in positional]
         slots = inputs + parameters
-        if inputs and not (values and (isinstance(values[0], Tensor) or values[0] is None and len(values) > 1)):
+        absent = inputs and values and values[0] is None and inputs[0] not in required_inputs(declaration)
+        if inputs and not (absent or values and isinstance(values[0], Tensor)):
             slots = [p for p in parameters if p not in given.settings]
         if len(values) > len(slots):
             raise fail(

@@ -115,3 +115,8 @@ def fresh(dim: Dim) -> Dim:
 def inputs_of(declaration: sx.Function) -> list[sx.Input]:
     """The input lines of a function, in order."""
     return [s for s in declaration.body if isinstance(s, sx.Input)]
+
+
+def required_inputs(declaration: sx.Function) -> list[str]:
+    """The names of the inputs that a call must give."""
+    return [i.name for i in inputs_of(declaration) if not i.optional and i.default is None]

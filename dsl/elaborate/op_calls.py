@@ -47,8 +47,15 @@ class OpCalls(Machine):
             if not isinstance(positional[0].value, sx.Arrow):
                 first = self.value(positional[0].value, env)
             if not isinstance(first, Tensor) and not elementwise(op):
-                first = None
                 slots = [s.name for s in op.settings if s.name not in given.settings]
+                maps = bool(slots) and op.setting(slots[0]).kind == "map"
+                if maps and not isinstance(positional[0].value, sx.Arrow):
+                    raise fail(
+                        "wrong-type",
+                        f"`{inputs[0]}` of `{op.name}` must be a tensor, this is {kind(first)}",
+                        positional[0].span,
+                    )
+                first = None
         if len(positional) > len(slots):
             raise fail(
                 "too-many-arguments",

@@ -17,6 +17,7 @@ from ..load import File, Found
 from ..program import WRAPPED
 from ..selectors import START, Selector, States, read
 from ..source import Span
+from .bodies import required_inputs
 from .environment import Environment, Scope
 from .machine import Machine
 from .values import Tensor, Waiting
@@ -162,4 +163,13 @@ class Rewriting(Machine):
                     span,
                 )
             tensors = dict(zip(names, given, strict=False))
+        missing = [] if callee.op is not None else [n for n in required_inputs(callee.block) if n not in tensors]
+        if missing:
+            raise fail(
+                "missing-argument",
+                f"`{callee.name}` needs the input `{missing[0]}` too",
+                span,
+                f"`{callee.name}` stands here by a rule",
+                [Label(callee.block.name_span, "declared here")],
+            )
         return self.apply(callee, tensors, env, span, hint)

@@ -27,6 +27,10 @@ class Returned(Exception):
         self.values = values
 
 
+class Unreturned(SpecError):
+    """A `return` was reached that is wrong: what stands behind it never runs."""
+
+
 class Statements(Machine):
     """Running statements; a part of `Elaborator`."""
 
@@ -57,8 +61,8 @@ class Statements(Machine):
                 self.statement(statement, env, hint)
             except SpecError as error:
                 self.collector.add(error)
-                if isinstance(statement, sx.Return):
-                    raise SpecError([]) from None
+                if isinstance(statement, sx.Return) or isinstance(error, Unreturned):
+                    raise Unreturned([]) from None
                 for name in (*assigned([statement]), *([statement.name] if isinstance(statement, sx.Declare) else [])):
                     env.bind(name, POISON, statement.span)
 
