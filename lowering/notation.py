@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..dsl import syntax as sx
+from ..dsl.diagnostics import InternalError
 from ..dsl.format import print_module
 from ..dsl.parse import parse
 from ..dsl.program import Body, Dim, Init, Instance, Node, Rule, Type, Value, Weight
@@ -31,10 +32,14 @@ def print_graphs(program: GraphProgram) -> str:
 
 
 def parse_graphs(text: str, name: str = "<dump>") -> dict[str, Graph]:
-    """The graphs of a dump, by name. Raises `SpecError` for text that is no spec, `KeyError`/`ValueError` for no
-    dump."""
-    module = parse(Source(name, text))
-    return {f.name: from_syntax(f) for f in module.declarations if isinstance(f, sx.Function)}
+    """The graphs of a dump, by name. Raises `SpecError` for text that is no spec, `ValueError` with the line for a spec
+    that is no dump."""
+    graphs: dict[str, Graph] = {}
+    for block in parse(Source(name, text)).declarations:
+        if not isinstance(block, sx.Function) or block.keyword != "block" or block.name in graphs:
+            raise ValueError(f"{block.span}: a dump is a file of blocks, each with a name of its own")
+        graphs[block.name] = from_syntax(block)
+    return graphs
 
 
 # --- to syntax -----------------------------------------------------------------------------------
@@ -180,11 +185,19 @@ def _plain(value: Any) -> sx.Expr:
 
 
 def from_syntax(function: sx.Function) -> Graph:
-    """The graph of a dumped block."""
-    read = _Reader(function)
-    for statement in function.body:
-        read.statement(statement)
-    return Graph(read.body())
+    """The graph of a dumped block. Raises `ValueError`, with the line, where it is none."""
+    at: sx.Syntax = function
+    try:
+        read = _Reader(function)
+        for at in function.body:
+            read.statement(at)
+        at = function
+        graph = Graph(read.body())
+        graph.verify()
+    except Exception as error:  # what is read here trusts the printer: a hand may have written anything
+        reason = str(error) if isinstance(error, InternalError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{at.span}: not as a graph is printed ({reason})") from error
+    return graph
 
 
 class _Reader:
