@@ -160,7 +160,10 @@ class _Run:
             batch, self.cursor = self.data.batch(self.cursor, self.config.batch)
             batches.append(batch)
         gathered = Gathered()
-        total = self._gradient(batches, gathered)
+        with torch.random.fork_rng(devices=[]):
+            # What is drawn in a step depends on the seed and the step alone, so a resumed run draws the same.
+            torch.manual_seed(self.config.seed + 1_000_003 * (self.step + 1))
+            total = self._gradient(batches, gathered)
         norm = float(self.optimizer.clip(self.config.clip))
         self.step += 1
         loss = float(total)

@@ -278,6 +278,33 @@ def test_ten_steps_are_five_and_five(tmp_path, dtype, number):
     assert a[2] == b[2]
 
 
+CHANCE = SPEC.replace("mlp(norm3, 2 * hidden, bias = true)", "dropout(moe(norm3, sigmoid_router(4, 2), 8, 16), 0.2)")
+
+
+def test_chance_and_buffers_go_on_bit_for_bit(tmp_path):
+    """Dropout draws the same masks and routers have the same biases, whether a run was cut or not; others keep their
+    chance."""
+    artifact = build(program_of(load_text(CHANCE)))
+    c = config(steps=6, save_every=2, accumulate=2, batch=1)
+    straight, cut, resumed = (instantiate(artifact, seed) for seed in (0, 0, 5))
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    train(straight, rows(), c, tmp_path / "a", console=QUIET)
+    assert torch.equal(torch.rand(1), wanted)
+    data = rows(kind=Cut)
+    data.at, data.number = 7, None
+    with pytest.raises(ConnectionError):
+        train(cut, data, c, tmp_path / "b", console=QUIET)
+    torch.rand(17)
+    train(resumed, rows(), c, tmp_path / "b", resume=True, console=QUIET)
+    ours, theirs = straight.state_dict(), resumed.state_dict()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert any(float(b.abs().max()) > 0 for n, b in straight.named_buffers() if n.endswith("bias"))
+    first = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert all(r["violation"] >= 1 for r in first if "loss" in r)
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """A run of four steps that means to go on to eight."""
