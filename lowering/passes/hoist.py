@@ -174,6 +174,7 @@ def _align_loops(graphs: dict[str, Graph], moved: dict[str, _Moved]) -> None:
                 continue
             bodies = graph.instance(node.attr("instance")).bodies
             wanted = [v for b in bodies for v in moved[b].frontier]
+            sizes = [{d.name: d for d in graphs[b].body.dims} for b in bodies for _ in moved[b].frontier]
             if not wanted:
                 continue
             common = len(graphs[bodies[0]].body.inputs) - len(moved[bodies[0]].frontier)
@@ -182,19 +183,24 @@ def _align_loops(graphs: dict[str, Graph], moved: dict[str, _Moved]) -> None:
                 body = graphs[b].body
                 mine = body.inputs[common:]
                 names = set(graphs[b].values)
+                dims = {d.name: d for d in body.dims}
                 fill = []
                 for i, value in enumerate(wanted):
                     if start <= i < start + len(mine):
                         fill.append(mine[i - start])
                     else:
-                        fill.append(Value(_fresh(value.name, names), value.type))
+                        kind = replace(value.type, dims=tuple(_dim_like(sizes[i][d], dims) for d in value.type.dims))
+                        fill.append(Value(_fresh(value.name, names), kind))
                         names.add(fill[-1].name)
-                known = {d.name for d in body.dims}
-                theirs = {d.name: d for other in bodies for d in graphs[other].body.dims}
-                more = tuple(theirs[d] for v in fill for d in v.type.dims if d not in known)
-                graphs[b] = Graph(
-                    replace(
-                        body, inputs=body.inputs[:common] + tuple(fill), dims=body.dims + tuple(dict.fromkeys(more))
-                    )
-                )
+                graphs[b] = Graph(replace(body, inputs=body.inputs[:common] + tuple(fill), dims=tuple(dims.values())))
                 start += len(mine)
+
+
+def _dim_like(dim: Dim, dims: dict[str, Dim]) -> str:
+    """The name of a dim like another body's: its own name, or a new one where that is a dim of another size here."""
+    known = dims.get(dim.name)
+    if known is not None and (known.size, known.sequence) == (dim.size, dim.sequence):
+        return dim.name
+    name = _fresh(dim.name, dims)
+    dims[name] = replace(dim, name=name)
+    return name

@@ -121,7 +121,9 @@ def _reached(program: GraphProgram) -> set[str]:
     while waiting:
         name = waiting.pop()
         names.add(name)
-        waiting.extend(b for i in program.graphs[name].body.instances for b in i.bodies if b not in names)
+        graph = program.graphs[name]
+        called = [n.attr("instance") for n in parts(graph, program.emitting).result if n.op in STRUCTURE]
+        waiting.extend(b for i in called for b in graph.instance(i).bodies if b not in names)
     return names
 
 
