@@ -15,7 +15,7 @@ from ..dsl.diagnostics import fail
 from ..dsl.program import Node
 from ..lowering.graph import Graph, GraphProgram
 from ..lowering.passes.stream import streaming_errors
-from . import names
+from . import layout, names
 from .writer import Class, Line, Writer
 
 
@@ -35,7 +35,7 @@ def emit_module(program: GraphProgram, version: str) -> str:
     for graph in program.callees_first():
         if graph.name not in objectives:
             classes.append(Writer(graph, program, masks).as_class())
-    model = next(c for c in classes if c.name == names.class_name(program.program.root))
+    model = next(c for c in classes if c.name == names.class_names(program.graphs)[program.program.root])
     model.is_model, model.more = True, program.model.body.asked > 0
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
@@ -51,6 +51,7 @@ def emit_module(program: GraphProgram, version: str) -> str:
         late=errors[0].message if errors else None,
         source=_source_name(program),
         used=_grouped,
+        layout=layout,
     )
 
 
@@ -61,7 +62,7 @@ def _source_name(program: GraphProgram) -> str:
 def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]]) -> None:
     """The objective as two methods: the sums, and the counts that they are divided by."""
     writer = _ObjectiveWriter(graph, program, masks)
-    model.objective_input = names.variable(graph.body.inputs[0].name)
+    model.objective_input = writer.expression(graph.body.inputs[0].name)
     emits = [(label, value) for keyword, label, value in graph.body.emits if keyword == "loss"]
     model.losses = writer.statements(graph.nodes)
     inner = _stated_counts(program, masks, {label for label, _ in emits})

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from ..dsl import syntax as sx
+from ..dsl.diagnostics import fail
 from ..dsl.format import print_expr
 from ..dsl.program import Instance, Node, Weight
 from ..dsl.source import Span
@@ -62,6 +63,7 @@ class Writer:
         for state in program.states.get(graph.name, ()):
             self.states.setdefault(state.node, []).append(state)
         self.parts = parts(graph, program.emitting)
+        self.classes = names.class_names(program.graphs)
         self._when = {
             n.name: i for i, part_ in enumerate((self.parts.result, self.parts.stated, self.parts.after)) for n in part_
         }
@@ -87,17 +89,33 @@ class Writer:
         last.update({name: len(order) for name in (*self.graph.results, *self.parts.sums)})
         taken: dict[str, str] = {}
         found: dict[str, str] = {}
+        own = self._own_variables()
+
+        def is_free(name: str, place: int) -> bool:
+            return name not in own and (name not in taken or last.get(taken[name], -1) <= place)
+
+        def take(value: str, place: int, *wanted: str) -> None:
+            name = next((w for w in wanted if is_free(w, place)), wanted[-1])
+            while not is_free(name, place):
+                name += "_"
+            found[value] = name
+            taken[name] = value
+
         for value in self.graph.body.inputs:
-            found[value.name] = names.variable(value.name)
-            taken[found[value.name]] = value.name
+            take(value.name, len(order), names.variable(value.name))
+        last.update({v.name: len(order) for v in self.graph.body.inputs if v.name not in last})
         for i, node in enumerate(order):
             for result in node.results:
-                plain = names.variable(_base(result.name, self.graph))
-                holder = taken.get(plain)
-                free = holder is None or last.get(holder, -1) <= i
-                found[result.name] = plain if free else names.variable(result.name)
-                taken[found[result.name]] = result.name
+                take(result.name, i, names.variable(_base(result.name, self.graph)), names.variable(result.name))
         return found
+
+    def _own_variables(self) -> set[str]:
+        """Variables of a method that are no values: modules of loops and shared ones, what a loop keeps, arguments."""
+        found = {names.variable(i.name) for i in self.graph.body.instances if not i.owned}
+        for node in (n for n in self.graph.nodes if n.op == "loop"):
+            found |= {_module_variable(node.attr("instance")), "kept"}
+        found |= {"more"} if self.graph.body.asked else set()
+        return found | ({"sums"} if self.parts.sums else set())
 
     def expression(self, name: str) -> str:
         """A Python expression for a value."""
@@ -106,7 +124,7 @@ class Writer:
             return "self." + ".".join(names.attribute(p) for p in name.split("."))
         node = self.graph.producers.get(name)
         if node is not None and node.name in self.kept:
-            return f"self.{names.variable(name)}"
+            return f"self.{self._buffer(name)}"
         if node is not None and self.is_inlined(node):
             return self.call(node)
         return self._names[name]
@@ -170,8 +188,7 @@ class Writer:
 
     def _module(self, instance: Instance) -> str:
         """The module that an instance is: an attribute, or an argument where it is lent."""
-        name = names.attribute(instance.name)
-        return f"self.{name}" if instance.owned else name
+        return f"self.{names.attribute(instance.name)}" if instance.owned else names.variable(instance.name)
 
     def _lent(self, instance: Instance) -> str:
         """Further arguments: the shared modules that an instance is lent."""
@@ -198,18 +215,19 @@ class Writer:
         return lines
 
     def _loop(self, node: Node, spec: str) -> list[Line]:
-        name = names.attribute(node.attr("instance"))
+        name, variable = names.attribute(node.attr("instance")), _module_variable(node.attr("instance"))
         operands = [self.expression(o) for o in node.operands if o is not None]
         results = [self._names[r.name] for r in node.results]
         lines = [Line(f"{r} = {o}", spec) for r, o in zip(results, operands, strict=False) if r != o]
         given = results + operands[len(results) :]
         lent = self._lent(self.graph.instance(node.attr("instance")))
-        lines.append(Line(f"for {name}, kept in zip(self.{name}, state.{name}):", spec))
-        lines.append(Line(f"    {', '.join(results)} = {name}({', '.join(given)}, at, kept{lent})", spec))
+        lines.append(Line(f"for {variable}, kept in zip(self.{name}, state.{name}):", spec))
+        lines.append(Line(f"    {', '.join(results)} = {variable}({', '.join(given)}, at, kept{lent})", spec))
         return lines
 
     def construct(self) -> list[Line]:
-        """Submodules in order of first use."""
+        """Submodules in order of first use. Raises `SpecError` `not-built-yet` for a name that no module can have."""
+        self._check_names()
         lines: list[Line] = []
         done: set[str] = set()
         for node in self.graph.nodes:
@@ -237,7 +255,7 @@ class Writer:
             lines.append(Line(made, spec_line((weights[0].span,))))
         for node in (n for n in self.constants.values() if not self.is_inlined(n)):
             text = part(node.op, "cpu").emit(Use(self.graph, node, self))
-            name = names.variable(node.name) if node.name in self.kept else self._names[node.name]
+            name = self._buffer(node.name) if node.name in self.kept else self._names[node.name]
             made = (
                 f'self.register_buffer("{name}", {text}, persistent=False)'
                 if node.name in self.kept
@@ -245,6 +263,20 @@ class Writer:
             )
             lines.append(Line(made, spec_line(node.spans)))
         return lines
+
+    def _check_names(self) -> None:
+        spans = {w.name.split(".")[0]: w.span for w in self.graph.body.weights}
+        for node in (n for n in self.graph.nodes if n.op in STRUCTURE):
+            spans.setdefault(node.attr("instance"), node.spans[0])
+        for name, span in spans.items():
+            if names.is_taken(name):
+                raise fail(
+                    "not-built-yet",
+                    f"weights under the name `{name}` are not built yet",
+                    span,
+                    "Python, or every module of PyTorch, has something else of this name",
+                    help="any other name will do",
+                )
 
     def _unread(self) -> dict[str, list[Weight]]:
         """Weights whose own op went because nobody reads its result, by owner: they still belong to the checkpoint."""
@@ -256,6 +288,14 @@ class Writer:
                 found.setdefault(weight.name.rpartition(".")[0], []).append(weight)
         return found
 
+    def _buffer(self, name: str) -> str:
+        """The attribute that holds a constant: no weight and no part of a module is named so."""
+        owned = {w.name.split(".")[0] for w in self.graph.body.weights} | {i.name for i in self.graph.body.instances}
+        plain = names.variable(name.lstrip("_") or "constant")
+        while names.is_taken(plain) or plain in owned and plain != name:
+            plain += "_"
+        return plain
+
     def _bare(self, weight: Weight) -> str:
         """A `param`, which must still get its values, or a `buffer`, which starts as one number."""
         name, sizes = names.attribute(weight.name), tuple(self.graph.size(d) for d in weight.dims)
@@ -266,7 +306,7 @@ class Writer:
 
     def _instance(self, name: str) -> str:
         instance = self.graph.instance(name)
-        classes = [names.class_name(b) for b in instance.bodies]
+        classes = [self.classes[b] for b in instance.bodies]
         if instance.schedule is None:
             return f"{classes[0]}()"
         if len(classes) == 1:
@@ -288,8 +328,8 @@ class Writer:
             if instance.schedule is None:
                 found.append(f"{self._slot_of(node)}={made}.slots(stream{lent})")
             else:
-                name = names.attribute(instance.name)
-                found.append(f"{name}=[{name}.slots(stream{lent}) for {name} in {made}]")
+                name, variable = names.attribute(instance.name), names.variable(instance.name)
+                found.append(f"{name}=[{variable}.slots(stream{lent}) for {variable} in {made}]")
         return found
 
     def as_class(self) -> Class:
@@ -306,12 +346,12 @@ class Writer:
             body.append(Line(f"return {last.text.split(' = ', 1)[1]}", last.spec))
             result = ""
         return Class(
-            names.class_name(self.graph.name),
+            self.classes[self.graph.name],
             _first_line(self.graph.body.doc),
             self.construct(),
             self.slots(),
-            [names.variable(v.name) for v in self.graph.body.inputs],
-            [names.attribute(i.name) for i in self.graph.body.instances if not i.owned],
+            [self._names[v.name] for v in self.graph.body.inputs],
+            [names.variable(i.name) for i in self.graph.body.instances if not i.owned],
             body,
             result,
             around=self.graph.body.block if self.graph.body.is_around else None,
@@ -358,6 +398,11 @@ class Writer:
 def _pointwise(node: Node) -> bool:
     op = op_of(node)
     return bool(op.inputs) and all(not o.leading for o in op.inputs)
+
+
+def _module_variable(name: str) -> str:
+    """The variable of a loop: a layer after the other, beside what each keeps."""
+    return "kept_" if name == "kept" else names.variable(name)
 
 
 def _base(name: str, graph: Graph) -> str:

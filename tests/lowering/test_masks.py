@@ -81,7 +81,7 @@ def seen(mask: sx.Expr) -> list[int]:
     return [k - q for q in MIDDLE for k in POSITIONS if value(mask, q, k)]
 
 
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(mask=masks)
 def test_nothing_outside_of_the_hull_is_seen(mask):
     bounds = hull(mask)
