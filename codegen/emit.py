@@ -37,6 +37,8 @@ def emit_module(program: GraphProgram, version: str) -> str:
             classes.append(Writer(graph, program, masks).as_class())
     model = next(c for c in classes if c.name == names.class_names(program.graphs)[program.program.root])
     model.is_model, model.more = True, program.model.body.asked > 0
+    inputs = tuple(v.name for v in program.model.body.inputs)
+    model.input_names = "" if inputs == ("tokens",) else repr(inputs)
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
     classes = [c for c in classes if c is not model] + [model]
@@ -62,7 +64,14 @@ def _source_name(program: GraphProgram) -> str:
 def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]]) -> None:
     """The objective as two methods: the sums, and the counts that they are divided by."""
     writer = _ObjectiveWriter(graph, program, masks)
-    model.objective_input = writer.expression(graph.body.inputs[0].name)
+    # What the objective does not name itself goes to the model as it came: under the model's own names.
+    named = {v.name for v in graph.body.inputs}
+    rest = iter(v.name for v in program.model.body.inputs if v.name not in named)
+    own = {v.name for v in program.model.body.inputs}
+    for value in graph.body.inputs:
+        if value.name not in own and (name := next(rest, None)) is not None:
+            writer.call_value(value.name, name)
+    model.objective_inputs = [writer.expression(v.name) for v in graph.body.inputs]
     emits = [(label, value) for keyword, label, value in graph.body.emits if keyword == "loss"]
     model.losses = writer.statements(graph.nodes)
     inner = _stated_counts(program, masks, {label for label, _ in emits})

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..dsl import syntax as sx
-from ..dsl.program import Node
+from ..dsl.program import TOKENS, Node
 from ..lowering.graph import STRUCTURE, Graph, op_of
 from . import names
 
@@ -65,6 +65,27 @@ class Use:
 
     def mask(self, mask: sx.Expr) -> str:
         return self.writer.mask(mask)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a stream keeps something for this use."""
+        return self.node.name in self.writer.states
+
+    def at(self, dim: str, times: int | None = None) -> str:
+        """The coordinates of the rows of a sequence; None for one that is there as a whole. `times` replaces how many
+        rows a group has."""
+        clock = self.graph.dims[dim].clock
+        if clock is None or clock == TOKENS:
+            return "None" if clock is None else "at"
+        times = clock.times if times is None else times
+        return f"lib.on(at, {self.writer.clock(clock)}{'' if times == 1 else f', {times}'})"
+
+    def clock_of(self, state: Any) -> str:
+        """The arguments of a cache that say whose rows it keeps: nothing for tokens."""
+        if state.clock is None:
+            return ""
+        times = "" if state.clock.times == 1 else f", times={state.clock.times}"
+        return f", clock={self.writer.clock(state.clock)}{times}"
 
     # --- pointwise --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 RESERVED = (
     frozenset(keyword.kwlist) | frozenset(dir(builtins)) | {"self", "at", "state", "stream", "lib", "torch", "nn", "F"}
 )
-GLOBAL = re.compile(r"CAUSAL|FULL|MASK_\d+|F|Model|True|False|None")
+GLOBAL = re.compile(r"CAUSAL|FULL|MASK_\d+|CLOCK_\d+|F|Model|True|False|None")
 """What a class or a variable would hide: names of the module, and Python's own that begin with a capital."""
 
 # What a module of PyTorch, the library's model and its state have of their own; weights under such a name are lost.

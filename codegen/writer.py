@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from ..dsl import syntax as sx
 from ..dsl.diagnostics import fail
 from ..dsl.format import print_expr
-from ..dsl.program import Instance, Node, Weight
+from ..dsl.program import Clock, Instance, Node, Weight
 from ..dsl.source import Span
 from ..lowering.afterwards import parts
+from ..lowering.clocks import widest
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, State, op_of
 from ..lowering.masks import hull
 from ..lowering.ops import part
@@ -44,6 +45,7 @@ class Class:
     body: list[Line]
     result: str
     is_model: bool = False
+    input_names: str = ""
     more: bool = False
     around: str | None = None
     after: list[Line] = field(default_factory=list)
@@ -51,7 +53,7 @@ class Class:
     loss_result: str = ""
     counts: list[Line] = field(default_factory=list)
     count_result: str = ""
-    objective_input: str = "tokens"
+    objective_inputs: list[str] = field(default_factory=list)
 
 
 class Writer:
@@ -109,6 +111,10 @@ class Writer:
                 take(result.name, i, names.variable(_base(result.name, self.graph)), names.variable(result.name))
         return found
 
+    def call_value(self, value: str, name: str) -> None:
+        """Give a value the variable of another name."""
+        self._names[value] = names.variable(name)
+
     def _own_variables(self) -> set[str]:
         """Variables of a method that are no values: modules of loops and shared ones, what a loop keeps, arguments."""
         found = {names.variable(i.name) for i in self.graph.body.instances if not i.owned}
@@ -146,9 +152,21 @@ class Writer:
         text = print_expr(mask)
         if text not in self.masks:
             bounds = hull(mask)
-            name = NAMED_MASKS.get(text, f"MASK_{len(self.masks) + 1}")
+            number = sum(name.startswith("MASK") for name, _ in self.masks.values()) + 1
+            name = NAMED_MASKS.get(text, f"MASK_{number}")
             made = f"lib.Mask(lambda query, key: {_python_mask(mask)}, behind={bounds.behind}, ahead={bounds.ahead})"
             self.masks[text] = (name, made)
+        return self.masks[text][0]
+
+    def clock(self, clock: Clock) -> str:
+        """The name of a clock constant of the module."""
+        text = f"{print_expr(clock.value)} {clock.begins}"
+        if text not in self.masks:
+            number = sum(name.startswith("CLOCK") for name, _ in self.masks.values()) + 1
+            value = print_expr(_of_token(clock.value))
+            begins = ", begins=True" if clock.begins else ""
+            made = f"lib.Clock(lambda token: {value}, width={widest(clock)}{begins})"
+            self.masks[text] = (f"CLOCK_{number}", made)
         return self.masks[text][0]
 
     # --- statements -------------------------------------------------------------------------------
@@ -157,13 +175,17 @@ class Writer:
         """Nodes that depend on nothing: computed when the model is made."""
         found: dict[str, Node] = {}
         for node in self.graph.nodes:
-            if node.op in STRUCTURE or node.op == "coordinate" or op_of(node).coordinates:
+            if node.op in STRUCTURE or op_of(node).coordinates and self._follows(node):
                 continue
             if all(
                 o is None or o in self.graph.producers and self.graph.producers[o].name in found for o in node.operands
             ):
                 found[node.name] = node
         return found
+
+    def _follows(self, node: Node) -> bool:
+        """Whether an op reads where the rows of a sequence are that comes with the stream."""
+        return node.op != "coordinate" or any(self.graph.dims[d].clock is not None for d in node.bound("S"))
 
     def _kept_constants(self) -> set[str]:
         """Those that a run reads: the others are only on the way to them."""
@@ -221,6 +243,15 @@ class Writer:
         lines = [Line(f"{r} = {o}", spec) for r, o in zip(results, operands, strict=False) if r != o]
         given = results + operands[len(results) :]
         lent = self._lent(self.graph.instance(node.attr("instance")))
+        part_ = node.attr("part")
+        if part_ is not None and part_[1] - part_[0] == 1:  # what it gives may be more than what it is given
+            call = f"self.{name}[{part_[0]}]({', '.join(operands)}, at, state.{name}[{part_[0]}]{lent})"
+            return [Line(f"{', '.join(results)} = {call}", spec)]
+        if part_ is not None:
+            some = f"[{part_[0]}:{part_[1]}]"
+            lines.append(Line(f"for {variable}, kept in zip(self.{name}{some}, state.{name}{some}):", spec))
+            lines.append(Line(f"    {', '.join(results)} = {variable}({', '.join(given)}, at, kept{lent})", spec))
+            return lines
         lines.append(Line(f"for {variable}, kept in zip(self.{name}, state.{name}):", spec))
         lines.append(Line(f"    {', '.join(results)} = {variable}({', '.join(given)}, at, kept{lent})", spec))
         return lines
@@ -323,6 +354,8 @@ class Writer:
                 made = each[0] if len(each) == 1 else f"({', '.join(each)})"
                 found.append(f"{names.attribute(slot_name(self.graph, node))}={made}")
         for node in (n for n in self.graph.nodes if n.op in ("call", "loop")):
+            if (node.attr("part") or (0,))[0]:
+                continue  # its first part says it for all
             instance = self.graph.instance(node.attr("instance"))
             made, lent = self._module(instance), self._lent(instance)
             if instance.schedule is None:
@@ -420,6 +453,20 @@ def _python_mask(mask: sx.Expr) -> str:
         case sx.Constant(value=value):
             return repr(value)
     return print_expr(mask)
+
+
+def _of_token(expr: sx.Expr) -> sx.Expr:
+    """The coordinate of a query as that of a token."""
+    match expr:
+        case sx.Name(id="query"):
+            return sx.Name("token")
+        case sx.Member(value=value, name=name):
+            return sx.Member(_of_token(value), name)
+        case sx.Unary(operator=op, value=value):
+            return sx.Unary(op, _of_token(value))
+        case sx.Binary(operator=op, left=left, right=right):
+            return sx.Binary(op, _of_token(left), _of_token(right))
+    return expr
 
 
 def spec_line(spans: tuple[Span, ...]) -> str:

@@ -13,20 +13,44 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from . import syntax as sx
 from .selectors import START, Selector, States
 from .source import NOWHERE, Span
 
 
 @dataclass(frozen=True)
+class Clock:
+    """When the rows of a sequence come, as tokens of the stream do.
+
+    `value` is the group that a token is in, an expression of `query.position`: it starts at 0 or below and never grows
+    by more than 1. Each group from 0 on has `times` rows. If `begins`, they are there with the group's first token
+    (data that its tokens read); else with its last (what is computed from all of them). `name` is the coordinate that
+    says the group.
+    """
+
+    name: str
+    value: sx.Expr
+    times: int = 1
+    begins: bool = True
+
+
+TOKENS = Clock("position", sx.Member(sx.Name("query"), "position"))
+"""A row a token: the stream itself."""
+
+
+@dataclass(frozen=True)
 class Dim:
     """A dim of a body. `size` is None where the data decide. `sequence` dims carry position and document; their
-    coordinates also vary along `lead`. `factors` says of a compound dim which dims it is made of (outer first)."""
+    coordinates also vary along `lead`. `factors` says of a compound dim which dims it is made of (outer first).
+
+    `clock` says how the rows of a sequence follow the stream; None is a sequence that is there as a whole."""
 
     name: str
     size: int | None
     sequence: bool = False
     lead: tuple[str, ...] = ()
     factors: tuple[str, ...] = ()
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ program at once. Its mark says the role:
     D     parallel: computed pointwise along it          D!    reduce: a statistic along it, then a parallel step
     K+    contract: summed away                          S~    window: reads a few neighbours
     S>    scan: a state flows along it                   S@    attend: reads a masked set along it
+    S/    fold: combined within groups of neighbours
 
 An operand name with `?` may be absent; a name with `...` (`k...`) stands for any number of operands.
 """
@@ -17,9 +18,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-ROLES = {"": "parallel", "+": "contract", "!": "reduce", "~": "window", ">": "scan", "@": "attend", "?": "route"}
+ROLES = {"": "parallel", "+": "contract", "!": "reduce", "~": "window", ">": "scan", "@": "attend", "?": "route", "/": "fold"}
 _OPERAND = re.compile(r"(\w+)(\?|\.\.\.)?\[([^\]]*)\]")
-_FORMAL = re.compile(r"([A-Z][a-z0-9]*)([+!~>@?]?)")
+_FORMAL = re.compile(r"([A-Z][a-z0-9]*)([+!~>@?/]?)")
 
 
 @dataclass(frozen=True)

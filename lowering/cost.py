@@ -43,7 +43,7 @@ def _graph_flops(program: GraphProgram, graph: Graph, length: int, known: dict[s
                 active = _at_most(program, graph, node.operands[1] or "")
                 total += each[0] * (len(instance.schedule or ()) if active is None else active)
                 continue
-            total += sum(each[i] for i in (instance.schedule or (0,))) if instance.schedule != () else 0.0
+            total += sum(each[i] for i in graph.schedule_of(node))
         elif _has_rows(graph, node.results[0].type.dims):
             total += _node_flops(graph, node, length)
     known[graph.name] = total

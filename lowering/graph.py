@@ -14,7 +14,7 @@ from typing import Any
 import networkx as nx
 
 from ..dsl.diagnostics import InternalError
-from ..dsl.program import Body, Dim, Instance, Node, Program, Value
+from ..dsl.program import Body, Clock, Dim, Instance, Node, Program, Value
 from .op import Op
 from .ops import table
 
@@ -79,6 +79,21 @@ class Graph:
     def instance(self, name: str) -> Instance:
         return next(i for i in self.body.instances if i.name == name)
 
+    def bodies_of(self, node: Node) -> tuple[str, ...]:
+        """The distinct blocks that a structural node runs, in order of first use."""
+        instance = self.instance(node.attr("instance"))
+        if node.attr("part") is None:
+            return instance.bodies
+        return tuple(dict.fromkeys(instance.bodies[i] for i in self.schedule_of(node)))
+
+    def schedule_of(self, node: Node) -> tuple[int, ...]:
+        """Which of its instance's blocks a structural node runs, one after the other: of a loop in parts, a part."""
+        instance = self.instance(node.attr("instance"))
+        if instance.schedule is None:
+            return (0,)
+        first, last = node.attr("part", (0, len(instance.schedule)))
+        return instance.schedule[first:last] if node.op == "loop" else tuple(range(len(instance.bodies)))
+
     def with_nodes(self, nodes: tuple[Node, ...], **changes: Any) -> Graph:
         """The same block with other nodes (and other fields of its body)."""
         return Graph(replace(self.body, nodes=tuple(nodes), **changes))
@@ -113,8 +128,9 @@ def op_of(node: Node) -> Op:
 class State:
     """What a node keeps between steps of a stream.
 
-    `kind` is `window` (the last `keep` rows), `cache` (rows that later queries may see; all of them if `keep` is None)
-    or `fold` (one state for all earlier rows). `rows` are the element counts of a row or of the folded state, by name.
+    `kind` is `window` (the last `keep` rows), `cache` (rows that later queries may see; all of them if `keep` is None),
+    `open` (the rows of the group that has not ended) or `fold` (one state for all earlier rows). `rows` are the element
+    counts of a row or of the folded state, by name; they are rows of `clock`, of tokens if it is None.
     """
 
     node: str
@@ -122,6 +138,7 @@ class State:
     keep: int | None
     rows: tuple[tuple[str, tuple[int, ...]], ...]
     why: str
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)

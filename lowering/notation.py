@@ -19,7 +19,7 @@ from ..dsl import syntax as sx
 from ..dsl.diagnostics import InternalError
 from ..dsl.format import print_module
 from ..dsl.parse import parse
-from ..dsl.program import Body, Dim, Init, Instance, Node, Rule, Type, Value, Weight
+from ..dsl.program import Body, Clock, Dim, Init, Instance, Node, Rule, Type, Value, Weight
 from ..dsl.selectors import read, written
 from ..dsl.source import Source
 from .graph import STRUCTURE, Graph, GraphProgram
@@ -106,7 +106,14 @@ def _dim_call(dim: Dim) -> sx.Call:
         named["lead"] = _names(dim.lead)
     if dim.factors:
         named["factors"] = _names(dim.factors)
+    if dim.clock:
+        named["clock"] = _clock(dim.clock)
     return _call("dim", sx.Constant(None) if dim.size is None else _number(dim.size), **named)
+
+
+def _clock(clock: Clock) -> sx.Call:
+    flags = {} if clock.begins else {"ends": sx.Constant(True)}
+    return _call("clock", sx.String(clock.name), clock.value, _number(clock.times), **flags)
 
 
 def _weight_line(weight: Weight) -> sx.Statement:
@@ -151,6 +158,8 @@ def _structure(node: Node) -> sx.Call:
     named: dict[str, sx.Expr] = {"dims": _list(pairs)} if pairs else {}
     if node.attr("over"):
         named["over"] = _names(node.attr("over"))
+    if node.attr("part"):
+        named["part"] = _list(_number(i) for i in node.attr("part"))
     return _call(node.op, sx.Name(node.attr("instance")), *(_ref(o) for o in node.operands), **named)
 
 
@@ -164,8 +173,10 @@ def _op_call(node: Node) -> sx.Call:
 
 
 def _attr(value: Any, kind: str) -> sx.Expr:
-    if kind == "map":
+    if kind in ("map", "split"):
         return sx.Arrow(*(sx.Name(side[0]) if len(side) == 1 else _names(side) for side in value))
+    if kind == "coordinate":
+        return _list((sx.Name(value[0]), _clock(value[1])))
     if kind == "dims":
         return _names(value)
     if kind == "mask":
@@ -261,6 +272,8 @@ class _Reader:
             attrs: tuple[tuple[str, Any], ...] = (("instance", _dotted(positional[0])),)
             if "over" in named:
                 attrs += (("over", tuple(_dotted(v) for v in _values(named["over"]))),)
+            if "part" in named:
+                attrs += (("part", _value(named["part"])),)
             return Node(results, op, operands, attrs, bindings)
         settings = tuple((k, _attr_of(v, op, k)) for k, v in named.items())
         node = Node(results, op, tuple(_operand(p) for p in positional), settings)
@@ -268,11 +281,9 @@ class _Reader:
 
     def _with_bindings(self, node: Node) -> Node:
         """What the formals stand for follows from the signature."""
-        from .passes.infer_types import GraphDim, infer  # the pass reads graphs, this makes them
+        from .passes.infer_types import graph_dims, infer  # the pass reads graphs, this makes them
 
-        dims = {d.name: GraphDim(d.name, d.size, d.sequence) for d in self.dims}
-        for d in self.dims:
-            dims[d.name].lead = tuple(dims[x] for x in d.lead)
+        dims = graph_dims(self.dims)
         typing = infer(node, Graph(self.body((*self.nodes, node))), dims)
         bindings = tuple((f, tuple(d.name for d in ds)) for f, ds in typing.bindings.items())
         return Node(node.results, node.op, node.operands, node.attrs, bindings)
@@ -301,7 +312,14 @@ def _dim_of(name: str, call: sx.Call) -> Dim:
     (size,), named = _arguments(call)
     lead = tuple(_dotted(v) for v in _values(named.get("lead")))
     factors = tuple(_dotted(v) for v in _values(named.get("factors")))
-    return Dim(name, _value(size), "sequence" in named, lead, factors)
+    clock = _clock_of(named["clock"]) if "clock" in named else None
+    return Dim(name, _value(size), "sequence" in named, lead, factors, clock)
+
+
+def _clock_of(expr: sx.Expr) -> Clock:
+    assert isinstance(expr, sx.Call)
+    (name, value, times), named = _arguments(expr)
+    return Clock(_value(name), value, _value(times), "ends" not in named)
 
 
 def _instance_of(name: str, call: sx.Call) -> Instance:
@@ -340,7 +358,10 @@ def _binding(expr: sx.Expr) -> tuple[str, tuple[str, ...]]:
 def _attr_of(expr: sx.Expr, op: str, name: str) -> Any:
     setting = table()[op].setting(name)
     kind = setting.kind if setting else "number"
-    if kind == "map":
+    if kind == "coordinate":
+        dim, clock = _values(expr)
+        return _dotted(dim), _clock_of(clock)
+    if kind in ("map", "split"):
         assert isinstance(expr, sx.Arrow)
         return tuple(tuple(_dotted(v) for v in (_values(s) or (s,))) for s in (expr.source, expr.target))
     if kind == "dims":

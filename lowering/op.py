@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from ..dsl.diagnostics import Label, fail
-from ..dsl.program import Init
+from ..dsl.program import TOKENS, Clock, Init
 from ..dsl.signature import Operand, Signature
 from ..dsl.source import Span
 
@@ -25,6 +25,7 @@ class DimLike(Protocol):
     name: str
     size: int | None
     sequence: bool
+    clock: Clock | None
 
 
 class TensorLike(Protocol):
@@ -41,7 +42,8 @@ REQUIRED = object()
 class Setting:
     """A parameter of an op. `kind` says how its argument is read:
 
-    map (`hidden -> ffn`), dims, whole, number, flag, text, mask, weight (a tensor that is used instead of an own one).
+    map (`hidden -> ffn`), split (a map that makes or undoes compound dims), dims, whole, number, flag, text, mask,
+    coordinate (of a sequence: the dim, and the clock of its groups), weight (a tensor that is used instead of an own one).
     """
 
     name: str
@@ -89,12 +91,17 @@ class OpCall:
     settings: dict[str, Any]
     span: Span
     spans: Mapping[str, Span] = field(default_factory=dict)
-    make_dim: Callable[[str, int], Any] | None = None
+    make_dim: Callable[..., Any] | None = None
 
     def new_dim(self, name: str, size: int) -> Any:
         """A dim that this use makes."""
         assert self.make_dim is not None
         return self.make_dim(name, size)
+
+    def new_sequence(self, along: Any, clock: Clock) -> Any:
+        """A slower sequence that this use makes of one: a row, or some, for each group of its rows."""
+        assert self.make_dim is not None
+        return self.make_dim(clock.name, None, along, clock)
 
     def span_of(self, name: str) -> Span:
         return self.spans.get(name, self.span)
@@ -205,6 +212,7 @@ class Op:
         leading = leading or ()
         if self.coordinates and "S" in bindings:
             alone_along(call, leading, bindings["S"][0])
+            _with_the_stream(call, bindings["S"][0])
         operands: list[Any] = []
         for operand in self.signature.operands:
             rule = next((w for w in self.weights if w.operand == operand.name), None)
@@ -271,13 +279,24 @@ def join_leading(a: Sequence[Any], b: Sequence[Any], call: OpCall) -> tuple[Any,
 
 def alone_along(call: OpCall, leading: Sequence[Any], sequence: Any) -> None:
     """Raises `not-built-yet` where something runs beside a sequence that its positions do not vary along."""
-    if sequence.sequence and tuple(leading) != tuple(sequence.lead):
+    if sequence.clock is not None and tuple(leading) != tuple(sequence.lead):
         have, want = (", ".join(d.name for d in dims) for dims in (leading, sequence.lead))
         raise fail(
             "not-built-yet",
             f"`{call.op.name}` along `{sequence.name}` for each of [{have}] is not built yet",
             call.span,
             f"positions vary along [{want}]",
+        )
+
+
+def _with_the_stream(call: OpCall, sequence: Any) -> None:
+    """Raises `not-built-yet` where an op that runs along tokens is given another sequence."""
+    if sequence.clock != TOKENS:
+        raise fail(
+            "not-built-yet",
+            f"`{call.op.name}` along `{sequence.name}` is not built yet",
+            call.span,
+            "it runs along the tokens of the model's first input",
         )
 
 

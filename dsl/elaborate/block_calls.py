@@ -11,7 +11,7 @@ from .. import syntax as sx
 from ..arithmetic import kind, whole
 from ..diagnostics import Diagnostic, Label, SpecError, did_you_mean, fail
 from ..source import Span
-from .bodies import Elaborated, Given, Run, fresh, inputs_of, inside, required_inputs, tensors_in
+from .bodies import Elaborated, Given, Run, inputs_of, inside, required_inputs, swapped, tensors_in
 from .builder import Builder
 from .environment import Environment
 from .expressions import number_of
@@ -30,9 +30,12 @@ class BlockCalls(Machine):
         parameters = [p.name for p in declaration.parameters]
         given = Given({}, dict(callee.settings), dict(callee.spans))
         self._block_arguments(declaration, inputs, parameters, expr, env, given)
+        if inputs and not any(name in given.tensors for name in required_inputs(declaration) or inputs):
+            # Inputs that may be absent can be given ahead: the call still waits for the others.
+            return replace(callee, settings={**given.settings, **given.tensors}, spans=given.spans, span=expr.span)
+        ahead = {n: given.settings.pop(n) for n in inputs if n in given.settings}
+        given.tensors = {n: {**ahead, **given.tensors}[n] for n in inputs if n in ahead or n in given.tensors}
         waiting = replace(callee, settings=given.settings, spans=given.spans, span=expr.span)
-        if inputs and not given.tensors:
-            return waiting
         missing = [n for n in required_inputs(declaration) if n not in given.tensors]
         if missing:
             raise fail(
@@ -140,7 +143,7 @@ class BlockCalls(Machine):
         if len(outputs) > 1:
             base = [t.name if hint is None else f"{hint}_{t.name}" for t in outputs]
         results = tuple(
-            (b, t.kind, tuple(swap.setdefault(id(d), fresh(d)) for d in t.dims))
+            (b, t.kind, tuple(swapped(d, swap) for d in t.dims))
             for b, t in zip(base, outputs, strict=False)
         )
         brought = [t for v in given.settings.values() for t in tensors_in(v)]
@@ -309,8 +312,8 @@ class BlockCalls(Machine):
                 dims.append(value)
             place = next(i for i, d in enumerate(dims) if d is value)
             coordinates = tuple((name, made[1]) for (i, name), made in self.coordinates.items() if i == id(value))
-            leads = tuple(self.key(d, dims) for d in value.lead)
-            return ("dim", place, value.name, value.size, value.sequence, leads, coordinates)
+            parts = tuple(self.key(d, dims) for d in (*value.lead, *value.factors))
+            return ("dim", place, value.name, value.size, value.sequence, parts, value.clock, coordinates)
         if isinstance(value, Tensor):
             return ("tensor", value.kind, tuple(self.key(d, dims) for d in value.dims))
         if isinstance(value, Waiting):

@@ -83,7 +83,7 @@ class Run:
         """A variable of this run, as its caller knows it."""
         if name not in self.given:
             inner = self.made.asked[name]
-            dims = tuple(self.swap.setdefault(id(d), fresh(d)) for d in inner.dims)
+            dims = tuple(swapped(d, self.swap) for d in inner.dims)
             made = Tensor(
                 self.builder.fresh(f"{self.tensors[0].name}_{name}"), inner.kind, dims, self.builder, span=inner.span
             )
@@ -108,8 +108,12 @@ def inside(value: Any, name: str, builder: Builder) -> Any:
     return value
 
 
-def fresh(dim: Dim) -> Dim:
-    return Dim(dim.name, dim.size, dim.sequence, dim.lead, dim.span, dim.factors)
+def swapped(dim: Dim, swap: dict[int, Dim]) -> Dim:
+    """The caller's dim for one of a body: a new one, where the body made it."""
+    if id(dim) not in swap:
+        lead, factors = (tuple(swapped(d, swap) for d in parts) for parts in (dim.lead, dim.factors))
+        swap[id(dim)] = Dim(dim.name, dim.size, dim.sequence, lead, dim.span, factors, dim.clock)
+    return swap[id(dim)]
 
 
 def inputs_of(declaration: sx.Function) -> list[sx.Input]:

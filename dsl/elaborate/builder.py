@@ -67,8 +67,8 @@ class Builder:
             self._dims[id(dim)] = dim
             self._dim_names[name] = id(dim)
             self.aliases[id(dim)] = name
-            for lead in dim.lead:
-                self.dim_name(lead)
+            for part in (*dim.lead, *dim.factors):
+                self.dim_name(part)
         return self.aliases[id(dim)]
 
     def call_dim(self, dim: Dim, name: str) -> None:
@@ -173,7 +173,7 @@ class Builder:
         outs = tuple(self.local(t).name for t in outputs)
         emits = tuple((keyword, label, self.local(t).name) for keyword, label, t in self.emits)
         dims = tuple(
-            pg.Dim(self.aliases[i], d.size, d.sequence, self.names_of(d.lead), self.names_of(d.factors))
+            pg.Dim(self.aliases[i], d.size, d.sequence, self.names_of(d.lead), self.names_of(d.factors), d.clock)
             for i, d in list(self._dims.items())
         )
         return pg.Body(

@@ -21,16 +21,19 @@ from .environment import Environment
 from .experts import Experts
 from .expressions import Expressions
 from .op_calls import OpCalls
+from .reshaping import Reshaping
 from .rewriting import Rewrites, Rewriting
 from .statements import Statements
 from .values import Cell, Dim, Tensor, Waiting
 
 
-class Elaborator(Expressions, Calls, OpCalls, BlockCalls, Experts, Rewriting, Statements):
+class Elaborator(Expressions, Calls, OpCalls, BlockCalls, Experts, Reshaping, Rewriting, Statements):
     """One elaboration: the op table comes from the floor above, as data."""
 
-    def __init__(self, ops: Mapping[str, Any], required: Any, op_call: Any, owned: type):
-        self.ops, self.required = ops, required
+    def __init__(
+        self, ops: Mapping[str, Any], required: Any, op_call: Any, owned: type, followers: Mapping[str, pg.Clock]
+    ):
+        self.ops, self.required, self.followers = ops, required, dict(followers)
         self._op_call, self._owned = op_call, owned
         self.collector = Collector()
         self.memo: dict[Any, Elaborated] = {}
@@ -44,10 +47,14 @@ class Elaborator(Expressions, Calls, OpCalls, BlockCalls, Experts, Rewriting, St
         self.segments: set[str] = set()
         self.coordinates: dict[tuple[int, str], tuple[Dim, sx.Expr | None]] = {}
         self.standard = frozenset(standard_index())
+        self.slower: dict[tuple[int, pg.Clock | None], tuple[Dim, Dim]] = {}
         self._names: set[str] = set()
 
     def new_op_call(self, op: Any, tensors: Any, settings: Any, span: Span, spans: Any, made: dict[Any, Dim]) -> Any:
-        def new_dim(name: str, size: int) -> Dim:
+        def new_dim(name: str, size: int | None, along: Dim | None = None, clock: pg.Clock | None = None) -> Dim:
+            if along is not None:  # grouped twice in one way, a sequence has the same groups
+                slower = Dim(name, size, True, along.lead, span, clock=clock)
+                return self.slower.setdefault((id(along), clock), (along, slower))[1]
             return made.setdefault((name, size), Dim(name, size, span=span))
 
         return self._op_call(op, tensors, settings, span, spans, new_dim)
@@ -96,11 +103,21 @@ def elaborate(
     the file whose parameters are all known. Raises `SpecError` with every independent diagnostic.
     """
     found = _choose(file, model)
-    machine = Elaborator(ops, hooks.REQUIRED, hooks.OpCall, hooks.OwnedWeight)
+    followers: dict[str, pg.Clock] = {}
+    while True:
+        machine = Elaborator(ops, hooks.REQUIRED, hooks.OpCall, hooks.OwnedWeight, followers)
+        program = _run(machine, found, overrides or {}, objective)
+        if machine.followers == followers:
+            return program
+        # A coordinate of the body said that a dim of the inputs follows the stream: they are built again, so.
+        followers = machine.followers
+
+
+def _run(machine: Elaborator, found: Found, overrides: Mapping[str, Any], objective: str | None) -> pg.Program:
     try:
         waiting = _waiting(machine, found)
-        settings = {**waiting.settings, **(overrides or {})}
-        _check_overrides(waiting, overrides or {}, found)
+        settings = {**waiting.settings, **overrides}
+        _check_overrides(waiting, overrides, found)
         program = _elaborate(machine, found, replace(waiting, settings=settings), objective)
         for diagnostic in (*machine.unused_rules(), *_unused_inits(machine, program)):
             machine.collector.add(diagnostic)
@@ -123,8 +140,10 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: s
     declaration = waiting.block
     span = found.declaration.name_span
     builder = Builder("entry")
-    tensors = {i.name: _input(i, builder, waiting, machine) for i in inputs_of(declaration)}
-    given = Given(tensors, waiting.settings, waiting.spans)
+    tensors = _Entry(waiting, builder, machine).inputs()
+    names = [i.name for i in inputs_of(declaration)]
+    waiting = replace(waiting, settings={n: v for n, v in waiting.settings.items() if n not in names})
+    given = Given(dict(tensors), waiting.settings, waiting.spans)
     made = machine.body_of(waiting, given, Environment(found.file, builder), span)
     for value in made.returned:
         if not isinstance(value, Tensor):
@@ -171,7 +190,11 @@ def _objective(
     wanted = [i.name for i in inputs_of(Waiting(found=block).block)]
     if any(tensors.get(name) is None for name in wanted) or "logits" not in model.variables:
         return {}
-    given = Given({n: tensors[n] for n in wanted}, {"net": waiting}, {})
+    # What the objective does not name goes straight to the model.
+    more = {n: t for n, t in tensors.items() if n not in wanted and t is not None}
+    absent = {n: None for n, t in tensors.items() if t is None}
+    net = replace(waiting, settings={**waiting.settings, **more, **absent})
+    given = Given({n: tensors[n] for n in wanted}, {"net": net}, {})
     made = machine.body_of(Waiting(found=block), given, Environment(found.file, builder), found.declaration.name_span)
     return {objective: made.name}
 
@@ -189,22 +212,51 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _input(statement: sx.Input, builder: Builder, waiting: Waiting, machine: Elaborator) -> Tensor | None:
-    if statement.optional or statement.default is not None:
-        return None
-    word = statement.kind.id if isinstance(statement.kind, sx.Name) else "real"
-    if word not in ("real", "token", "index", "mask", "coordinate"):
-        raise fail("not-built-yet", f"inputs of kind `{word}` are not built yet", statement.span)
-    dims: list[Dim] = []
-    for item in statement.shape or ():
-        size = None
-        given = waiting.settings.get(item.name) if item.name else None
-        if isinstance(given, int):
-            size = given
-        dims.append(Dim(item.name or "dim", size, span=item.span))
-    if word == "token" and dims:
-        dims[-1].sequence, dims[-1].lead = True, tuple(dims[:-1])
-    return builder.add_input(statement.name, word, tuple(dims), statement.span)
+class _Entry:
+    """The inputs of a model as the data give them: one dim for each name, the stream and what follows it."""
+
+    def __init__(self, waiting: Waiting, builder: Builder, machine: Elaborator):
+        self.waiting, self.builder, self.machine = waiting, builder, machine
+        self.dims: dict[str, Dim] = {}
+        self.stream: Dim | None = None
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """A tensor for every input; one with a default, or that a variant leaves out (`images = none`), is absent."""
+        return {statement.name: self._input(statement) for statement in inputs_of(self.waiting.block)}
+
+    def _input(self, statement: sx.Input) -> Tensor | None:
+        settings = self.waiting.settings
+        if statement.default is not None or statement.name in settings and settings[statement.name] is None:
+            return None
+        word = statement.kind.id if isinstance(statement.kind, sx.Name) else "real"
+        if word not in ("real", "token", "index", "mask", "coordinate"):
+            raise fail("not-built-yet", f"inputs of kind `{word}` are not built yet", statement.span)
+        dims = tuple(self._dim(item) for item in statement.shape or ())
+        if word == "token" and dims:
+            last = dims[-1]
+            last.sequence, last.lead = True, dims[:-1]
+            if self.stream is None:
+                self.stream, last.clock = last, pg.TOKENS
+        return self.builder.add_input(statement.name, word, dims, statement.span)
+
+    def _dim(self, item: sx.DimItem) -> Dim:
+        """The dim of a name; a parameter of this name, or a number in the shape, is its size."""
+        name = item.name or "dim"
+        if name in self.dims:
+            return self.dims[name]
+        given = self.waiting.settings.get(name) if item.name else None
+        if given is None and isinstance(item.size, sx.Number):
+            given = item.size.value
+        if given is None:
+            given = next((p.default.value for p in self.waiting.block.parameters
+                          if p.name == name and isinstance(p.default, sx.Number)), None)  # fmt: skip
+        made = Dim(name, given if isinstance(given, int) else None, span=item.span)
+        clock = self.machine.followers.get(name)
+        if clock is not None and self.stream is not None:
+            made.sequence, made.lead, made.clock = True, self.stream.lead, clock
+        if item.name:
+            self.dims[name] = made
+        return made
 
 
 def _choose(file: File, model: str | None) -> Found:

@@ -10,7 +10,7 @@ from typing import Any
 from .. import syntax as sx
 from ..arithmetic import binary, check_length, is_number, kind, negate, tidy, whole
 from ..diagnostics import Diagnostic, Label, SpecError, did_you_mean, fail
-from ..program import Init
+from ..program import Clock, Init
 from ..source import Span
 from ..vocabulary import BUILTINS
 from .environment import Environment
@@ -351,6 +351,10 @@ class Expressions(Machine):
 
     def _definition(self, dim: Dim, expr: sx.Member) -> sx.Expr:
         """What a computed coordinate of a dim is, in the coordinates that every sequence has, of `query`."""
+        if (id(dim), expr.name) not in self.coordinates and dim.clock is not None and dim.clock.name == expr.name:
+            position = sx.Member(sx.Name("query"), "position", span=expr.span)
+            times = dim.clock.times
+            return position if times == 1 else sx.Binary("//", position, sx.Number(times), span=expr.span)
         if (id(dim), expr.name) not in self.coordinates:
             here = [name for i, name in self.coordinates if i == id(dim)]
             raise fail(
@@ -383,6 +387,18 @@ class Expressions(Machine):
             case sx.Unary():
                 return sx.Unary(expr.operator, self.resolved(expr.value, query, key), span=expr.span)
         return expr
+
+    def grouped(self, expr: sx.Expr, env: Environment) -> tuple[Dim, Clock]:
+        """`seq.piece` as what groups the rows of `seq`: those of one value, which end with the last of them."""
+        dim = self.value(expr.value, env) if isinstance(expr, sx.Member) else None
+        if not isinstance(expr, sx.Member) or not isinstance(dim, Dim) or not dim.sequence:
+            raise fail(
+                "wrong-type",
+                "rows are grouped by a coordinate of their sequence",
+                expr.span,
+                help="`seq.piece = seq.position // 16` computes one, `by = seq.piece` groups by it",
+            )
+        return dim, Clock(expr.name, self._definition(dim, expr), begins=False)
 
     def _side_of(self, waiting: Waiting, expr: sx.Member) -> tuple[Dim, ...]:
         """`it.ins`, `it.outs`: the dims that a linear map comes from and goes to."""

@@ -40,6 +40,7 @@ class Machine(ABC):
     segments: set[str]
     standard: frozenset[str]
     coordinates: dict[tuple[int, str], tuple[Dim, sx.Expr | None]]
+    followers: dict[str, pg.Clock]
 
     # Of the elaborator itself.
     @abstractmethod
@@ -68,6 +69,10 @@ class Machine(ABC):
     def dims(self, expr: sx.Expr, env: Environment) -> tuple[Dim, ...]: ...
     @abstractmethod
     def arrow(self, expr: sx.Arrow, env: Environment) -> tuple[tuple[Dim, ...], ...]: ...
+    @abstractmethod
+    def split(self, expr: sx.Arrow, env: Environment) -> tuple[tuple[Dim, ...], ...]: ...
+    @abstractmethod
+    def grouped(self, expr: sx.Expr, env: Environment) -> tuple[Dim, pg.Clock]: ...
     @abstractmethod
     def term(self, value: Any, span: Span) -> sx.Expr: ...
     @abstractmethod

@@ -48,7 +48,7 @@ class OpCalls(Machine):
                 first = self.value(positional[0].value, env)
             if not isinstance(first, Tensor) and not elementwise(op):
                 slots = [s.name for s in op.settings if s.name not in given.settings]
-                maps = bool(slots) and op.setting(slots[0]).kind == "map"
+                maps = bool(slots) and op.setting(slots[0]).kind in ("map", "split")
                 if maps and not isinstance(positional[0].value, sx.Arrow):
                     raise fail(
                         "wrong-type",
@@ -147,7 +147,7 @@ class OpCalls(Machine):
 
     def _setting(self, setting: Any, argument: sx.Argument, env: Environment) -> Any:
         expr = argument.value
-        if setting.kind == "map":
+        if setting.kind in ("map", "split"):
             if not isinstance(expr, sx.Arrow):
                 raise fail(
                     "wrong-type",
@@ -155,7 +155,9 @@ class OpCalls(Machine):
                     argument.span,
                     "expected `dims -> dims`",
                 )
-            return self.arrow(expr, env)
+            return self.arrow(expr, env) if setting.kind == "map" else self.split(expr, env)
+        if setting.kind == "coordinate":
+            return self.grouped(expr, env)
         if setting.kind == "dims":
             cell = env.cell(expr.id) if isinstance(expr, sx.Name) else None
             if cell is not None and cell.value is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -264,10 +265,17 @@ class Statements(Machine):
             )
         if is_number(value):
             value = whole(value, f"the coordinate `{statement.name}`", statement.value.span, -(2**31))
-        self.coordinates[id(dim), statement.name] = (
-            dim,
-            self.resolved(self.term(value, statement.value.span), dim, dim),
-        )
+        made = self.resolved(self.term(value, statement.value.span), dim, dim)
+        self.coordinates[id(dim), statement.name] = (dim, made)
+        self._follow(statement, dim, made, env)
+
+    def _follow(self, statement: sx.Coordinate, dim: Dim, made: sx.Expr, env: Environment) -> None:
+        """A dim of the model's inputs that is named as a coordinate of the stream has a row for each of its values."""
+        cell = env.cell(statement.name)
+        follower = None if cell is None else cell.value
+        if dim.clock == pg.TOKENS and len(self.running) == 1 and isinstance(follower, Dim) and follower.clock is None:
+            self.followers[statement.name] = pg.Clock(statement.name, made)
+            follower.sequence, follower.lead, follower.clock = True, dim.lead, self.followers[statement.name]
 
     def _dims_of_shape(self, item: sx.DimItem, env: Environment) -> tuple[Dim, ...]:
         if item.name is None:
@@ -292,6 +300,7 @@ class Statements(Machine):
         self.segments.add(statement.names[0])
         for i, item in enumerate(items):
             self._iteration(loop, item, advance(env.scope, statement.names[:1], (i, len(items))))
+        self._close_part(loop)
         self._close(loop)
 
     def _iteration(self, loop: _Loop, item: Any, scope: Scope) -> None:
@@ -306,8 +315,14 @@ class Statements(Machine):
         if done is None:
             done = self._elaborate_iteration(loop, item, values, scope)
             loop.memo[key if done.reads_item else (state, None)] = done
+        arising = [n for n, a, b in zip(loop.carried, values, done.after, strict=True)
+                   if isinstance(b, Tensor) and not isinstance(a, Tensor)]  # fmt: skip
+        if arising:  # what comes into being here is carried from here on: the loop goes in parts
+            self._close_part(loop)
         loop.schedule.append(done)
         for name, before, after in zip(loop.carried, values, done.after, strict=True):
+            if name in arising:
+                continue
             if isinstance(after, Tensor) != isinstance(before, Tensor):
                 raise fail(
                     "not-built-yet",
@@ -323,6 +338,8 @@ class Statements(Machine):
                 )
             if not isinstance(after, Tensor):
                 loop.env.bind(name, after, loop.statement.span)
+        if arising:
+            self._close_part(loop, arising)
 
     def _elaborate_iteration(self, loop: _Loop, item: Any, values: list[Any], scope: Scope) -> _Iteration:
         statement, outer = loop.statement, loop.env
@@ -349,20 +366,21 @@ class Statements(Machine):
         suffix = f"_{item.name}" if isinstance(item, Waiting) else ""
         return _Iteration(builder, f"{statement.names[0]}{suffix}", after, any(c.read for c in cells))
 
-    def _close(self, loop: _Loop) -> None:
-        """One node for the whole loop: carried values go through the iterations, the others are given to each."""
-        distinct = list(dict.fromkeys(loop.schedule))
-        if not any(d.builder.nodes for d in distinct):
-            return
-        env, statement = loop.env, loop.statement
+    def _close_part(self, loop: _Loop, arising: Sequence[str] = ()) -> None:
+        """One node for the iterations since the last one: carried values go through them, others are given to each."""
+        first, part = loop.closed, loop.schedule[loop.closed :]
+        loop.closed = len(loop.schedule)
+        distinct = list(dict.fromkeys(part))
+        env = loop.env
         tensors = [n for n in loop.carried if isinstance(env.known(n).value, Tensor)]
+        given = [n for n in loop.carried if n in tensors or n in arising]
         captured: dict[int, Tensor] = {}
-        borrowed: dict[str, str] = {}
         for done in distinct:
             captured.update({i: outer for i, (outer, _) in done.builder.captured.items()})
-            borrowed.update(done.builder.borrowed)
-        names = []
-        for tensor in [*(env.known(n).value for n in tensors), *captured.values()]:
+            loop.borrowed.update(done.builder.borrowed)
+        befores = [env.known(n).value for n in tensors]
+        afters = {n: a for d in distinct[-1:] for n, a in zip(loop.carried, d.after, strict=True)}
+        for tensor in [*befores, *captured.values(), *(afters[n] for n in arising)]:
             env.builder.names_of(tensor.dims)
         for done in distinct:
             inputs = [done.builder.inputs[i] for i in range(len(tensors))]
@@ -373,24 +391,38 @@ class Statements(Machine):
                     )
                     done.builder.captured[i] = (outer, inner)
                 inputs.append(done.builder.captured[i][1])
-            for shared in (n for n in borrowed if n not in done.builder.borrowed):
-                done.builder.borrow(shared, borrowed[shared])
-            name = self.fresh_body(done.name)
-            outputs = [a for n, a in zip(loop.carried, done.after, strict=True) if n in tensors]
-            self.finish_later(name, done.builder, inputs, outputs)
-            names.append(name)
+            outputs = [a for n, a in zip(loop.carried, done.after, strict=True) if n in given]
+            loop.bodies[id(done)] = self.fresh_body(done.name)
+            self.finish_later(loop.bodies[id(done)], done.builder, inputs, outputs)
+        kept = {n: b for n, b in zip(tensors, befores, strict=True)} | {n: afters[n] for n in arising}
+        results = tuple((n, kept[n].kind, kept[n].dims) for n in given)
+        if not results or not any(d.builder.nodes for d in distinct):
+            return
+        attrs = {"instance": loop.statement.names[0], "part": (first, loop.closed)}
+        made = env.builder.add_node(
+            "loop", (*befores, *captured.values()), results, attrs, {}, loop.statement.span
+        )
+        loop.nodes.append(env.builder.nodes[-1])
+        for name, tensor in zip(given, made, strict=True):
+            self._rebind(env, name, tensor)
+
+    def _close(self, loop: _Loop) -> None:
+        """The instance that all parts of a loop run."""
+        distinct = list(dict.fromkeys(loop.schedule))
+        if not any(d.builder.nodes for d in distinct):
+            return
+        env, statement = loop.env, loop.statement
+        for done in distinct:
+            for shared in (n for n in loop.borrowed if n not in done.builder.borrowed):
+                done.builder.borrow(shared, loop.borrowed[shared])
         place = {id(d): i for i, d in enumerate(distinct)}
         instance = statement.names[0]
         env.builder.own(instance, statement.span)
         schedule = tuple(place[id(d)] for d in loop.schedule)
-        env.builder.instances.append(pg.Instance(instance, tuple(names), schedule, lends=tuple(borrowed)))
-        befores = [env.known(n).value for n in tensors]
-        results = tuple((n, t.kind, t.dims) for n, t in zip(tensors, befores, strict=True))
-        made = env.builder.add_node(
-            "loop", (*befores, *captured.values()), results, {"instance": instance}, {}, statement.span
-        )
-        for name, tensor in zip(tensors, made, strict=True):
-            self._rebind(env, name, tensor)
+        names = tuple(loop.bodies[id(d)] for d in distinct)
+        env.builder.instances.append(pg.Instance(instance, names, schedule, lends=tuple(loop.borrowed)))
+        if len(loop.nodes) == 1 and loop.nodes[0]["attrs"]["part"] == (0, len(schedule)):
+            del loop.nodes[0]["attrs"]["part"]
 
     def _rebind(self, env: Environment, name: str, tensor: Tensor) -> None:
         env.bind(name, tensor, env.known(name).span)
@@ -410,6 +442,10 @@ class _Loop:
         self.statement, self.env, self.carried = statement, env, carried
         self.memo: dict[Any, _Iteration] = {}
         self.schedule: list[_Iteration] = []
+        self.closed = 0
+        self.nodes: list[dict[str, Any]] = []
+        self.bodies: dict[int, str] = {}
+        self.borrowed: dict[str, str] = {}
 
 
 def assigned(statements: Any) -> list[str]:

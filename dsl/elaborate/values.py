@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 from .. import syntax as sx
 from ..load import File, Found
-from ..program import Init
+from ..program import Clock, Init
 from ..source import NOWHERE, Span
 
 
 @dataclass(eq=False)
 class Dim:
-    """A dim: identity is identity, whatever its spelling. `lead` are the dims that its coordinates also vary along."""
+    """A dim: identity is identity, whatever its spelling. `lead` are the dims that its coordinates also vary along,
+    `clock` says how the rows of a sequence follow the stream."""
 
     name: str
     size: int | None
@@ -22,6 +23,7 @@ class Dim:
     lead: tuple[Dim, ...] = ()
     span: Span | None = None
     factors: tuple[Dim, ...] = ()
+    clock: Clock | None = None
     kind_word = "a dim"
 
 

@@ -72,7 +72,7 @@ def _absorb(graph: Graph, moved: dict[str, _Moved]) -> Graph:
             nodes.append(node)
             continue
         extra: list[str] = []
-        for callee in graph.instance(node.attr("instance")).bodies:
+        for callee in graph.bodies_of(node):
             if callee in moved:  # a root computes what it needs itself
                 extra.extend(_copy_in(moved[callee], dict(node.bindings), dims, names, nodes))
         nodes.append(replace(node, operands=node.operands + tuple(extra)))
@@ -89,7 +89,7 @@ def _copy_in(
     def dim(name: str) -> str:
         if name not in swap:
             theirs = moved.dims[name]
-            fits = name in dims and dims[name].size == theirs.size and dims[name].sequence == theirs.sequence
+            fits = name in dims and _alike(dims[name], theirs)
             swap[name] = name if fits else _fresh(name, dims)
             if not fits:
                 lead = tuple(dim(x) for x in theirs.lead)
@@ -172,7 +172,7 @@ def _align_loops(graphs: dict[str, Graph], moved: dict[str, _Moved]) -> None:
         for node in graph.nodes:
             if node.op != "loop":
                 continue
-            bodies = graph.instance(node.attr("instance")).bodies
+            bodies = graph.bodies_of(node)
             wanted = [v for b in bodies for v in moved[b].frontier]
             sizes = [{d.name: d for d in graphs[b].body.dims} for b in bodies for _ in moved[b].frontier]
             if not wanted:
@@ -196,10 +196,14 @@ def _align_loops(graphs: dict[str, Graph], moved: dict[str, _Moved]) -> None:
                 start += len(mine)
 
 
+def _alike(a: Dim, b: Dim) -> bool:
+    return (a.size, a.sequence, a.clock) == (b.size, b.sequence, b.clock)
+
+
 def _dim_like(dim: Dim, dims: dict[str, Dim]) -> str:
     """The name of a dim like another body's: its own name, or a new one where that is a dim of another size here."""
     known = dims.get(dim.name)
-    if known is not None and (known.size, known.sequence) == (dim.size, dim.sequence):
+    if known is not None and _alike(known, dim):
         return dim.name
     name = _fresh(dim.name, dims)
     dims[name] = replace(dim, name=name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ...dsl.diagnostics import InternalError
-from ...dsl.program import Node
+from ...dsl.program import Clock, Dim, Node
 from ...dsl.source import NOWHERE
 from ..graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..op import OpCall, OwnedWeight
@@ -15,10 +16,20 @@ from . import lowering_pass
 class GraphDim:
     """A dim of a graph, for the op rooms: identity is identity."""
 
-    def __init__(self, name: str, size: int | None, sequence: bool):
-        self.name, self.size, self.sequence = name, size, sequence
+    def __init__(self, name: str, size: int | None, sequence: bool, clock: Clock | None = None):
+        self.name, self.size, self.sequence, self.clock = name, size, sequence, clock
         self.lead: tuple[GraphDim, ...] = ()
+        self.factors: tuple[GraphDim, ...] = ()
         self.span = None
+
+
+def graph_dims(dims: Iterable[Dim]) -> dict[str, GraphDim]:
+    """The dims of a body by name."""
+    found = {d.name: GraphDim(d.name, d.size, d.sequence, d.clock) for d in dims}
+    for d in dims:
+        found[d.name].lead = tuple(found[x] for x in d.lead)
+        found[d.name].factors = tuple(found[x] for x in d.factors)
+    return found
 
 
 class GraphTensor:
@@ -43,9 +54,7 @@ def infer_types(program: GraphProgram) -> GraphProgram:
 
 def check_types(graph: Graph) -> None:
     """Raises `InternalError` where a node's results differ from what its op says."""
-    dims = {d.name: GraphDim(d.name, d.size, d.sequence) for d in graph.body.dims}
-    for d in graph.body.dims:
-        dims[d.name].lead = tuple(dims[x] for x in d.lead)
+    dims = graph_dims(graph.body.dims)
     for node in graph.nodes:
         if node.op in STRUCTURE:
             continue
@@ -78,8 +87,13 @@ def infer(node: Node, graph: Graph, dims: dict[str, GraphDim]) -> Any:
     made: dict[str, GraphDim] = {}
     of_weights = [d for t in weights.values() if t is not None for d in t.dims]
 
-    def known_dim(name: str, size: int) -> GraphDim:
-        """A dim that an op makes (taps) is one that its weights have already."""
+    made_here = [dims[d] for r in node.results for d in r.type.dims if d in dims]
+
+    def known_dim(name: str, size: int | None, along: GraphDim | None = None, clock: Clock | None = None) -> GraphDim:
+        """A dim that an op makes is one that its weights (taps) or its results (groups of rows) have already."""
+        for d in made_here:
+            if clock is not None and (d.size, d.clock) == (size, clock) and along is not None and d.lead == along.lead:
+                return d
         for d in reversed(of_weights):
             if d.size == size and d.name.rstrip("_0123456789") == name:
                 return d
@@ -102,6 +116,8 @@ def _tensor(name: str, graph: Graph, dims: dict[str, GraphDim]) -> GraphTensor:
 def _setting(value: Any, kind: str, dims: dict[str, GraphDim]) -> Any:
     if kind == "dims" and value is not None:
         return tuple(dims[d] for d in value)
-    if kind == "map":
+    if kind in ("map", "split"):
         return tuple(tuple(dims[d] for d in side) for side in value)
+    if kind == "coordinate":
+        return dims[value[0]], value[1]
     return value

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ...dsl import syntax as sx
 from ...dsl.diagnostics import Diagnostic, Label, SpecError
-from ...dsl.program import Node
-from ...dsl.source import NOWHERE
+from ...dsl.program import TOKENS, Dim, Node
+from ...dsl.source import NOWHERE, Span
 from ..afterwards import parts
+from ..clocks import Reach, groups, reach, widest
 from ..graph import STRUCTURE, Graph, GraphProgram, State, op_of
 from ..masks import hull
 from . import lowering_pass
@@ -45,13 +47,21 @@ def _states(graph: Graph) -> list[State]:
             found.append(_fold(graph, node))
         elif monoid.peers == "neighbours":
             found.append(_window(graph, node))
+        elif monoid.peers == "group":
+            found.extend(_open(graph, node))
         elif monoid.peers == "masked":
             found.extend(_caches(graph, node))
     return found
 
 
 def _along_stream(graph: Graph, node: Node, formal: str) -> bool:
-    return any(graph.dims[d].sequence for d in dict(node.bindings).get(formal, ()))
+    """Whether a formal, of a repeated operand in any of its places, stands for rows that come one after the other."""
+    return any(
+        graph.dims[d].clock is not None
+        for f, dims in node.bindings
+        if f == formal or f.rstrip("0123456789") == formal
+        for d in dims
+    )
 
 
 def _sizes(graph: Graph, dims: tuple[str, ...]) -> tuple[int, ...]:
@@ -69,15 +79,43 @@ def _window(graph: Graph, node: Node) -> State:
     return State(node.name, "window", keep, (("row", _sizes(graph, node.bound("C"))),), f"a window of {keep + 1} rows")
 
 
+def _open(graph: Graph, node: Node) -> Iterator[State]:
+    """The rows of the group that is open: a group's rows come with its last token."""
+    _, clock = node.attr("by")
+    width = widest(clock)
+    if width is None:
+        return
+    heads = _sizes(graph, node.bound("H"))
+    rows = (("x", heads + _sizes(graph, node.bound("D"))), ("say", heads + _sizes(graph, node.bound("R"))))
+    yield State(node.name, "open", width - 1, rows, f"a group has {width} rows, and ends with the last")
+
+
+def _sources(graph: Graph, node: Node) -> Iterator[tuple[sx.Expr, Dim, Dim]]:
+    """Each source's mask, and the dims of its queries and keys."""
+    (queries,) = node.bound("Q")
+    for i, mask in enumerate(node.attr("masks")):
+        (keys,) = node.bound(f"S{i + 1}" if i else "S")
+        yield mask, graph.dims[queries], graph.dims[keys]
+
+
+def _reach(mask: sx.Expr, queries: Dim, keys: Dim) -> Reach:
+    """What a stream must keep of the keys of a source, and whether a query would have to wait."""
+    if keys.clock is None or queries.clock is None:
+        return Reach(None, True)
+    if queries.name == keys.name:
+        bounds = hull(mask)
+        return Reach(bounds.behind if bounds.behind is None else max(0, bounds.behind), bounds.ahead != 0)
+    return reach(mask, queries.clock, keys.clock)
+
+
 def _caches(graph: Graph, node: Node) -> Iterator[State]:
     """Keys and values of each source, as far back as its mask lets see."""
     (kv,), (d,), (e,) = node.bound("K"), node.bound("D"), node.bound("E")
     rows = (("k", _sizes(graph, (kv, d))), ("v", _sizes(graph, (kv, e))))
-    for mask in node.attr("masks"):
-        behind = hull(mask).behind
-        keep = None if behind is None else max(0, behind)
+    for mask, queries, keys in _sources(graph, node):
+        keep = _reach(mask, queries, keys).keep
         why = "later queries may see every key" if keep is None else f"later queries see {keep} keys back"
-        yield State(node.name, "cache", keep, rows, why)
+        yield State(node.name, "cache", keep, rows, why, None if keys.clock == TOKENS else keys.clock)
 
 
 def state_bytes(program: GraphProgram, length: int, item_bytes: int = 2) -> int:
@@ -92,13 +130,13 @@ def _bytes(program: GraphProgram, graph: Graph, length: int, item_bytes: int) ->
             sizes = {name: math.prod(size) for name, size in state.rows}
             total["folds"] += 4 * sizes["h"] * sizes["p"] * sizes["n"]
         else:
-            rows = length if state.keep is None else min(state.keep, length) if state.kind == "cache" else state.keep
+            most = length if state.clock is None else groups(state.clock, length) * state.clock.times
+            rows = most if state.keep is None else min(state.keep, most) if state.kind == "cache" else state.keep
             total["rows"] += rows * item_bytes * sum(math.prod(size) for _, size in state.rows)
     for node in (n for n in graph.nodes if n.op in ("call", "loop")):  # an expert keeps nothing
         instance = graph.instance(node.attr("instance"))
-        schedule = (0,) if instance.schedule is None else instance.schedule
         each = [_bytes(program, program.graphs[b], length, item_bytes) for b in instance.bodies]
-        for which in schedule:
+        for which in graph.schedule_of(node):
             for key, value in each[which].items():
                 total[key] += value
     return total
@@ -141,19 +179,47 @@ def _late(graph: Graph, node: Node) -> list[Diagnostic]:
                 help="the model can be trained, but not sampled from",
             )
         ]
+    if monoid.peers == "group" and widest(node.attr("by")[1]) is None:
+        return [
+            Diagnostic(
+                "not-causal",
+                f"`{node.op}` waits for the last token of a document, so tokens cannot be made one by one",
+                Label(span, "a group may be as long as its document"),
+                help="`seq.piece = seq.position // 16` makes groups that end",
+            )
+        ]
     if monoid.peers == "masked":
-        ahead = [hull(mask).ahead for mask in node.attr("masks")]
-        if any(a is None or a > 0 for a in ahead):
-            far = "every later key" if None in ahead else f"{max(a for a in ahead if a is not None)} keys ahead"
-            return [
-                Diagnostic(
-                    "not-causal",
-                    f"attention sees {far}, so tokens cannot be made one by one",
-                    Label(span, "this mask looks ahead"),
-                    help="`causal` and `window(span)` are masks that look back only",
-                )
-            ]
+        for mask, queries, keys in _sources(graph, node):
+            if found := _looks_ahead(mask, queries, keys, span):
+                return [found]
     return []
+
+
+def _looks_ahead(mask: sx.Expr, queries: Dim, keys: Dim, span: Span) -> Diagnostic | None:
+    if not _reach(mask, queries, keys).late:
+        return None
+    if queries.name == keys.name:
+        ahead = hull(mask).ahead
+        far = "every later key" if ahead is None else f"{ahead} keys ahead"
+        return Diagnostic(
+            "not-causal",
+            f"attention sees {far}, so tokens cannot be made one by one",
+            Label(span, "this mask looks ahead"),
+            help="`causal` and `window(span)` are masks that look back only",
+        )
+    if keys.clock is None or queries.clock is None:
+        which = keys if keys.clock is None else queries
+        return Diagnostic(
+            "not-built-yet",
+            f"decoding with attention between `{queries.name}` and `{keys.name}` is not built yet",
+            Label(span, f"`{which.name}` does not come with the tokens"),
+        )
+    return Diagnostic(
+        "not-causal",
+        f"a row of `{queries.name}` may see rows of `{keys.name}` that come later, so tokens cannot be made one by one",
+        Label(span, "this mask is not proved to look back only"),
+        help=f"a group comes with its last token: `key.{keys.clock.name} < query.{keys.clock.name}` sees those that ended",
+    )
 
 
 def require_causal(program: GraphProgram) -> None:

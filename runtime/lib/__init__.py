@@ -2,6 +2,7 @@
 
 from .attend import attend
 from .buffers import STATELESS, Slots
+from .clocks import Clock, on, summarise
 from .conv import Conv, ParallelConv, causal_conv
 from .experts import route, top_k
 from .gathered import Gathered
@@ -18,6 +19,7 @@ from .stream import Stream
 __all__ = [
     "STATELESS",
     "At",
+    "Clock",
     "Conv",
     "Coordinates",
     "Embed",
@@ -42,6 +44,7 @@ __all__ = [
     "layer_norm",
     "named_logical_parameters",
     "next_token",
+    "on",
     "reduce_rows",
     "relu2",
     "rms_norm",
@@ -49,5 +52,6 @@ __all__ = [
     "route",
     "silu_mul",
     "ssd",
+    "summarise",
     "top_k",
 ]

@@ -15,22 +15,34 @@ from .buffers import Cache, is_past
 from .rows import At, Keys, Mask
 
 
-def attend(q: Tensor, *sources: tuple[Tensor, Tensor, Mask], at: At, scale: float, past: Any = None) -> Tensor:
+def attend(
+    q: Tensor, *sources: tuple[Any, ...], at: At | None, scale: float, past: Any = None
+) -> Tensor:
     """softmax(scale q k^T, where the mask sees) v -> [b, t, H, E]; Vaswani et al. 2017, grouped as Ainslie et al. 2023.
 
-    q [b, t, H, D]; sources: (k [b, t, V, D], v [b, t, V, E], mask). past: the stream's cache of the source, or a tuple
-    of one cache for each. A query that sees no key gets exactly 0. Another document never changes a result: its keys
-    have weight 0 in the same order of summation (finite values).
+    q [b, t, H, D]; sources: (k [b, k, V, D], v [b, k, V, E], mask), and where the keys are rows of another sequence than
+    the queries their coordinates, or None if they are there as a whole. at None: the queries are there as a whole, and
+    may have more leading dims. past: the stream's cache of the source, or a tuple of one cache for each. A query that
+    sees no key gets exactly 0. Another document never changes a result: its keys have weight 0 in the same order of
+    summation (finite values).
     """
+    if at is None:
+        return _whole(q, sources, scale)
     caches = past if isinstance(past, (tuple, list)) else (past,) * len(sources)
     if len(caches) != len(sources) or (len(sources) > 1 and isinstance(past, Cache)):
         raise ValueError(f"attend: {len(sources)} sources need a cache each")
     keys, values, visible, causal = [], [], [], False
-    for (k, v, mask), cache in zip(sources, caches, strict=True):
-        k, v, seen = cache.extend(k, v, at, mask) if is_past(cache) else _own(k, v, at, mask)
+    for (k, v, mask, *other), cache in zip(sources, caches, strict=True):
+        rows = other[0] if other else at
+        if is_past(cache):
+            k, v, seen = cache.extend(k, v, rows, mask, at)
+        else:
+            k, v, seen = _own(k, v, rows or At(k.shape[:2], k.device), mask, at, rows is None)
         keys.append(k)
         values.append(v)
         visible.append(seen)
+    if not q.numel() or not sum(k.shape[2] for k in keys):  # a step without queries, or before there is a key
+        return q.new_zeros(*q.shape[:3], values[0].shape[-1])
     if len(sources) > 1:
         # The mask of a source that sees all or is causal is spelled out, so that one softmax covers them together.
         k, v = (_join(parts, q.shape[2]) for parts in (keys, values))
@@ -42,12 +54,43 @@ def attend(q: Tensor, *sources: tuple[Tensor, Tensor, Mask], at: At, scale: floa
     return _softmax(q, k, v, seen, causal, scale)
 
 
-def _own(k: Tensor, v: Tensor, at: At, mask: Mask) -> tuple[Tensor, Tensor, Tensor | str]:
-    """A full forward pass: the keys are the rows of this call. -> k, v as [b, V, k, D] and what is seen."""
+def _whole(q: Tensor, sources: tuple[tuple[Any, ...], ...], scale: float) -> Tensor:
+    """Attention along sequences that are there as a whole, for each of any leading dims."""
+    lead = q.shape[:-3]
+    flat = [tuple(x.flatten(0, x.dim() - 4) for x in source[:2]) + source[2:] for source in sources]
+    queries = q.flatten(0, q.dim() - 4)
+    at = At(queries.shape[:2], q.device)
+    return attend(queries, *flat, at=at, scale=scale).unflatten(0, lead)
+
+
+def _own(
+    k: Tensor, v: Tensor, at: At, mask: Mask, queries: At, whole: bool
+) -> tuple[Tensor, Tensor, Tensor | str]:
+    """A full forward pass: the keys are rows of this call. -> k, v as [b, V, k, D] and what the queries see."""
     if at.valid is not None:
         # Selected, not multiplied by 0: padding may hold anything, even NaN.
         k, v = (torch.where(at.valid[:, :, None, None], x, 0) for x in (k, v))
-    return k.transpose(1, 2), v.transpose(1, 2), visible_here(at, mask)
+    seen = visible_here(at, mask) if queries is at else _visible(queries, at, mask, whole)
+    return k.transpose(1, 2), v.transpose(1, 2), seen
+
+
+def _visible(queries: At, at: At, mask: Mask, whole: bool) -> Tensor:
+    """bool [b, 1, t, k] of the rows of another sequence; those of a whole one belong to every document."""
+    name = (mask, at.seq if whole else at)
+    if name not in queries.memo:
+        keys = at.keys()
+        if whole:
+            keys = Keys(keys.position, None, None)
+        if queries.plain and at.plain and not queries.in_stream:
+            queries.memo[name] = mask.visible(_first(queries), Keys(*(x if x is None else x[:1] for x in keys)))
+        else:
+            queries.memo[name] = mask.visible(queries, keys)
+    return queries.memo[name]
+
+
+def _first(at: At) -> At:
+    """The coordinates of batch row 0, where all are alike."""
+    return At((1, at.seq), at.device)
 
 
 def visible_here(at: At, mask: Mask) -> Tensor | str:

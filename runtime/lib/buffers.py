@@ -16,6 +16,7 @@ from torch import Tensor
 from .rows import At, Mask
 
 if TYPE_CHECKING:
+    from .clocks import Clock
     from .stream import Stream
 
 
@@ -59,6 +60,10 @@ class Slots:
 class Buffer:
     """Tensors {name: [batch, ...]} that belong to one stream."""
 
+    # Whose rows come: those of tokens, if of no clock.
+    clock: Clock | None = None
+    times: int = 1
+
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.rows: dict[str, Tensor] = {}
@@ -80,9 +85,13 @@ class Tail(Buffer):
     shapes: {name: (*lead, width)} of a row, stored as [batch, *lead, keep + slack, width].
     """
 
-    def __init__(self, stream: Stream, keep: int, dtypes: dict[str, torch.dtype], **shapes: tuple[int, ...]) -> None:
+    def __init__(
+        self, stream: Stream, keep: int, dtypes: dict[str, torch.dtype], *, times: int = 1, **shapes: tuple[int, ...]
+    ) -> None:
         super().__init__(stream)
-        self.keep, self.capacity = keep, keep + stream.slack
+        # A token brings `times` rows at most, so this many may be taken back.
+        self.slack = stream.slack * times
+        self.keep, self.capacity = keep, keep + self.slack
         for name, shape in shapes.items():
             full = (stream.batch, *shape[:-1], self.capacity, shape[-1])
             self.rows[name] = torch.zeros(full, dtype=dtypes[name], device=stream.device)
@@ -120,31 +129,56 @@ class Window(Tail):
         return joined[:, self.stream.slack :] if self.stream.slack else joined
 
 
+class Open(Tail):
+    """The rows of the group of tokens that is open: the last width - 1 tokens of x[batch, t, *] and say[batch, t, *]."""
+
+    def __init__(self, stream: Stream, keep: int, x: int, say: int) -> None:
+        super().__init__(stream, keep, {"x": stream.dtype, "say": stream.dtype}, x=(x,), say=(say,))
+
+    def extend(self, x: Tensor, say: Tensor, at: At) -> tuple[Tensor, Tensor, int]:
+        """x and say with the rows before them in front, and how many these are."""
+        joined = self.join(at, x=x.flatten(2), say=say.flatten(2))
+        both = [joined[name].unflatten(2, new.shape[2:]) for name, new in (("x", x), ("say", say))]
+        return both[0], both[1], self.capacity
+
+
 class Cache(Buffer):
     """Keys and values of one attention source, as [batch, heads, rows, width].
 
     keep None: every row of the stream, at its own place. keep n: for a causal window of n + 1, the last n rows.
+    clock: whose rows the keys are, `times` for each group; None for tokens.
     """
 
-    def __init__(self, stream: Stream, keep: int | None, k: tuple[int, ...], v: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        keep: int | None,
+        k: tuple[int, ...],
+        v: tuple[int, ...],
+        clock: Clock | None = None,
+        times: int = 1,
+    ) -> None:
         super().__init__(stream)
-        self.keep = keep
+        self.keep, self.clock, self.times = keep, clock, times
         if keep is None:
             # One place more than rows: what is not valid is written there and never read.
             for name, (heads, width) in {"k": k, "v": v}.items():
-                full = (stream.batch, heads, stream.max_length + 1, width)
+                full = (stream.batch, heads, stream.waste(clock, times) + 1, width)
                 self.rows[name] = torch.zeros(full, dtype=stream.dtype, device=stream.device)
         else:
-            self.tail = Tail(stream, keep, {"k": stream.dtype, "v": stream.dtype}, k=k, v=v)
+            self.tail = Tail(stream, keep, {"k": stream.dtype, "v": stream.dtype}, times=times, k=k, v=v)
+            self.tail.clock, self.tail.times = clock, times
 
-    def extend(self, k: Tensor, v: Tensor, at: At, mask: Mask) -> tuple[Tensor, Tensor, Tensor | str]:
-        """Remember k, v [b, t, V, D]; -> all keys and values [b, V, n, D] and what the new rows see of them."""
+    def extend(
+        self, k: Tensor, v: Tensor, at: At, mask: Mask, queries: At
+    ) -> tuple[Tensor, Tensor, Tensor | str]:
+        """Remember k, v [b, t, V, D]; -> all keys and values [b, V, n, D] and what the queries see of them."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if at.valid is not None:
             k, v = (torch.where(at.valid[:, None, :, None], x, 0) for x in (k, v))
         if self.keep is not None:
             both = self.tail.join(at, k=k, v=v)
-            return both["k"], both["v"], self._seen(at, mask, both["k"].shape[2])
+            return both["k"], both["v"], self._seen(at, mask, both["k"].shape[2], queries)
         tick, t = at.step.uniform, at.seq
         own_k, own_v = self.rows["k"], self.rows["v"]
         if tick is not None:
@@ -156,24 +190,24 @@ class Cache(Buffer):
             own_k.scatter_(2, place.expand(k.shape), k.to(own_k.dtype))
             own_v.scatter_(2, place.expand(v.shape), v.to(own_v.dtype))
             end = self.stream.end(at)
-        return own_k[:, :, :end], own_v[:, :, :end], self._seen(at, mask, end)
+        return own_k[:, :, :end], own_v[:, :, :end], self._seen(at, mask, end, queries)
 
-    def _seen(self, at: At, mask: Mask, count: int) -> Tensor | str:
-        """What the new rows see of `count` keys, worked out once a step for all layers alike."""
-        name = (mask, self.keep)
-        if name not in at.memo:
-            at.memo[name] = self._see(at, mask, count)
-        return at.memo[name]
+    def _seen(self, at: At, mask: Mask, count: int, queries: At) -> Tensor | str:
+        """What the queries see of `count` keys, worked out once a step for all layers alike."""
+        name = (mask, self.keep, self.clock, self.times)
+        if name not in queries.memo:
+            queries.memo[name] = self._see(at, mask, count, queries)
+        return queries.memo[name]
 
-    def _see(self, at: At, mask: Mask, count: int) -> Tensor | str:
+    def _see(self, at: At, mask: Mask, count: int, queries: At) -> Tensor | str:
         tick, t = at.step.uniform, at.seq
-        if tick is not None and mask.interval and mask.ahead in (0, None):
+        if queries is at and tick is not None and mask.interval and mask.ahead in (0, None):
             first = 0 if self.keep is None else tick - self.keep
             if t == 1 and first >= 0 and (mask.behind is None or mask.behind >= tick - first):
                 return "all"
             if tick == 0 and self.keep is None and mask.behind is None:
                 return "all" if mask.ahead is None else "causal"
-        return mask.visible(at, self.stream.keys(at, self.keep, count))
+        return mask.visible(queries, self.stream.keys(at, self.keep, count, self.clock, self.times))
 
 
 class Scan(Buffer):

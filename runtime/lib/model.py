@@ -22,10 +22,12 @@ PREFILL_ROWS = 512
 
 
 class Model(nn.Module):
-    """A generated class gives `slots`, `run`, `losses_of`, `counts_of`, INIT and keep_fp32."""
+    """A generated class gives `slots`, `run`, `losses_of`, `counts_of`, INIT and keep_fp32; `inputs` names what it takes
+    besides tokens, which callers give by name."""
 
     INIT: Mapping[str, tuple[Any, ...]] = {}
     keep_fp32: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ("tokens",)
     # The program and the artifact that it was made of, where it was compiled here.
     program: Any = None
     artifact: Any = None
@@ -41,17 +43,26 @@ class Model(nn.Module):
         """The buffers that decoding keeps."""
         raise NotImplementedError(f"{type(self).__name__} cannot be decoded: it has no slots")
 
-    def run(self, tokens: Tensor, at: At, state: Any) -> Tensor:
-        """tokens int64[batch, seq] -> logits [batch, seq, vocab]."""
+    def run(self, tokens: Tensor, *rest: Any) -> Tensor:
+        """tokens int64[batch, seq], the other inputs, at, state -> logits [batch, seq, vocab]."""
         raise NotImplementedError
 
-    def losses_of(self, tokens: Tensor, at: At) -> dict[str, Tensor]:
-        """{loss: sum over its scored tokens}."""
+    def losses_of(self, tokens: Tensor, *rest: Any) -> dict[str, Tensor]:
+        """tokens, the other inputs, at -> {loss: sum over its scored tokens}."""
         raise NotImplementedError(f"{type(self).__name__} has no losses")
 
-    def counts_of(self, tokens: Tensor, at: At) -> dict[str, Tensor]:
-        """{loss: number of scored tokens}."""
+    def counts_of(self, tokens: Tensor, *rest: Any) -> dict[str, Tensor]:
+        """tokens, the other inputs, at -> {loss: number of scored tokens}."""
         raise NotImplementedError(f"{type(self).__name__} has no losses")
+
+    def _more(self, given: Mapping[str, Tensor]) -> list[Tensor]:
+        """The inputs besides tokens, in order. Raises ValueError for one that is missing or not known."""
+        wanted = self.inputs[1:]
+        wrong = [name for name in (*wanted, *given) if (name in given) != (name in wanted)]
+        if wrong:
+            problem = "is not given" if wrong[0] in wanted else "is no input"
+            raise ValueError(f"{type(self).__name__}: `{wrong[0]}` {problem}; its inputs are {', '.join(self.inputs)}")
+        return [given[name] for name in wanted]
 
     # Whole documents.
 
@@ -61,9 +72,11 @@ class Model(nn.Module):
         document: Tensor | None = None,
         position: Tensor | None = None,
         valid: Tensor | None = None,
+        **more: Tensor,
     ) -> Tensor:
         """tokens int64[batch, seq] -> logits [batch, seq, vocab]; document, position, valid as in `At`."""
-        return self.run(tokens, At(tokens.shape, tokens.device, position, document, valid), STATELESS)
+        at = At(tokens.shape, tokens.device, position, document, valid)
+        return self.run(tokens, *self._more(more), at, STATELESS)
 
     def losses(
         self,
@@ -71,6 +84,7 @@ class Model(nn.Module):
         document: Tensor | None = None,
         valid: Tensor | None = None,
         gathered: Gathered | None = None,
+        **more: Tensor,
     ) -> dict[str, Tensor]:
         """{loss: 0-d sum over scored tokens}. The total is the sum of losses[name] / counts[name].
 
@@ -78,11 +92,13 @@ class Model(nn.Module):
         """
         at = At(tokens.shape, tokens.device, None, document, valid)
         at.gathered = gathered
-        return self.losses_of(tokens, at)
+        return self.losses_of(tokens, *self._more(more), at)
 
-    def counts(self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None) -> dict[str, Tensor]:
+    def counts(
+        self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None, **more: Tensor
+    ) -> dict[str, Tensor]:
         """{loss: number of scored tokens}: without weights, so that micro-batches can be added up first."""
-        return self.counts_of(tokens, At(tokens.shape, tokens.device, None, document, valid))
+        return self.counts_of(tokens, *self._more(more), At(tokens.shape, tokens.device, None, document, valid))
 
     # Token by token.
 
@@ -102,19 +118,26 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: Tensor, stream: Stream, count: Tensor | None = None, start: Tensor | None = None
+        self,
+        tokens: Tensor,
+        stream: Stream,
+        count: Tensor | None = None,
+        start: Tensor | None = None,
+        **more: Tensor,
     ) -> Tensor:
-        """Feed tokens int64[batch, seq]; -> logits [batch, seq, vocab].
+        """Feed tokens int64[batch, seq], and the rows of other inputs that come with them; -> logits
+        [batch, seq, vocab].
 
         count int[batch]: how many tokens of each row are real; the rest change nothing and their logits mean nothing.
         start bool[batch, seq]: tokens that start a new document.
         """
         if tokens.dim() != 2 or tokens.shape[0] != stream.batch or not tokens.shape[1]:
             raise ValueError(f"stream: tokens are {list(tokens.shape)}, must be [{stream.batch}, at least 1]")
+        rest = self._more(more)
         at = stream.begin(tokens.shape[1], count, start)
         if at.valid is not None:
             tokens = torch.where(at.valid, tokens, 0)
-        logits = self.run(tokens, at, stream.state)
+        logits = self.run(tokens, *rest, at, stream.state)
         stream.commit(at)
         return logits
 

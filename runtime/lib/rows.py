@@ -23,10 +23,11 @@ class Coordinates(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Coordinates of stored rows: position, document int64 [b, k]; valid bool [b, k], or None where all count."""
+    """Coordinates of stored rows: position, document int64 [b, k], document None where the rows belong to none; valid
+    bool [b, k], or None where all count."""
 
     position: Tensor
-    document: Tensor
+    document: Tensor | None
     valid: Tensor | None
 
 
@@ -146,6 +147,11 @@ class At:
         """Add to a loss that blocks state, a 0-d sum."""
         self.losses[label] = self.losses[label] + value if label in self.losses else value
 
+    @property
+    def in_stream(self) -> bool:
+        """Whether these rows are a step of a stream."""
+        return self._step is not None
+
     def keys(self) -> Keys:
         """This call's own rows, as keys."""
         document = self.document if self.document is not None else torch.zeros_like(self.position)
@@ -180,9 +186,13 @@ class Mask:
     def visible(self, at: At, keys: Keys) -> Tensor:
         """bool [b, 1, t, k]: the predicate, the document and the validity of keys together."""
         own = at.keys()
+        assert own.document is not None
         query = Coordinates(own.position[:, :, None], own.document[:, :, None])
-        key = Coordinates(keys.position[:, None], keys.document[:, None])
-        seen = self.sees(query, key) & (query.document == key.document)
+        key = Coordinates(keys.position[:, None], (own.document if keys.document is None else keys.document)[:, None])
+        seen = self.sees(query, key)
+        if keys.document is not None:
+            seen = seen & (query.document == key.document)
+        seen = seen.expand(max(len(query.position), len(key.position)), query.position.shape[1], key.position.shape[2])
         if keys.valid is not None:
             seen = seen & keys.valid[:, None]
         return seen[:, None]

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .buffers import Buffer, Cache, Scan, Window
+from .buffers import Buffer, Cache, Open, Scan, Window
+from .clocks import Clock
 from .rows import At, Keys, Step
 
 
@@ -65,9 +67,21 @@ class Stream:
         """The last taps - 1 rows of a convolution over `channels`."""
         return Window(self, channels, taps)
 
-    def cache(self, k: tuple[int, int], v: tuple[int, int], keep: int | None = None) -> Cache:
-        """Keys and values, rows (heads, width); `keep`: how many rows before the newest are read, None for all."""
-        return Cache(self, keep, k, v)
+    def cache(
+        self,
+        k: tuple[int, int],
+        v: tuple[int, int],
+        keep: int | None = None,
+        clock: Clock | None = None,
+        times: int = 1,
+    ) -> Cache:
+        """Keys and values, rows (heads, width), of tokens or of a clock; `keep`: how many rows before the newest are
+        read, None for all."""
+        return Cache(self, keep, k, v, clock, times)
+
+    def open(self, keep: int, x: int, say: int) -> Open:
+        """The rows of the group of tokens that is open: `keep` tokens, x and say numbers each."""
+        return Open(self, keep, x, say)
 
     def scan(self, heads: int, head_dim: int, groups: int, state: int) -> Scan:
         """The state of an ssd."""
@@ -163,24 +177,50 @@ class Stream:
             at.memo["end"] = int((at.step.tick + at.step.count).max())
         return at.memo["end"]
 
-    def keys(self, at: At, keep: int | None, count: int) -> Keys:
+    def waste(self, clock: Clock | None = None, times: int = 1) -> int:
+        """The place behind all rows of tokens, or of a clock: what is not valid is written there."""
+        return self.max_length if clock is None else clock.most(self.max_length) * times
+
+    def groups_before(self, clock: Clock, tick: Tensor) -> Tensor:
+        """int64 [batch]: how many groups of a clock came with the first tick[batch] tokens."""
+        return self._came(clock, tick).sum(1)
+
+    def _came(self, clock: Clock, tick: Tensor) -> Tensor:
+        held = self.own["position"][:, : self.max_length]
+        return clock.come(held) & (self.range(self.max_length) < tick[:, None])
+
+    def keys(self, at: At, keep: int | None, count: int, clock: Clock | None = None, times: int = 1) -> Keys:
         """Coordinates of the `count` keys of a cache: all places, or the newest before the step and then its rows."""
         if at.step.uniform is not None:
             first = 0 if keep is None else at.step.uniform - keep
             position = (self.range(count) + first)[None]
             return Keys(position, torch.zeros_like(position), None if first >= 0 else position >= 0)
+        own = self.own if clock is None else self._rows(at, clock, times)
         if keep is None:
             used = self.range(count) < (at.step.tick + at.step.count)[:, None]
-            return Keys(self.own["position"][:, :count], self.own["document"][:, :count], used)
+            return Keys(own["position"][:, :count], own["document"][:, :count], used)
         place = at.step.tick[:, None] + self.range(count - at.seq) - (count - at.seq)
-        index = place.clamp_min(0)
+        index = place.clamp(0, own["position"].shape[1] - 1)
         new = at.keys()
-        assert new.valid is not None
+        assert new.valid is not None and new.document is not None
         return Keys(
-            torch.cat((self.own["position"].gather(1, index), new.position), 1),
-            torch.cat((self.own["document"].gather(1, index), new.document), 1),
+            torch.cat((own["position"].gather(1, index), new.position), 1),
+            torch.cat((own["document"].gather(1, index), new.document), 1),
             torch.cat((place >= 0, new.valid), 1),
         )
+
+    def _rows(self, at: At, clock: Clock, times: int) -> dict[str, Tensor]:
+        """Position and document of the rows of a clock in their places, after the step; one place for waste."""
+        name = ("rows", clock, times)
+        if name not in at.memo:
+            came = self._came(clock, at.tokens.step.tick + at.tokens.step.count)
+            most = self.waste(clock)
+            order = torch.sort((~came).to(torch.int8), dim=1, stable=True).indices[:, :most]
+            group = clock.of(self.own["position"][:, : self.max_length]).gather(1, order)
+            position = (group[:, :, None] * times + self.range(times)).flatten(1)
+            document = self.own["document"].gather(1, order).repeat_interleave(times, 1)
+            at.memo[name] = {n: F.pad(x, (0, 1)) for n, x in (("position", position), ("document", document))}
+        return at.memo[name]
 
     # What a user may ask between steps.
 
@@ -209,9 +249,13 @@ class Stream:
             )
         if not bool(back.any()):
             return
-        self.own["tick"] = tick - back
         for buffer in self.buffers:
-            buffer.rollback(back)
+            if buffer.clock is None:
+                buffer.rollback(back)
+            else:
+                came = [self.groups_before(buffer.clock, t) for t in (tick, tick - back)]
+                buffer.rollback((came[0] - came[1]) * buffer.times)
+        self.own["tick"] = tick - back
 
     @torch.inference_mode()
     def snapshot(self) -> Snapshot:

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from heddle.codegen.facts import Use
 from heddle.codegen.writer import Writer
 from heddle.dsl import syntax as sx
-from heddle.dsl.program import Body, Dim, Init, Node, Program, Type, Value, Weight
+from heddle.dsl.program import TOKENS, Body, Dim, Init, Node, Program, Type, Value, Weight
 from heddle.lowering.graph import Graph, GraphProgram, State
 from heddle.lowering.op import Op
 from heddle.lowering.ops import part, table
 from heddle.lowering.ops.pointwise.op import BINARY, UNARY
-from heddle.lowering.passes.infer_types import GraphDim, infer
+from heddle.lowering.passes.infer_types import graph_dims, infer
 from heddle.lowering.passes.stream import stream
 from heddle.runtime import lib
 
@@ -98,7 +98,7 @@ class Case:
     def dims(self) -> tuple[Dim, ...]:
         names = dict.fromkeys((*self.sizes, *self.sums))
         lead = self.lead
-        return tuple(Dim(d, self.size(d), d == self.sequence, lead if d == self.sequence else ()) for d in names)
+        return tuple(Dim(d, self.size(d), d == self.sequence, lead if d == self.sequence else (), clock=TOKENS if d == self.sequence else None) for d in names)
 
     @cached_property
     def graph(self) -> Graph:
@@ -108,9 +108,7 @@ class Case:
         body = Body("case", "case", self.dims, inputs, weights, (), (), ())
         operands = tuple(None if a is None else a.name for a in self.args)
         node = Node((), self.name, operands, self.attrs)
-        dims = {d.name: GraphDim(d.name, d.size, d.sequence) for d in self.dims}
-        for d in self.dims:
-            dims[d.name].lead = tuple(dims[x] for x in d.lead)
+        dims = graph_dims(self.dims)
         typing = infer(node, Graph(body), dims)
         results = tuple(
             Value(f"y{i}", Type(kind, tuple(d.name for d in ds))) for i, (kind, ds) in enumerate(typing.results)

@@ -29,14 +29,15 @@ def _infer(call: OpCall) -> Typing:
                 raise mismatch(call, "k", mine[formal], bindings[formal])
         bindings["S" if i == 0 else f"S{i + 1}"] = mine["S"]
         sequences.append((bindings["Q"][0], mine["S"][0]))
-        if mine["S"] != bindings["Q"] or not mine["S"][0].sequence:
+    for dim, name in ((bindings["Q"][0], "q"), *((s[0], "k") for f, s in bindings.items() if f[0] == "S")):
+        if not dim.sequence:
             raise fail(
-                "not-built-yet",
-                f"attention along `{bindings['Q'][0].name}` to the keys along `{mine['S'][0].name}` is not built yet",
-                call.span,
-                "the queries and keys of one sequence can attend",
+                "no-sequence",
+                f"`attend` runs along sequences, and `{dim.name}` is none",
+                call.span_of(name),
+                help="the last dim of an input of kind `token` is one, and what is computed from it row by row",
             )
-    alone_along(call, leading, bindings["Q"][0])
+        alone_along(call, leading, dim)
     (heads,), (kv_heads,) = bindings["H"], bindings["K"]
     call.known(bindings["D"][0], "q")
     if call.known(heads, "q") % call.known(kv_heads, "k"):

@@ -8,7 +8,11 @@ from typing import Any
 def emit(use: Any) -> str:
     """The expression."""
     if use.op == "coordinate":
-        which = use.attr("which")
-        return "at.position" if which == "position" else f"at.keys().{which}" if which == "document" else "at.validity"
+        which, (dim,) = use.attr("which"), use.bound("S")
+        at = use.at(dim)
+        if at == "None":
+            return f"torch.{'ones' if which == 'valid' else 'zeros'}({use.graph.size(dim)}, dtype=torch.int64)" if (
+                which != "position") else f"torch.arange({use.graph.size(dim)})"  # fmt: skip
+        return f"{at}.{ {'position': 'position', 'document': 'keys().document'}.get(which, 'validity') }"
     (size,) = use.sizes("D")
     return f"torch.arange({size}, dtype=torch.float32)"

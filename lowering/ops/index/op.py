@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ....dsl.diagnostics import fail
 from ...op import Op, OpCall, Setting, Typing
 
 
@@ -11,8 +12,18 @@ def _index(call: OpCall) -> Typing:
 
 
 def _coordinate(call: OpCall) -> Typing:
+    """Of a sequence that follows the stream each row has its own; of one that is there as a whole all are alike."""
     (dim,) = call.settings["dim"]
-    return Typing({"S": (dim,)}, (), (("coordinate", (*dim.lead, dim)),))
+    if dim.clock is not None:
+        return Typing({"S": (dim,)}, (), (("coordinate", (*dim.lead, dim)),))
+    if dim.size is None:
+        raise fail(
+            "size-unknown",
+            f"the rows of `{dim.name}` cannot be counted before the data are there",
+            call.span,
+            help=f"give `{dim.name}` a size where the input is declared: `[{dim.name} = 128]`",
+        )
+    return Typing({"S": (dim,)}, (), (("coordinate", (dim,)),))
 
 
 OPS = (

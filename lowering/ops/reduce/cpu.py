@@ -35,6 +35,6 @@ def _rows(use: Any) -> tuple[int, ...] | None:
     """The axes of the operand that its sequence and what that varies along are, if the sequence is reduced."""
     have = use.operand_dims(0)
     for d in use.bound("D"):
-        if use.graph.dims[d].sequence:
+        if use.graph.dims[d].clock is not None:
             return tuple(have.index(x) for x in (*use.graph.dims[d].lead, d))
     return None

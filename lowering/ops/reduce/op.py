@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ....dsl.diagnostics import fail
+from ....dsl.program import TOKENS
 from ...op import Monoid, Op, OpCall, Setting, Typing, shown
 
 
@@ -32,6 +33,14 @@ def _infer(call: OpCall) -> Typing:
     count: a loss."""
     call.op._check_kinds(call)
     x, over = call.tensors["x"], _reduced(call)
+    slower = next((d for d in over if d.clock not in (None, TOKENS)), None)
+    if slower is not None:
+        raise fail(
+            "not-built-yet",
+            f"`{call.op.name}` along `{slower.name}` is not built yet",
+            call.span_of("over"),
+            "its rows come with groups of tokens",
+        )
     rest = tuple(d for d in x.dims if not any(d is e for e in over))
     is_loss = call.op.name == "mean" and not rest and any(d.size is None for d in over)
     return Typing({"D": tuple(over)}, (x,), (("loss" if is_loss else "real", rest),))
