@@ -218,7 +218,8 @@ class BlockCalls(Machine):
             for statement in inputs_of(declaration):
                 self.bind_input(statement, given, env, span)
             for parameter in declaration.parameters:
-                if parameter.name not in given.settings:
+                bound = env.cells.get(parameter.name)
+                if parameter.name not in given.settings and not (bound and isinstance(bound.value, Dim)):
                     self._default(declaration, parameter, env, span)
             return self.run_body(declaration, env, hint)
         except SpecError as error:

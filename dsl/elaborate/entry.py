@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import program as pg
 from .. import syntax as sx
-from ..arithmetic import kind
+from ..arithmetic import kind, whole
 from ..checkpoint.static import CallValue
 from ..diagnostics import Collector, Diagnostic, SpecError, did_you_mean, fail
 from ..load import File, Found, standard_index
@@ -219,6 +219,21 @@ class _Entry:
         self.waiting, self.builder, self.machine = waiting, builder, machine
         self.dims: dict[str, Dim] = {}
         self.stream: Dim | None = None
+        self.env = Environment(waiting.file, Builder(waiting.name))
+        self.sizes = dict(self._sizes())
+
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        """The parameters that are whole numbers, as far as their defaults need no dims: sizes of dims of their name."""
+        for parameter in self.waiting.block.parameters:
+            value = self.waiting.settings.get(parameter.name)
+            if value is None and parameter.default is not None:
+                try:
+                    value = self.machine.value(parameter.default, self.env)
+                except SpecError:  # it needs a dim, or is wrong, which is said where the model runs
+                    continue
+            self.env.bind(parameter.name, value)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
+                yield parameter.name, int(value)
 
     def inputs(self) -> dict[str, Tensor | None]:
         """A tensor for every input; one with a default, or that a variant leaves out (`images = none`), is absent."""
@@ -244,13 +259,10 @@ class _Entry:
         name = item.name or "dim"
         if name in self.dims:
             return self.dims[name]
-        given = self.waiting.settings.get(name) if item.name else None
-        if given is None and isinstance(item.size, sx.Number):
-            given = item.size.value
-        if given is None:
-            given = next((p.default.value for p in self.waiting.block.parameters
-                          if p.name == name and isinstance(p.default, sx.Number)), None)  # fmt: skip
-        made = Dim(name, given if isinstance(given, int) else None, span=item.span)
+        given = self.sizes.get(name)
+        if item.size is not None:
+            given = whole(self.machine.number(item.size, self.env), f"the size of `{name}`", item.span)
+        made = Dim(name, given, span=item.span)
         clock = self.machine.followers.get(name)
         if clock is not None and self.stream is not None:
             made.sequence, made.lead, made.clock = True, self.stream.lead, clock

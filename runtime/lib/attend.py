@@ -57,6 +57,8 @@ def attend(
 def _whole(q: Tensor, sources: tuple[tuple[Any, ...], ...], scale: float) -> Tensor:
     """Attention along sequences that are there as a whole, for each of any leading dims."""
     lead = q.shape[:-3]
+    if not q.numel():  # a step that brings no sequences
+        return q.new_zeros(*q.shape[:-1], sources[0][1].shape[-1])
     flat = [tuple(x.flatten(0, x.dim() - 4) for x in source[:2]) + source[2:] for source in sources]
     queries = q.flatten(0, q.dim() - 4)
     at = At(queries.shape[:2], q.device)
