@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from ..dsl.diagnostics import fail
-from ..dsl.program import Node
+from ..dsl.program import TOKENS, Node
 from ..lowering.graph import Graph, GraphProgram
 from ..lowering.passes.stream import streaming_errors
 from . import layout, names
@@ -39,6 +39,7 @@ def emit_module(program: GraphProgram, version: str) -> str:
     model.is_model, model.more = True, program.model.body.asked > 0
     inputs = tuple(v.name for v in program.model.body.inputs)
     model.input_names = "" if inputs == ("tokens",) else repr(inputs)
+    model.follows = _follows(program, masks)
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
     classes = [c for c in classes if c is not model] + [model]
@@ -55,6 +56,16 @@ def emit_module(program: GraphProgram, version: str) -> str:
         used=_grouped,
         layout=layout,
     )
+
+
+def _follows(program: GraphProgram, masks: dict[str, tuple[str, str]]) -> str:
+    """The inputs whose rows come with groups of tokens, each with its clock."""
+    graph, found = program.model, []
+    for value in graph.body.inputs:
+        clock = next((graph.dims[d].clock for d in value.type.dims if graph.dims[d].clock is not None), None)
+        if clock is not None and clock != TOKENS:
+            found.append(f'"{value.name}": {Writer(graph, program, masks).clock(clock)}')
+    return f"{{{', '.join(found)}}}" if found else ""
 
 
 def _source_name(program: GraphProgram) -> str:

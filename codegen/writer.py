@@ -46,6 +46,7 @@ class Class:
     result: str
     is_model: bool = False
     input_names: str = ""
+    follows: str = ""
     more: bool = False
     around: str | None = None
     after: list[Line] = field(default_factory=list)

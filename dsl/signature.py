@@ -18,7 +18,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-ROLES = {"": "parallel", "+": "contract", "!": "reduce", "~": "window", ">": "scan", "@": "attend", "?": "route", "/": "fold"}
+ROLES = {
+    "": "parallel",
+    "+": "contract",
+    "!": "reduce",
+    "~": "window",
+    ">": "scan",
+    "@": "attend",
+    "?": "route",
+    "/": "fold",
+}
 _OPERAND = re.compile(r"(\w+)(\?|\.\.\.)?\[([^\]]*)\]")
 _FORMAL = re.compile(r"([A-Z][a-z0-9]*)([+!~>@?/]?)")
 

@@ -131,9 +131,7 @@ def _compared(mask: sx.Binary, query: Clock, key: Clock) -> Reach:
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "=="}
 
 
-def _walked(
-    seen: Callable[[int], tuple[int | None, int | None]], query: Clock, key: Clock, period: int
-) -> Reach:
+def _walked(seen: Callable[[int], tuple[int | None, int | None]], query: Clock, key: Clock, period: int) -> Reach:
     """Follow two periods of tokens: what the rows that come with each see of what is there."""
     keep, late, growing = 0, False, False
     lows: list[Fraction] = []

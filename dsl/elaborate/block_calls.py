@@ -143,8 +143,7 @@ class BlockCalls(Machine):
         if len(outputs) > 1:
             base = [t.name if hint is None else f"{hint}_{t.name}" for t in outputs]
         results = tuple(
-            (b, t.kind, tuple(swapped(d, swap) for d in t.dims))
-            for b, t in zip(base, outputs, strict=False)
+            (b, t.kind, tuple(swapped(d, swap) for d in t.dims)) for b, t in zip(base, outputs, strict=False)
         )
         brought = [t for v in given.settings.values() for t in tensors_in(v)]
         operands = tuple(t for t in (*given.tensors.values(), *brought) if t is not None)

@@ -31,9 +31,10 @@ class Elaborator(Expressions, Calls, OpCalls, BlockCalls, Experts, Reshaping, Re
     """One elaboration: the op table comes from the floor above, as data."""
 
     def __init__(
-        self, ops: Mapping[str, Any], required: Any, op_call: Any, owned: type, followers: Mapping[str, pg.Clock]
-    ):
-        self.ops, self.required, self.followers = ops, required, dict(followers)
+        self, ops: Mapping[str, Any], required: Any, op_call: Any, owned: type,
+        followers: Mapping[str, pg.Clock] | None = None,
+    ):  # fmt: skip
+        self.ops, self.required, self.followers = ops, required, dict(followers or {})
         self._op_call, self._owned = op_call, owned
         self.collector = Collector()
         self.memo: dict[Any, Elaborated] = {}

@@ -399,9 +399,7 @@ class Statements(Machine):
         if not results or not any(d.builder.nodes for d in distinct):
             return
         attrs = {"instance": loop.statement.names[0], "part": (first, loop.closed)}
-        made = env.builder.add_node(
-            "loop", (*befores, *captured.values()), results, attrs, {}, loop.statement.span
-        )
+        made = env.builder.add_node("loop", (*befores, *captured.values()), results, attrs, {}, loop.statement.span)
         loop.nodes.append(env.builder.nodes[-1])
         for name, tensor in zip(given, made, strict=True):
             self._rebind(env, name, tensor)

@@ -15,9 +15,7 @@ from .buffers import Cache, is_past
 from .rows import At, Keys, Mask
 
 
-def attend(
-    q: Tensor, *sources: tuple[Any, ...], at: At | None, scale: float, past: Any = None
-) -> Tensor:
+def attend(q: Tensor, *sources: tuple[Any, ...], at: At | None, scale: float, past: Any = None) -> Tensor:
     """softmax(scale q k^T, where the mask sees) v -> [b, t, H, E]; Vaswani et al. 2017, grouped as Ainslie et al. 2023.
 
     q [b, t, H, D]; sources: (k [b, k, V, D], v [b, k, V, E], mask), and where the keys are rows of another sequence than
@@ -65,9 +63,7 @@ def _whole(q: Tensor, sources: tuple[tuple[Any, ...], ...], scale: float) -> Ten
     return attend(queries, *flat, at=at, scale=scale).unflatten(0, lead)
 
 
-def _own(
-    k: Tensor, v: Tensor, at: At, mask: Mask, queries: At, whole: bool
-) -> tuple[Tensor, Tensor, Tensor | str]:
+def _own(k: Tensor, v: Tensor, at: At, mask: Mask, queries: At, whole: bool) -> tuple[Tensor, Tensor, Tensor | str]:
     """A full forward pass: the keys are rows of this call. -> k, v as [b, V, k, D] and what the queries see."""
     if at.valid is not None:
         # Selected, not multiplied by 0: padding may hold anything, even NaN.

@@ -169,9 +169,7 @@ class Cache(Buffer):
             self.tail = Tail(stream, keep, {"k": stream.dtype, "v": stream.dtype}, times=times, k=k, v=v)
             self.tail.clock, self.tail.times = clock, times
 
-    def extend(
-        self, k: Tensor, v: Tensor, at: At, mask: Mask, queries: At
-    ) -> tuple[Tensor, Tensor, Tensor | str]:
+    def extend(self, k: Tensor, v: Tensor, at: At, mask: Mask, queries: At) -> tuple[Tensor, Tensor, Tensor | str]:
         """Remember k, v [b, t, V, D]; -> all keys and values [b, V, n, D] and what the queries see of them."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if at.valid is not None:

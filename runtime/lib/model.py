@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .buffers import STATELESS, Slots
+from .clocks import Clock, on
 from .gathered import Gathered
 from .initial import initialise
 from .linear import Embed, named_logical_parameters, spec_paths
@@ -28,6 +29,8 @@ class Model(nn.Module):
     INIT: Mapping[str, tuple[Any, ...]] = {}
     keep_fp32: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("tokens",)
+    # The inputs whose rows (their second dim) come with groups of tokens.
+    follows: Mapping[str, Clock] = {}
     # The program and the artifact that it was made of, where it was compiled here.
     program: Any = None
     artifact: Any = None
@@ -55,13 +58,21 @@ class Model(nn.Module):
         """tokens, the other inputs, at -> {loss: number of scored tokens}."""
         raise NotImplementedError(f"{type(self).__name__} has no losses")
 
-    def _more(self, given: Mapping[str, Tensor]) -> list[Tensor]:
-        """The inputs besides tokens, in order. Raises ValueError for one that is missing or not known."""
+    def _more(self, given: Mapping[str, Tensor], at: At) -> list[Tensor]:
+        """The inputs besides tokens, in order. Raises ValueError for one that is missing, not known, or that does not
+        have the rows that come with these tokens."""
         wanted = self.inputs[1:]
         wrong = [name for name in (*wanted, *given) if (name in given) != (name in wanted)]
         if wrong:
             problem = "is not given" if wrong[0] in wanted else "is no input"
             raise ValueError(f"{type(self).__name__}: `{wrong[0]}` {problem}; its inputs are {', '.join(self.inputs)}")
+        for name, clock in self.follows.items():
+            have, rows = tuple(given[name].shape[:2]), on(at, clock).seq
+            if have != (at.batch, rows):
+                raise ValueError(
+                    f"{type(self).__name__}: `{name}` has {list(have)} rows, must be [{at.batch}, {rows}]: one for each"
+                    " group of tokens that comes"
+                )
         return [given[name] for name in wanted]
 
     # Whole documents.
@@ -76,7 +87,7 @@ class Model(nn.Module):
     ) -> Tensor:
         """tokens int64[batch, seq] -> logits [batch, seq, vocab]; document, position, valid as in `At`."""
         at = At(tokens.shape, tokens.device, position, document, valid)
-        return self.run(tokens, *self._more(more), at, STATELESS)
+        return self.run(tokens, *self._more(more, at), at, STATELESS)
 
     def losses(
         self,
@@ -92,13 +103,14 @@ class Model(nn.Module):
         """
         at = At(tokens.shape, tokens.device, None, document, valid)
         at.gathered = gathered
-        return self.losses_of(tokens, *self._more(more), at)
+        return self.losses_of(tokens, *self._more(more, at), at)
 
     def counts(
         self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None, **more: Tensor
     ) -> dict[str, Tensor]:
         """{loss: number of scored tokens}: without weights, so that micro-batches can be added up first."""
-        return self.counts_of(tokens, *self._more(more), At(tokens.shape, tokens.device, None, document, valid))
+        at = At(tokens.shape, tokens.device, None, document, valid)
+        return self.counts_of(tokens, *self._more(more, at), at)
 
     # Token by token.
 
@@ -133,13 +145,27 @@ class Model(nn.Module):
         """
         if tokens.dim() != 2 or tokens.shape[0] != stream.batch or not tokens.shape[1]:
             raise ValueError(f"stream: tokens are {list(tokens.shape)}, must be [{stream.batch}, at least 1]")
-        rest = self._more(more)
         at = stream.begin(tokens.shape[1], count, start)
+        try:
+            rest = self._more(more, at)
+        except ValueError:
+            stream.running = False  # nothing was stored yet
+            raise
         if at.valid is not None:
             tokens = torch.where(at.valid, tokens, 0)
         logits = self.run(tokens, *rest, at, stream.state)
         stream.commit(at)
         return logits
+
+    def coming(
+        self, stream: Stream, seq: int, count: Tensor | None = None, start: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the next step needs of the inputs that follow the tokens, before it is taken: for each the groups whose
+        rows come, int64 [batch, rows], and bool, which of them there are. Arguments as of `prefill`."""
+        at = stream.begin(seq, count, start)
+        stream.running = False
+        rows = {name: on(at, clock) for name, clock in self.follows.items()}
+        return {name: (r.position, r.validity) for name, r in rows.items()}
 
     # The same step: what was fed at once and what was fed token by token leave the same state.
     decode = prefill
@@ -153,11 +179,13 @@ class Model(nn.Module):
         top_p: float | None = None,
         seed: int | None = None,
         on_token: Callable[[Tensor], Any] | None = None,
+        given: Mapping[str, Callable[[Tensor, range], Tensor]] | None = None,
     ) -> Tensor:
         """Continue prompts int64[batch, seq]; -> int64[batch, seq + max_new_tokens].
 
         temperature 0 is greedy; a seed makes sampling repeatable. on_token is given each new column int64[batch];
-        generation ends early where it returns True.
+        generation ends early where it returns True. given: for each input that follows the tokens what gives
+        its rows [batch, groups, ..]: called with all tokens so far, int64 [batch, n], and the groups that come.
         Raises ValueError for settings out of range, an empty prompt and tokens outside the vocabulary.
         """
         check_sampling(temperature, top_k, top_p)
@@ -169,16 +197,30 @@ class Model(nn.Module):
         if not max_new_tokens:
             return tokens.clone()
         stream = self.stream(len(tokens), tokens.shape[1] + max_new_tokens)
-        for piece in tokens.split(PREFILL_ROWS, 1):
-            logits = self.prefill(piece, stream)
+        for fed in range(0, tokens.shape[1], PREFILL_ROWS):
+            logits = self._feed(tokens[:, : fed + PREFILL_ROWS], fed, stream, given)
         columns = [tokens]
         for left in reversed(range(max_new_tokens)):
             new = choose(logits[:, -1], temperature, top_k, top_p, source)
             columns.append(new[:, None])
             if (on_token is not None and on_token(new) is True) or not left:
                 break
-            logits = self.decode(new[:, None], stream)
+            # Only what follows the tokens asks for all of them.
+            so_far, fed = (torch.cat(columns, 1), -1) if self.follows else (new[:, None], 0)
+            logits = self._feed(so_far, fed, stream, given)
         return torch.cat(columns, 1)
+
+    def _feed(
+        self, tokens: Tensor, fed: int, stream: Stream, given: Mapping[str, Callable[[Tensor, range], Tensor]] | None
+    ) -> Tensor:
+        """Feed tokens[:, fed:], with what comes with them."""
+        more = {}
+        for name, clock in self.follows.items():
+            if name not in (given or {}):
+                raise ValueError(f"generate: `{name}` is not given: a function of the tokens so far and of groups")
+            groups = range(clock.groups(tokens[:, :fed].shape[1]), clock.groups(tokens.shape[1]))
+            more[name] = (given or {})[name](tokens, groups)
+        return self.prefill(tokens[:, fed:], stream, **more)
 
     def _check_prompt(self, tokens: Tensor, max_new_tokens: int) -> None:
         if tokens.dim() != 2 or tokens.is_floating_point():

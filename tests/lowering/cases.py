@@ -36,6 +36,8 @@ Draw = Callable[[Any], Any]
 
 SIZES = st.sampled_from((1, 2, 3, 5, 7))
 SMALL = st.sampled_from((1, 2, 3))
+# Ops with a file of tests of their own: how many rows they give follows from the data, which no case here can say.
+APART = {"summarise"}
 POINTWISE = (*UNARY, *BINARY, "clip", "outer", "where")
 REDUCTIONS = ("sum", "mean", "max_over", "count")
 
@@ -98,7 +100,16 @@ class Case:
     def dims(self) -> tuple[Dim, ...]:
         names = dict.fromkeys((*self.sizes, *self.sums))
         lead = self.lead
-        return tuple(Dim(d, self.size(d), d == self.sequence, lead if d == self.sequence else (), clock=TOKENS if d == self.sequence else None) for d in names)
+        return tuple(
+            Dim(
+                d,
+                self.size(d),
+                d == self.sequence,
+                lead if d == self.sequence else (),
+                clock=TOKENS if d == self.sequence else None,
+            )
+            for d in names
+        )
 
     @cached_property
     def graph(self) -> Graph:
@@ -233,6 +244,7 @@ def draw_case(draw: Draw, name: str, sizes: Any = SIZES, joined: bool = False) -
         "parallel_conv": _parallel_conv,
         "index": _index,
         "coordinate": _coordinate,
+        "reshape": _reshape,
     }
     if name in special:
         return special[name](draw, sizes, joined)
@@ -485,6 +497,14 @@ def _dropout(draw: Draw, sizes: Any) -> Case:
     dims = tuple("ab"[: draw(st.integers(0, 2))])
     x = Arg("x", "x", dims, ("D",) * len(dims))
     return Case("dropout", {d: draw(sizes) for d in dims}, (x,), (("rate", draw(st.sampled_from((0.0, 0.25)))),))
+
+
+def _reshape(draw: Draw, sizes: Any, joined: bool) -> Case:
+    """Two dims that become one; that a split is the way back is `test_reshape_there_and_back`."""
+    size = {d: draw(sizes) for d in ("batch", "a_outer", "a", "inner")}
+    x = Arg("x", "x", ("batch", "a_outer", "a", "inner"), ("*", "A", "A", "*"))
+    attrs = (("map", (("a_outer", "a"), ("b",))),)
+    return Case("reshape", size, (x,), attrs, lead=("batch", "inner"), sums={"b": (("a_outer", "a"),)})
 
 
 def _index(draw: Draw, sizes: Any, joined: bool) -> Case:

@@ -173,6 +173,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "dropout": lambda c, o, d: room(c).dropout(o["x"], torch.ones_like(o["x"]), 0.0),
     "index": lambda c, o, d: room(c).index(c.size("d")),
     "coordinate": _coordinate,
+    "reshape": lambda c, o, d: room(c).reshape(o["x"], c.shape(c.results[0])),
 }
 
 

@@ -16,7 +16,7 @@ from heddle.lowering.pipeline import lower
 from heddle.runtime.check import check_file, program_of
 from heddle.runtime.compile import build, instantiate
 
-from .published import ACTIVE, PARAMETERS, ROUNDED, TWINS
+from .published import ACTIVE, INPUTS, PARAMETERS, ROUNDED, TWINS
 
 SPECS = sorted(p for p in shipped_folder().glob("*/*.spec") if p.parent.name != "std")
 
@@ -33,7 +33,7 @@ def program(name):
 @functools.cache
 def twin(name):
     """The tiny twin in fp64, with weights large enough to see every path."""
-    model = instantiate(build(program(name)), seed=3).cast(torch.float64)
+    model = instantiate(build(program(name)), seed=3).cast(torch.float64).eval()
     source = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
@@ -106,10 +106,38 @@ def packed(documents, generator):
     return [[torch.randint(0, 256, (n,), generator=generator) for n in row] for row in documents]
 
 
-def whole_logits(model, row):
+def more(name, model, tokens, salt=0):
+    """The inputs besides tokens of documents [rows, n], drawn; a document's first groups do not depend on its length."""
+    found = {}
+    for other, behind in INPUTS.get(name, {}).items():
+        groups = model.follows[other].groups(tokens.shape[1])
+        sources = [torch.Generator().manual_seed(1000 * salt + i) for i in range(len(tokens))]
+        found[other] = torch.stack([torch.randint(0, 256, (groups, *behind), generator=s) for s in sources])
+    return found
+
+
+def whole_logits(name, model, row, salt):
     """Each document run alone, then side by side."""
     with torch.no_grad():
-        return torch.cat([model(d[None])[0] for d in row])
+        return torch.cat([model(d[None], **more(name, model, d[None], salt + i))[0] for i, d in enumerate(row)])
+
+
+def packed_inputs(name, model, row, salt):
+    """The rows of further inputs of documents side by side, in order."""
+    each = [more(name, model, d[None], salt + i) for i, d in enumerate(row)]
+    return {other: torch.cat([e[other][0] for e in each]) for other in INPUTS.get(name, {})}
+
+
+def coming(name, model, stream, rows, used, **step):
+    """What a step needs of further inputs: the next rows of each, or arbitrary ones where `rows` is None."""
+    found = {}
+    for other, (groups, there) in model.coming(stream, **step).items():
+        behind = INPUTS[name][other]
+        found[other] = torch.randint(0, 256, (*groups.shape, *behind))
+        for i, n in enumerate(there.expand(groups.shape).sum(1).tolist() if rows is not None else ()):
+            found[other][i, :n] = rows[i][other][used[i] : used[i] + n]
+            used[i] += n
+    return found
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -121,7 +149,9 @@ def test_any_feeding_equals_each_document_alone(name, case):
     generator = torch.Generator().manual_seed(seed)
     model = twin(name)
     rows = packed(documents, generator)
-    wanted = [whole_logits(model, row) for row in rows]
+    wanted = [whole_logits(name, model, row, 100 * i) for i, row in enumerate(rows)]
+    others = [packed_inputs(name, model, row, 100 * i) for i, row in enumerate(rows)]
+    used = [0] * len(rows)
     tokens = [torch.cat(row) for row in rows]
     starts = [torch.cat([torch.arange(len(d)) == 0 for d in row]) for row in rows]
     slack = 3
@@ -135,7 +165,7 @@ def test_any_feeding_equals_each_document_alone(name, case):
         if wrong:
             junk = torch.randint(0, 256, (len(rows), wrong), generator=generator)
             begin = torch.rand(len(rows), wrong, generator=generator) < 0.3
-            model.prefill(junk, stream, start=begin)
+            model.prefill(junk, stream, start=begin, **coming(name, model, stream, None, used, seq=wrong, start=begin))
             stream.rollback(wrong)
         count = [
             int(torch.randint(0, min(width, len(t) - f) + 1, (), generator=generator)) for f, t in zip(fed, tokens)
@@ -145,12 +175,20 @@ def test_any_feeding_equals_each_document_alone(name, case):
         for i, n in enumerate(count):
             chunk[i, :n] = tokens[i][fed[i] : fed[i] + n]
             begin[i, :n] = starts[i][fed[i] : fed[i] + n]
-        logits = model.prefill(chunk, stream, count=torch.tensor(count), start=begin)
+        step = {"count": torch.tensor(count), "start": begin}
+        rest = coming(name, model, stream, others, used, seq=width, **step)
+        logits = model.prefill(chunk, stream, **step, **rest)
         for i, n in enumerate(count):
             got[i].append(logits[i, :n])
             fed[i] += n
     for mine, theirs in zip(got, wanted):
         torch.testing.assert_close(torch.cat(mine), theirs, rtol=0, atol=1e-10)
+
+
+def between(name, model, tokens, first, last):
+    """What comes of further inputs with the tokens first .. last - 1 of documents."""
+    at = {other: slice(*(clock.groups(n) for n in (first, last))) for other, clock in model.follows.items()}
+    return {other: rows[:, at[other]] for other, rows in more(name, model, tokens).items()}
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -161,11 +199,18 @@ def test_token_by_token_and_prefix(name, length, seed):
     model = twin(name)
     tokens = torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        full = model(tokens)
+        full = model(tokens, **more(name, model, tokens))
         stream = model.stream(2, length)
-        steps = torch.cat([model.decode(tokens[:, i : i + 1], stream) for i in range(length)], 1)
+        steps = torch.cat(
+            [
+                model.decode(tokens[:, i : i + 1], stream, **between(name, model, tokens, i, i + 1))
+                for i in range(length)
+            ],
+            1,
+        )
         torch.testing.assert_close(steps, full, rtol=0, atol=1e-10)
-        torch.testing.assert_close(model(tokens[:, : length // 2 + 1]), full[:, : length // 2 + 1], rtol=0, atol=1e-10)
+        half = tokens[:, : length // 2 + 1]
+        torch.testing.assert_close(model(half, **more(name, model, half)), full[:, : half.shape[1]], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -173,16 +218,17 @@ def test_restore_one_row_while_others_go_on(name):
     model = twin(name)
     tokens = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        full = model(tokens)
+        full = model(tokens, **more(name, model, tokens))
         stream = model.stream(3, 64)
-        model.prefill(tokens[:, :7], stream)
+        model.prefill(tokens[:, :7], stream, **between(name, model, tokens, 0, 7))
         snapshot = stream.snapshot()
-        model.prefill(tokens[:, 7:12], stream)
+        middle = between(name, model, tokens, 7, 12)
+        model.prefill(tokens[:, 7:12], stream, **middle)
         stream.restore(snapshot, rows=[1])
         count = torch.tensor([0, 5, 0])
-        again = model.prefill(tokens[:, 7:12], stream, count=count)
+        again = model.prefill(tokens[:, 7:12], stream, count=count, **middle)
         torch.testing.assert_close(again[1], full[1, 7:12], rtol=0, atol=1e-10)
-        rest = model.prefill(tokens[:, 12:], stream)
+        rest = model.prefill(tokens[:, 12:], stream, **between(name, model, tokens, 12, 20))
         torch.testing.assert_close(rest, full[:, 12:], rtol=0, atol=1e-10)
 
 
@@ -205,11 +251,21 @@ def test_a_document_never_sees_another(name, lengths, which, seed):
     other = torch.where(document == which, torch.randint(0, 256, document.shape, generator=generator), tokens)
     kept = (document != which)[0]
 
+    rows = [d[None] for d in tokens[0].split(lengths)]
+    given = {
+        other: torch.cat([more(name, model, d, i)[other] for i, d in enumerate(rows)], 1)
+        for other in INPUTS.get(name, {})
+    }
+
     def run(ids):
         model.zero_grad(set_to_none=True)
-        logits = model(ids, document=document)
+        logits = model(ids, document=document, **given)
         (logits[0, kept] ** 2).sum().backward()
-        return logits[0, kept].detach(), [p.grad.clone() for n, p in model.named_parameters() if "embedding" not in n]
+        return logits[0, kept].detach(), [
+            p.grad.clone()
+            for n, p in model.named_parameters()
+            if not n.startswith(("embedding", "word")) and p.grad is not None
+        ]
 
     first, second = run(tokens), run(other)
     if any(isinstance(m, torch.nn.ModuleList) and n.endswith("expert") for n, m in model.named_modules()):
@@ -225,8 +281,9 @@ def test_state_bytes_are_what_is_allocated_whatever_the_width(name):
 
     model = twin(name)
     a, b = model.stream(1, 40), model.stream(1, 40)
-    model.prefill(torch.zeros(1, 9, dtype=torch.int64), a)
-    model.prefill(torch.zeros(1, 1, dtype=torch.int64), b)
+    tokens = torch.zeros(1, 9, dtype=torch.int64)
+    model.prefill(tokens, a, **more(name, model, tokens))
+    model.prefill(tokens[:, :1], b, **between(name, model, tokens, 0, 1))
     assert a.bytes() == b.bytes() if callable(a.bytes) else a.bytes == b.bytes
     assert state_bytes(lower(program(name)), 40) > 0
 
