@@ -10,7 +10,8 @@ program at once. Its mark says the role:
     S>    scan: a state flows along it                   S@    attend: reads a masked set along it
     S/    fold: combined within groups of neighbours
 
-An operand name with `?` may be absent; a name with `...` (`k...`) stands for any number of operands.
+An operand name with `?` may be absent; a name with `...` (`k...`) stands for any number of operands, with both for
+any number of which each may be absent.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROLES = {
     "?": "route",
     "/": "fold",
 }
-_OPERAND = re.compile(r"(\w+)(\?|\.\.\.)?\[([^\]]*)\]")
+_OPERAND = re.compile(r"(\w+)(\.\.\.)?(\?)?\[([^\]]*)\]")
 _FORMAL = re.compile(r"([A-Z][a-z0-9]*)([+!~>@?/]?)")
 
 
@@ -81,7 +82,7 @@ class Signature:
 
 def _operands(text: str) -> tuple[Operand, ...]:
     found = []
-    for name, mark, dims in _OPERAND.findall(text):
+    for name, many, absent, dims in _OPERAND.findall(text):
         items = [d.strip() for d in dims.split(",") if d.strip()]
         leading = bool(items) and items[0] == "*"
         formals = []
@@ -90,5 +91,5 @@ def _operands(text: str) -> tuple[Operand, ...]:
             if not match:
                 raise ValueError(f"`{item}` is no formal in the signature `{text.strip()}`")
             formals.append(Formal(match[1], ROLES[match[2]]))
-        found.append(Operand(name, tuple(formals), leading, mark == "?", mark == "..."))
+        found.append(Operand(name, tuple(formals), leading, bool(absent), bool(many)))
     return tuple(found)

@@ -146,7 +146,7 @@ def _walked(seen: Callable[[int], tuple[int | None, int | None]], query: Clock, 
             lows.append(Fraction(low - there))
     if not lows and not growing:
         return Reach(0, late)
-    half = [before for before in lows[: len(lows) // 2]]
+    half = lows[: len(lows) // 2]
     # The distance to the newest key must not grow from one period to the next, nor what lies ahead.
     growing = growing or min(lows) < min(half)
     return Reach(None if growing else keep, late or _runs_ahead(seen, query, key, period))

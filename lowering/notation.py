@@ -173,7 +173,7 @@ def _op_call(node: Node) -> sx.Call:
 
 
 def _attr(value: Any, kind: str) -> sx.Expr:
-    if kind in ("map", "split"):
+    if kind in ("map", "split", "join"):
         return sx.Arrow(*(sx.Name(side[0]) if len(side) == 1 else _names(side) for side in value))
     if kind == "coordinate":
         return _list((sx.Name(value[0]), _clock(value[1])))
@@ -361,7 +361,7 @@ def _attr_of(expr: sx.Expr, op: str, name: str) -> Any:
     if kind == "coordinate":
         dim, clock = _values(expr)
         return _dotted(dim), _clock_of(clock)
-    if kind in ("map", "split"):
+    if kind in ("map", "split", "join"):
         assert isinstance(expr, sx.Arrow)
         return tuple(tuple(_dotted(v) for v in (_values(s) or (s,))) for s in (expr.source, expr.target))
     if kind == "dims":

@@ -42,8 +42,8 @@ REQUIRED = object()
 class Setting:
     """A parameter of an op. `kind` says how its argument is read:
 
-    map (`hidden -> ffn`), split (a map that makes or undoes compound dims), dims, whole, number, flag, text, mask,
-    coordinate (of a sequence: the dim, and the clock of its groups), weight (a tensor that is used instead of an own one).
+    map (`hidden -> ffn`), split (a map that makes or undoes compound dims), join (of dims as long as both together), dims, whole, number, flag, text, mask,
+    coordinate (of a sequence: the dim, and the clock of its groups), names, weight (a tensor that is used instead of an own one).
     """
 
     name: str
@@ -261,7 +261,7 @@ def first_of(value: Any) -> Any:
 def tensors_of(value: Any) -> list[Any]:
     if value is None:
         return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return [v for v in value if v is not None] if isinstance(value, (list, tuple)) else [value]
 
 
 def join_leading(a: Sequence[Any], b: Sequence[Any], call: OpCall) -> tuple[Any, ...]:

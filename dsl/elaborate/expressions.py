@@ -15,7 +15,7 @@ from ..source import Span
 from ..vocabulary import BUILTINS
 from .environment import Environment
 from .machine import Machine
-from .values import POISON, Cell, Dim, Lazy, Poison, SequenceName, Symbolic, TableOf, Tensor, Waiting
+from .values import POISON, Cell, Dim, Lazy, Picked, Poison, SequenceName, Symbolic, TableOf, Tensor, Waiting
 
 COORDINATES = ("position", "document", "valid")
 """What every sequence has."""
@@ -181,6 +181,8 @@ class Expressions(Machine):
             return self.entries(base, at, argument.span)
         if isinstance(base, (list, str)):
             return self._items_at(base, at, argument.span)
+        if isinstance(base, Tensor) and isinstance(at, Symbolic) and not at.is_mask:
+            return Picked(base, at.expr)
         raise fail("wrong-type", f"{kind(base)} cannot be indexed", expr.span)
 
     def entries(self, table: TableOf, at: Any, span: Span) -> Any:

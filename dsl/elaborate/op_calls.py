@@ -15,7 +15,7 @@ from .builder import Builder
 from .environment import Environment
 from .expressions import number_of
 from .machine import Machine
-from .values import Dim, Shared, Symbolic, Tensor, Waiting
+from .values import Dim, Picked, Shared, Symbolic, Tensor, Waiting
 from .wording import count_of, given_twice
 
 
@@ -48,7 +48,7 @@ class OpCalls(Machine):
                 first = self.value(positional[0].value, env)
             if not isinstance(first, Tensor) and not elementwise(op):
                 slots = [s.name for s in op.settings if s.name not in given.settings]
-                maps = bool(slots) and op.setting(slots[0]).kind in ("map", "split")
+                maps = bool(slots) and op.setting(slots[0]).kind in ("map", "split", "join")
                 if maps and not isinstance(positional[0].value, sx.Arrow):
                     raise fail(
                         "wrong-type",
@@ -95,21 +95,21 @@ class OpCalls(Machine):
             )
 
     def _repeated_arguments(self, op: Any, expr: sx.Call, env: Environment, given: Given) -> None:
-        """`attend(q, (k, v, mask), (k2, v2, mask2), scale = s)`: a tuple for each source."""
+        """`attend(q, (k, v, mask), (k2, v2, mask2, query = q2), bias = b, scale = s)`: a tuple for each source; what
+        stands behind the tuples holds for all sources that do not say otherwise."""
         plain = [o.name for o in op.inputs if not o.repeated]
-        repeated = [o.name for o in op.inputs if o.repeated]
-        sources: list[tuple[Any, ...]] = []
+        repeated = [o.name for o in op.inputs if o.repeated and not o.optional]
+        options = [o.name for o in op.inputs if o.repeated and o.optional]
+        sources: list[tuple[tuple[Any, ...], dict[str, Any], Span]] = []
+        common: dict[str, Any] = {}
         taken = 0
         for argument in expr.arguments:
-            if argument.name is not None:
+            if argument.name in options:
+                common[str(argument.name)] = self._option(op, argument, env)
+            elif argument.name is not None:
                 self._op_argument(op, argument.name, argument, env, given)
             elif isinstance(argument.value, sx.TupleOf):
-                extra = next((a for a in argument.value.items if a.name), None)
-                if extra is not None:
-                    raise fail(
-                        "not-built-yet", f"`{extra.name}` of one source of `{op.name}` is not built yet", extra.span
-                    )
-                sources.append((self.value(argument.value, env), argument.span))
+                sources.append(self._source(op, argument.value, options, env))
             elif taken < len(plain):
                 self._op_argument(op, plain[taken], argument, env, given)
                 taken += 1
@@ -117,7 +117,7 @@ class OpCalls(Machine):
                 raise fail("wrong-arity", f"the sources of `{op.name}` are tuples: (k, v, mask)", argument.span)
         if not sources and not given.tensors:
             return
-        for values, span in sources:
+        for values, _, span in sources:
             if len(values) != len(repeated) + 1:
                 raise fail(
                     "wrong-arity",
@@ -126,12 +126,58 @@ class OpCalls(Machine):
                     f"expected ({', '.join([*repeated, 'mask'])})",
                 )
         for i, name in enumerate(repeated):
-            column = [values[i] for values, _ in sources]
-            for value, (_, span) in zip(column, sources, strict=True):
+            column = [values[i] for values, _, _ in sources]
+            for value, (_, _, span) in zip(column, sources, strict=True):
                 if not isinstance(value, Tensor):
                     raise fail("wrong-type", f"`{name}` of `{op.name}` must be a tensor, this is {kind(value)}", span)
             given.tensors[name] = column
-        given.settings["masks"] = tuple(self._mask(values[-1], span) for values, span in sources)
+        given.settings["masks"] = tuple(self._mask(values[-1], span) for values, _, span in sources)
+        self._options(options, [{**common, **own} for _, own, _ in sources], given)
+
+    def _source(
+        self, op: Any, expr: sx.TupleOf, options: list[str], env: Environment
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Span]:
+        own: dict[str, Any] = {}
+        for item in expr.items:
+            if item.name is not None and item.name not in options:
+                raise fail(
+                    "no-such-parameter",
+                    f"a source of `{op.name}` has no `{item.name}`",
+                    item.span,
+                    help=did_you_mean(item.name, options, "an option of a source"),
+                )
+            if item.name is not None:
+                own[item.name] = self._option(op, item, env)
+        return self.value(expr, env), own, expr.span
+
+    def _option(self, op: Any, item: sx.Argument, env: Environment) -> Tensor | Picked | None:
+        """What a source may have beside its keys: a query of its own, or scores that its distance picks."""
+        value = self.value(item.value, env)
+        if value is None or is_number(value) and not value:
+            return None
+        if item.name == "bias" and not isinstance(value, Picked):
+            what = "score biases of this kind are not built yet" if isinstance(value, (Symbolic, Tensor)) else None
+            raise fail(
+                "not-built-yet" if what else "wrong-type",
+                what or f"a score bias is a tensor that a distance picks from, this is {kind(value)}",
+                item.span,
+                help="`b[query.position - key.position]` picks from the last dim of `b`",
+            )
+        if item.name != "bias" and not isinstance(value, Tensor):
+            raise fail("wrong-type", f"`{item.name}` of a source must be a tensor, this is {kind(value)}", item.span)
+        return value
+
+    def _options(self, options: list[str], sources: list[dict[str, Any]], given: Given) -> None:
+        for name in options:
+            column = [own.get(name) for own in sources]
+            if not any(v is not None for v in column):
+                continue
+            given.settings["options"] = (*given.settings.get("options", ()), name)
+            given.tensors[name] = [v.tensor if isinstance(v, Picked) else v for v in column]
+            if any(isinstance(v, Picked) for v in column):
+                given.settings["distances"] = tuple(
+                    v.expr if isinstance(v, Picked) else sx.Constant(None) for v in column
+                )
 
     def _mask(self, value: Any, span: Span) -> sx.Expr:
         if isinstance(value, bool):
@@ -147,7 +193,7 @@ class OpCalls(Machine):
 
     def _setting(self, setting: Any, argument: sx.Argument, env: Environment) -> Any:
         expr = argument.value
-        if setting.kind in ("map", "split"):
+        if setting.kind in ("map", "split", "join"):
             if not isinstance(expr, sx.Arrow):
                 raise fail(
                     "wrong-type",
@@ -155,7 +201,8 @@ class OpCalls(Machine):
                     argument.span,
                     "expected `dims -> dims`",
                 )
-            return self.arrow(expr, env) if setting.kind == "map" else self.split(expr, env)
+            reading = {"map": self.arrow, "split": self.split, "join": self.join}[setting.kind]
+            return reading(expr, env)
         if setting.kind == "coordinate":
             return self.grouped(expr, env)
         if setting.kind == "dims":
@@ -223,6 +270,10 @@ class OpCalls(Machine):
                 self.resolved(mask, query, key)
                 for mask, (query, key) in zip(full["masks"], typing.sequences, strict=True)
             )
+            full["distances"] = tuple(
+                self.resolved(distance, query, key)
+                for distance, (query, key) in zip(full["distances"], typing.sequences, strict=False)
+            )
         owner = None
         if any(self.is_owned(o) for o in typing.operands):
             owner = shared.name if shared else hint or op.name
@@ -242,7 +293,7 @@ class OpCalls(Machine):
 
     def _localise(self, value: Any, builder: Builder) -> Any:
         if isinstance(value, list):
-            return [builder.local(v) for v in value]
+            return [None if v is None else builder.local(v) for v in value]
         return builder.local(value) if isinstance(value, Tensor) else value
 
     def _operands(

@@ -33,6 +33,29 @@ class Reshaping(Machine):
             return old, (self._merged(old, names[0], env),)
         return old, self._parts(old[0], names, expr, env)
 
+    def join(self, expr: sx.Arrow, env: Environment) -> tuple[tuple[Dim, ...], ...]:
+        """`[a, b] -> both`: a new dim with the rows of both. Raises `wrong-arity`, `bound-twice`, `not-built-yet`."""
+        parts = self.dims(expr.source, env)
+        if len(parts) != 2 or not isinstance(expr.target, sx.Name):
+            raise fail("wrong-arity", "two dims become one", expr.span, "expected `[a, b] -> both`")
+        slower = next((d for d in parts if d.sequence), None)
+        if slower is not None:
+            raise fail("not-built-yet", f"joining the sequence `{slower.name}` with another dim is not built yet",
+                       expr.source.span)  # fmt: skip
+        sizes = [d.size for d in parts]
+        size = None if None in sizes else sum(s or 0 for s in sizes)
+        if env.cell(expr.target.id) is None:
+            env.bind(expr.target.id, Dim(expr.target.id, size, span=expr.target.span), expr.target.span)
+        (made,) = self.dims(expr.target, env)
+        if made.size != size:
+            raise fail(
+                "dim-mismatch",
+                f"`{made.name}` is {made.size or 'as long as the data say'}, both parts together are {size}",
+                expr.span,
+                secondary=[Label(made.span, f"`{made.name}` was bound here")] if made.span else [],
+            )
+        return parts, (made,)
+
     def _merged(self, parts: tuple[Dim, ...], item: sx.Argument, env: Environment) -> Dim:
         name = _spelled(item)
         known = _dim(env.cell(name))

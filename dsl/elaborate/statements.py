@@ -394,7 +394,7 @@ class Statements(Machine):
             outputs = [a for n, a in zip(loop.carried, done.after, strict=True) if n in given]
             loop.bodies[id(done)] = self.fresh_body(done.name)
             self.finish_later(loop.bodies[id(done)], done.builder, inputs, outputs)
-        kept = {n: b for n, b in zip(tensors, befores, strict=True)} | {n: afters[n] for n in arising}
+        kept = dict(zip(tensors, befores, strict=True)) | {n: afters[n] for n in arising}
         results = tuple((n, kept[n].kind, kept[n].dims) for n in given)
         if not results or not any(d.builder.nodes for d in distinct):
             return

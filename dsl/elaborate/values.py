@@ -132,6 +132,15 @@ class TableOf:
 
 
 @dataclass(frozen=True)
+class Picked:
+    """`b[query.position - key.position]`: of a tensor's last dim the place that an expression of both positions says."""
+
+    tensor: Tensor
+    expr: sx.Expr
+    kind_word = "scores that the distance picks"
+
+
+@dataclass(frozen=True)
 class SequenceName:
     """`query` or `key` in a mask."""
 

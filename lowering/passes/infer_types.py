@@ -72,7 +72,7 @@ def infer(node: Node, graph: Graph, dims: dict[str, GraphDim]) -> Any:
     tensors: dict[str, Any] = {}
     weights: dict[str, Any] = {}
     given = [o for o in op.signature.operands if not o.repeated]
-    repeated = [o.name for o in op.inputs if o.repeated]
+    repeated = [o.name for o in op.inputs if o.repeated and (not o.optional or o.name in node.attr("options", ()))]
     for operand in given:
         name = operands.pop(0) if operands else None
         tensor = None if name is None else _tensor(name, graph, dims)
@@ -116,7 +116,7 @@ def _tensor(name: str, graph: Graph, dims: dict[str, GraphDim]) -> GraphTensor:
 def _setting(value: Any, kind: str, dims: dict[str, GraphDim]) -> Any:
     if kind == "dims" and value is not None:
         return tuple(dims[d] for d in value)
-    if kind in ("map", "split"):
+    if kind in ("map", "split", "join"):
         return tuple(tuple(dims[d] for d in side) for side in value)
     if kind == "coordinate":
         return dims[value[0]], value[1]

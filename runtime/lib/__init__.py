@@ -1,6 +1,6 @@
 """What generated code may use: torch and the standard library, nothing of the compiler."""
 
-from .attend import attend
+from .attend import Source, attend
 from .buffers import STATELESS, Slots
 from .clocks import Clock, on, summarise
 from .conv import Conv, ParallelConv, causal_conv
@@ -12,7 +12,7 @@ from .loss import cross_entropy, known
 from .model import Model
 from .norm import LayerNorm, RmsNorm, layer_norm, rms_norm
 from .pointwise import relu2, rotate, silu_mul
-from .rows import At, Coordinates, Mask, next_token, reduce_rows
+from .rows import At, Coordinates, Mask, next_token, reduce_rows, take_row
 from .ssd import ssd
 from .stream import Stream
 
@@ -32,6 +32,7 @@ __all__ = [
     "ParallelConv",
     "RmsNorm",
     "Slots",
+    "Source",
     "Stream",
     "Weights",
     "attend",
@@ -53,5 +54,6 @@ __all__ = [
     "silu_mul",
     "ssd",
     "summarise",
+    "take_row",
     "top_k",
 ]

@@ -5,105 +5,218 @@ Dims: b batch, t queries, k keys, H heads, V key heads (head h reads key head h 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .buffers import Cache, is_past
-from .rows import At, Keys, Mask
+from .rows import At, Coordinates, Keys, Mask
 
 
-def attend(q: Tensor, *sources: tuple[Any, ...], at: At | None, scale: float, past: Any = None) -> Tensor:
+class _Same:
+    """The keys are rows of the sequence that the queries are of."""
+
+
+SAME = _Same()
+# Queries are taken this many at a time where their mask bounds how far they see, or as many as they see keys.
+LEAST_TILE = 128
+
+
+class Source(NamedTuple):
+    """Keys k [b, k, V, D], values v [b, k, V, E] and who sees them.
+
+    rows: the coordinates of the keys where they are of another sequence than the queries; None: they are there as a
+    whole. query: takes the place of the queries for this source. bias [b, t, H, N] is added to the scores, at the place
+    that `distance` of the coordinates says.
+    """
+
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    rows: At | _Same | None = SAME
+    query: Tensor | None = None
+    bias: Tensor | None = None
+    distance: Callable[[Coordinates, Coordinates], Any] | None = None
+
+
+class _Part(NamedTuple):
+    """A source as it is read: k, v [b, V, n, D | E], its keys' coordinates, what is seen of it."""
+
+    k: Tensor
+    v: Tensor
+    keys: Callable[[], Keys]
+    seen: Tensor | str
+    source: Source
+
+
+def attend(q: Tensor, *sources: tuple[Any, ...] | Source, at: At | None, scale: float, past: Any = None) -> Tensor:
     """softmax(scale q k^T, where the mask sees) v -> [b, t, H, E]; Vaswani et al. 2017, grouped as Ainslie et al. 2023.
 
-    q [b, t, H, D]; sources: (k [b, k, V, D], v [b, k, V, E], mask), and where the keys are rows of another sequence than
-    the queries their coordinates, or None if they are there as a whole. at None: the queries are there as a whole, and
-    may have more leading dims. past: the stream's cache of the source, or a tuple of one cache for each. A query that
-    sees no key gets exactly 0. Another document never changes a result: its keys have weight 0 in the same order of
-    summation (finite values).
+    q [b, t, H, D]; sources: what `Source` is made of. at None: the queries are there as a whole, and may have more leading
+    dims. past: the stream's cache of the source, or a tuple of one cache for each. A query that sees no key gets exactly
+    0. Another document never changes a result: its keys have weight 0 in the same order of summation (finite values).
     """
+    made = [Source(*source) for source in sources]
     if at is None:
-        return _whole(q, sources, scale)
-    caches = past if isinstance(past, (tuple, list)) else (past,) * len(sources)
-    if len(caches) != len(sources) or (len(sources) > 1 and isinstance(past, Cache)):
-        raise ValueError(f"attend: {len(sources)} sources need a cache each")
-    keys, values, visible, causal = [], [], [], False
-    for (k, v, mask, *other), cache in zip(sources, caches, strict=True):
-        rows = other[0] if other else at
-        if is_past(cache):
-            k, v, seen = cache.extend(k, v, rows, mask, at)
-        else:
-            k, v, seen = _own(k, v, rows or At(k.shape[:2], k.device), mask, at, rows is None)
-        keys.append(k)
-        values.append(v)
-        visible.append(seen)
-    if not q.numel() or not sum(k.shape[2] for k in keys):  # a step without queries, or before there is a key
-        return q.new_zeros(*q.shape[:3], values[0].shape[-1])
-    if len(sources) > 1:
+        return _whole(q, made, scale)
+    caches = past if isinstance(past, (tuple, list)) else (past,) * len(made)
+    if len(caches) != len(made) or (len(made) > 1 and isinstance(past, Cache)):
+        raise ValueError(f"attend: {len(made)} sources need a cache each")
+    if not at.in_stream and (tile := _tile(at, made)):
+        return _tiled(q, made, at, scale, tile)
+    parts = [_part(s, at, cache) for s, cache in zip(made, caches, strict=True)]
+    if not q.numel() or not sum(p.k.shape[2] for p in parts):  # a step without queries, or before there is a key
+        return q.new_zeros(*q.shape[:3], parts[0].v.shape[-1])
+    if any(s.query is not None or s.bias is not None for s in made):
+        return _scored(q, parts, at.keys(), scale)
+    return _fused(q, parts, scale)
+
+
+def _fused(q: Tensor, parts: list[_Part], scale: float) -> Tensor:
+    """One softmax by the library's kernel."""
+    if len(parts) > 1:
         # The mask of a source that sees all or is causal is spelled out, so that one softmax covers them together.
-        k, v = (_join(parts, q.shape[2]) for parts in (keys, values))
-        seen = torch.cat([_spell(s, q.shape[1], x.shape[2], x) for s, x in zip(visible, keys, strict=True)], -1)
+        k, v = (_join(list(xs), q.shape[2]) for xs in zip(*(p[:2] for p in parts), strict=True))
+        seen: Tensor | str | None = torch.cat([_spell(p.seen, q.shape[1], p.k.shape[2], p.k) for p in parts], -1)
     else:
-        k, v, seen = keys[0], values[0], visible[0]
-    if isinstance(seen, str):
-        causal, seen = seen == "causal", None
-    return _softmax(q, k, v, seen, causal, scale)
+        k, v, _, seen, _ = parts[0]
+    causal = seen == "causal" if isinstance(seen, str) else False
+    return _softmax(q, k, v, None if isinstance(seen, str) else seen, causal, scale)
 
 
-def _whole(q: Tensor, sources: tuple[tuple[Any, ...], ...], scale: float) -> Tensor:
+def _scored(q: Tensor, parts: list[_Part], queries: Keys, scale: float) -> Tensor:
+    """One softmax over scores that each source makes in its own way."""
+    scores, visible = [], []
+    for k, _, keys, seen, source in parts:
+        own = (q if source.query is None else source.query).transpose(1, 2)
+        score = scale * own @ _heads(k, q.shape[2]).transpose(2, 3)
+        if source.bias is not None and source.distance is not None:
+            far = source.distance(_along(queries, 2), _along(keys(), 1))
+            far = far.clamp(0, source.bias.shape[-1] - 1)[:, None].expand(*score.shape)
+            score = score + source.bias.transpose(1, 2).gather(-1, far)
+        scores.append(score)
+        visible.append(_spell(seen, q.shape[1], k.shape[2], k))
+    seen = torch.cat(visible, -1)
+    # A row that sees nothing is a softmax of zeros, of which nothing is taken: no NaN, also in gradients.
+    score = torch.cat(scores, -1).masked_fill(~(seen | ~seen.any(-1, keepdim=True)), -torch.inf)
+    wide = torch.float64 if score.dtype == torch.float64 else torch.float32
+    weight = torch.where(seen, score.softmax(-1, dtype=wide).to(score.dtype), 0)
+    widths = [p.k.shape[2] for p in parts]
+    summed = [w @ _heads(p.v, q.shape[2]) for w, p in zip(weight.split(widths, -1), parts, strict=True)]
+    return torch.stack(summed).sum(0).transpose(1, 2) if len(summed) > 1 else summed[0].transpose(1, 2)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [b, V, n, D] for each query head."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _along(rows: Keys, axis: int) -> Coordinates:
+    """Coordinates that broadcast to [b, queries, keys]; `axis` is the one of length 1."""
+    document = torch.zeros_like(rows.position) if rows.document is None else rows.document
+    return Coordinates(rows.position.unsqueeze(axis), document.unsqueeze(axis))
+
+
+def _whole(q: Tensor, sources: list[Source], scale: float) -> Tensor:
     """Attention along sequences that are there as a whole, for each of any leading dims."""
     lead = q.shape[:-3]
     if not q.numel():  # a step that brings no sequences
-        return q.new_zeros(*q.shape[:-1], sources[0][1].shape[-1])
-    flat = [tuple(x.flatten(0, x.dim() - 4) for x in source[:2]) + source[2:] for source in sources]
-    queries = q.flatten(0, q.dim() - 4)
-    at = At(queries.shape[:2], q.device)
-    return attend(queries, *flat, at=at, scale=scale).unflatten(0, lead)
+        return q.new_zeros(*q.shape[:-1], sources[0].v.shape[-1])
+
+    def flat(x: Tensor | None) -> Any:
+        return None if x is None else x.flatten(0, x.dim() - 4)
+
+    queries = flat(q)
+    each = [s._replace(k=flat(s.k), v=flat(s.v), query=flat(s.query), bias=flat(s.bias)) for s in sources]
+    return attend(queries, *each, at=At(queries.shape[:2], q.device), scale=scale).unflatten(0, lead)
 
 
-def _own(k: Tensor, v: Tensor, at: At, mask: Mask, queries: At, whole: bool) -> tuple[Tensor, Tensor, Tensor | str]:
-    """A full forward pass: the keys are rows of this call. -> k, v as [b, V, k, D] and what the queries see."""
-    if at.valid is not None:
+def _rows(source: Source, at: At) -> tuple[Tensor, Tensor, Keys, Any]:
+    """Keys and values of a full pass as [b, V, k, D], their coordinates, and a name for these in the call's memo."""
+    k, v = source.k, source.v
+    where = at if source.rows is SAME else source.rows
+    if not isinstance(where, At):  # rows that are there as a whole are of every document
+        keys = At(k.shape[:2], k.device).keys()
+        return k.transpose(1, 2), v.transpose(1, 2), Keys(keys.position, None, None), k.shape[1]
+    if where.valid is not None:
         # Selected, not multiplied by 0: padding may hold anything, even NaN.
-        k, v = (torch.where(at.valid[:, :, None, None], x, 0) for x in (k, v))
-    seen = visible_here(at, mask) if queries is at else _visible(queries, at, mask, whole)
-    return k.transpose(1, 2), v.transpose(1, 2), seen
+        k, v = (torch.where(where.valid[:, :, None, None], x, 0) for x in (k, v))
+    return k.transpose(1, 2), v.transpose(1, 2), where.keys(), where
 
 
-def _visible(queries: At, at: At, mask: Mask, whole: bool) -> Tensor:
-    """bool [b, 1, t, k] of the rows of another sequence; those of a whole one belong to every document."""
-    name = (mask, at.seq if whole else at)
-    if name not in queries.memo:
-        keys = at.keys()
-        if whole:
-            keys = Keys(keys.position, None, None)
-        if queries.plain and at.plain and not queries.in_stream:
-            queries.memo[name] = mask.visible(_first(queries), Keys(*(x if x is None else x[:1] for x in keys)))
-        else:
-            queries.memo[name] = mask.visible(queries, keys)
-    return queries.memo[name]
+def _part(source: Source, at: At, cache: Any) -> _Part:
+    """A source with what a stream kept of it, or the rows of this call."""
+    if is_past(cache):
+        where = at if source.rows is SAME else source.rows
+        assert isinstance(where, At)
+        k, v, seen = cache.extend(source.k, source.v, where, source.mask, at)
+        return _Part(k, v, lambda: cache.keys(where, k.shape[2]), seen, source)
+    k, v, keys, name = _rows(source, at)
+    seen = visible_here(at, source.mask) if name is at else _visible(at, keys, source.mask, name)
+    return _Part(k, v, lambda: keys, seen, source)
 
 
-def _first(at: At) -> At:
-    """The coordinates of batch row 0, where all are alike."""
-    return At((1, at.seq), at.device)
+def _visible(at: At, keys: Keys, mask: Mask, name: Any, start: int = 0, end: int | None = None) -> Tensor:
+    """bool [b, 1, t, k] of the queries start .. end of a call, made once for all layers; b is 1 where rows are alike."""
+    if (mask, name, start) not in at.memo:
+        pairs = [_cut(at.keys(), start, end), keys]
+        if at.plain and not at.in_stream and keys.valid is None:
+            pairs = [Keys(*(x if x is None else x[:1] for x in rows)) for rows in pairs]
+        at.memo[mask, name, start] = mask.between(*pairs)
+    return at.memo[mask, name, start]
 
 
 def visible_here(at: At, mask: Mask) -> Tensor | str:
     """ "all" or "causal" where that is proved, else bool [b, 1, t, t], made once a call for all layers."""
     if at.plain and mask.interval and mask.ahead in (0, None) and mask.behind is None:
         return "causal" if mask.ahead == 0 else "all"
-    if mask not in at.memo:
-        keys = at.keys()
-        if at.plain:
-            # Rows of the batch are alike.
-            keys = Keys(keys.position[:1], keys.document[:1], None)
-            at.memo[mask] = mask.visible(At((1, at.seq), at.device), keys)
-        else:
-            at.memo[mask] = mask.visible(at, keys)
-    return at.memo[mask]
+    return _visible(at, at.keys(), mask, "here")
+
+
+# --- tiles ----------------------------------------------------------------------------------------
+
+
+def _tile(at: At, sources: list[Source]) -> int | None:
+    """How many queries to take at a time: where masks bound what is seen of their own sequence, cost and memory follow
+    what is seen, not the square of the sequence. None where the sequence is not much longer than that."""
+    own = [s.mask for s in sources if s.rows is SAME]
+    if not own or any(m.behind is None or m.ahead is None for m in own):
+        return None
+    reach = max(m.behind + m.ahead for m in own if m.behind is not None and m.ahead is not None)
+    tile = max(LEAST_TILE, reach + 1)
+    return tile if at.seq > 2 * (tile + reach) else None
+
+
+def _tiled(q: Tensor, sources: list[Source], at: At, scale: float, tile: int) -> Tensor:
+    """Attention of `tile` queries at a time to the keys that their masks can reach."""
+    plain = all(s.query is None and s.bias is None for s in sources)
+    whole, found = [_rows(s, at) for s in sources], []
+    for start in range(0, at.seq, tile):
+        end = min(start + tile, at.seq)
+        parts = []
+        for (k, v, keys, name), source in zip(whole, sources, strict=True):
+            low, high = 0, k.shape[2]
+            if source.rows is SAME:
+                low, high = max(0, start - (source.mask.behind or 0)), min(high, end + (source.mask.ahead or 0))
+            some = _cut(keys, low, high)
+            seen = _visible(at, some, source.mask, (name, tile), start, end)
+            mine = source._replace(
+                query=None if source.query is None else source.query[:, start:end],
+                bias=None if source.bias is None else source.bias[:, start:end],
+            )
+            parts.append(_Part(k[:, :, low:high], v[:, :, low:high], lambda some=some: some, seen, mine))
+        some_q = q[:, start:end]
+        tiled = _fused(some_q, parts, scale) if plain else _scored(some_q, parts, _cut(at.keys(), start, end), scale)
+        found.append(tiled)
+    return torch.cat(found, 1)
+
+
+def _cut(rows: Keys, start: int, end: int | None) -> Keys:
+    """The coordinates of some of the rows."""
+    return Keys(*(x if x is None else x[:, start:end] for x in rows))
 
 
 def _spell(seen: Tensor | str, t: int, k: int, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .rows import At, Mask
+from .rows import At, Keys, Mask
 
 if TYPE_CHECKING:
     from .clocks import Clock
@@ -205,7 +205,11 @@ class Cache(Buffer):
                 return "all"
             if tick == 0 and self.keep is None and mask.behind is None:
                 return "all" if mask.ahead is None else "causal"
-        return mask.visible(queries, self.stream.keys(at, self.keep, count, self.clock, self.times))
+        return mask.visible(queries, self.keys(at, count))
+
+    def keys(self, at: At, count: int) -> Keys:
+        """The coordinates of the `count` keys that `extend` gives."""
+        return self.stream.keys(at, self.keep, count, self.clock, self.times)
 
 
 class Scan(Buffer):

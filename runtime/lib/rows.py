@@ -184,18 +184,22 @@ class Mask:
         return self.predicate(query, key)
 
     def visible(self, at: At, keys: Keys) -> Tensor:
+        """bool [b, 1, t, k]: what the rows of a call see."""
+        return self.between(at.keys(), keys)
+
+    def between(self, queries: Keys, keys: Keys) -> Tensor:
         """bool [b, 1, t, k]: the predicate, the document and the validity of keys together."""
-        own = at.keys()
-        assert own.document is not None
-        query = Coordinates(own.position[:, :, None], own.document[:, :, None])
-        key = Coordinates(keys.position[:, None], (own.document if keys.document is None else keys.document)[:, None])
+        document = queries.document if queries.document is not None else torch.zeros_like(queries.position)
+        query = Coordinates(queries.position[:, :, None], document[:, :, None])
+        theirs = keys.document if keys.document is not None else torch.zeros_like(keys.position)
+        key = Coordinates(keys.position[:, None], theirs[:, None])
         seen = self.sees(query, key)
         if keys.document is not None:
             seen = seen & (query.document == key.document)
-        seen = seen.expand(max(len(query.position), len(key.position)), query.position.shape[1], key.position.shape[2])
         if keys.valid is not None:
             seen = seen & keys.valid[:, None]
-        return seen[:, None]
+        shape = (max(len(query.position), len(key.position)), query.position.shape[1], key.position.shape[2])
+        return seen.expand(shape)[:, None]
 
 
 class _Interval(NamedTuple):
@@ -273,6 +277,13 @@ def _prove(predicate: Callable[[Any, Any], Any]) -> _Interval | None:
     except (TypeError, AttributeError):
         return None
     return found if isinstance(found, _Interval) else None
+
+
+def take_row(x: Tensor, axis: int, index: int, at: At) -> Tensor:
+    """Row `index` of the tokens of each batch row. Raises ValueError where a batch row is not one whole document."""
+    if at.document is not None or at.in_stream:
+        raise ValueError("take: one row for each batch row needs whole documents, one in each row of the batch")
+    return x.select(axis, index)
 
 
 def next_token(tokens: Tensor, at: At, by: int = 1) -> Tensor:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from ....dsl.format import print_expr
+
 
 def emit(use: Any) -> str:
     """The call; `past` are the keys and values before a step."""
     q, *rest = use.args
-    masks = [use.mask(m) for m in use.attr("masks")]
+    names = ["k", "v", *use.attr("options")]
     (queries,) = use.bound("Q")
-    keys = [use.bound(f"S{i + 1}" if i else "S")[0] for i in range(len(masks))]
-    where = ["" if dim == queries else f", {use.at(dim)}" for dim in keys]
-    parts = zip(rest[0::2], rest[1::2], masks, where, strict=True)
-    sources = ", ".join(f"({k}, {v}, {m}{at})" for k, v, m, at in parts)
+    sources = []
+    for i, mask in enumerate(use.attr("masks")):
+        given = dict(zip(names, rest[i * len(names) : (i + 1) * len(names)], strict=True))
+        (keys,) = use.bound(f"S{i + 1}" if i else "S")
+        at = "" if keys == queries else f", {use.at(keys)}"
+        plain = f"{given['k']}, {given['v']}, {use.mask(mask)}"
+        more = [f"query={given['query']}"] if given.get("query") else []
+        if given.get("bias"):
+            distance = f"lambda query, key: {print_expr(use.attr('distances')[i])}"
+            more.append(f"bias={given['bias']}, distance={distance}")
+        if more:
+            rows = f", rows={use.at(keys)}" if at else ""
+            sources.append(f"lib.Source({plain}{rows}, {', '.join(more)})")
+        else:
+            sources.append(f"({plain}{at})")
     scale = use.attr("scale")
     scale = use.sizes("D")[0] ** -0.5 if scale is None else scale
     past = f", past={use.past}" if use.is_kept else ""
-    return f"lib.attend({q}, {sources}, at={use.at(queries)}, scale={scale!r}{past})"
+    return f"lib.attend({q}, {', '.join(sources)}, at={use.at(queries)}, scale={scale!r}{past})"
 
 
 def slot(use: Any, state: Any) -> str:

@@ -10,10 +10,9 @@ from ...op import Monoid, Op, OpCall, Setting, Typing, _match, alone_along, join
 
 
 def _infer(call: OpCall) -> Typing:
-    """q[*, Q, H, D], each source k[*, S, KV, D], v[*, S, KV, E]; H is a multiple of KV."""
+    """q[*, Q, H, D], each source k[*, S, KV, D], v[*, S, KV, E]; H is a multiple of KV. A source may have a query of
+    its own, like q, and scores bias[*, Q, H, N] of which its distance picks one."""
     q = call.tensors["q"]
-    if call.settings["bias"] not in (0, None):
-        raise fail("not-built-yet", "score biases are not built yet", call.span_of("bias"))
     signature = call.op.signature
     call.op._check_kinds(call)
     bindings: dict[str, tuple[Any, ...]] = {}
@@ -48,8 +47,23 @@ def _infer(call: OpCall) -> Typing:
             call.span,
             f"{heads.size} divided by {kv_heads.size} leaves {heads.size % kv_heads.size}",
         )
+    columns = [call.tensors["k"], call.tensors["v"]]
+    for name in call.settings["options"]:
+        columns.append(call.tensors[name])
+        for i, tensor in enumerate(call.tensors[name]):
+            if tensor is not None:
+                mine = {f: bindings[f] for f in ("Q", "H", "D")}
+                join_leading(leading, _match(call, signature.operand(name), tensor, mine), call)
+                if name == "bias":
+                    call.known(mine["N"][0], name)
+                    bindings["N" if i == 0 else f"N{i + 1}"] = mine["N"]
     result = leading + bindings["Q"] + bindings["H"] + bindings["E"]
-    return Typing(bindings, (q, *(t for pair in sources for t in pair)), (("real", result),), tuple(sequences))
+    return Typing(
+        bindings,
+        (q, *(t for source in zip(*columns, strict=True) for t in source)),
+        (("real", result),),
+        tuple(sequences),
+    )
 
 
 def _flops(sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
@@ -60,12 +74,14 @@ def _flops(sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
 OPS = (
     Op(
         name="attend",
-        text="q[*, Q, H, D+], k...[*, S@, K, D+], v...[*, S@, K, E] -> o[*, Q, H, E]",
+        text="q[*, Q, H, D+], k...[*, S@, K, D+], v...[*, S@, K, E], query...?[*, Q, H, D+], bias...?[*, Q, H, N] "
+        "-> o[*, Q, H, E]",
         meaning="softmax over every key that the masks allow of scale * (q . k), times v; 0 where none is allowed",
         settings=(
             Setting("masks", "mask", meaning="one a source: comparisons of coordinates of `query` and `key`"),
             Setting("scale", "number", None, "factor of the scores; head_dim ^ -0.5 if not given"),
-            Setting("bias", "number", 0, "added to the scores; anything but 0 is not built yet"),
+            Setting("options", "names", (), "what sources have beside keys and values: query, bias"),
+            Setting("distances", "mask", (), "one a source: which place of its bias is added to a score"),
         ),
         linear=(("v",),),
         coordinates=True,
