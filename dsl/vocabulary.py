@@ -36,6 +36,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "since": "steps since a condition last held",
         "resize": "a picture's grid at another size",
         "rotate": "pairs of channels turned by angles",
+        "sinusoid": "sines and cosines of positions",
         "slopes": "the slopes of ALiBi, one a head",
         "bucket": "distances in buckets that grow",
         "relative": "scores by distance, from projected distances",

@@ -6,7 +6,7 @@ Everything is immutable: a pass makes a new graph. A repeated block is one graph
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -117,6 +117,20 @@ class Graph:
                 raise InternalError(f"{self.name}: the result `{name}` is not defined")
         if not nx.is_directed_acyclic_graph(self.topology):
             raise InternalError(f"{self.name}: the graph has a cycle")
+
+
+def renamed_attrs(node: Node, name: Callable[[str], str]) -> tuple[tuple[str, Any], ...]:
+    """The attributes of an op's node with other names for dims."""
+
+    def renamed(kind: str, value: Any) -> Any:
+        if value is None or kind not in ("dims", "map", "split", "join", "coordinate"):
+            return value
+        if kind == "coordinate":
+            return name(value[0]), value[1]
+        return tuple(name(d) for d in value) if kind == "dims" else tuple(tuple(name(d) for d in s) for s in value)
+
+    settings = {s.name: s.kind for s in op_of(node).settings}
+    return tuple((k, renamed(settings.get(k, ""), v)) for k, v in node.attrs)
 
 
 def op_of(node: Node) -> Op:

@@ -42,8 +42,9 @@ REQUIRED = object()
 class Setting:
     """A parameter of an op. `kind` says how its argument is read:
 
-    map (`hidden -> ffn`), split (a map that makes or undoes compound dims), join (of dims as long as both together), dims, whole, number, flag, text, mask,
-    coordinate (of a sequence: the dim, and the clock of its groups), names, weight (a tensor that is used instead of an own one).
+    map (`hidden -> ffn`), split (a map that makes or undoes compound dims), join (of dims as long as both together),
+    dims, whole, number, flag, text, names, mask, coordinate (of a sequence: the dim, and the clock of its groups),
+    weight (a tensor that is used instead of an own one).
     """
 
     name: str

@@ -133,7 +133,7 @@ class TableOf:
 
 @dataclass(frozen=True)
 class Picked:
-    """`b[query.position - key.position]`: of a tensor's last dim the place that an expression of both positions says."""
+    """`b[query.position - key.position]`: of a tensor's last dim the place that an expression of positions says."""
 
     tensor: Tensor
     expr: sx.Expr

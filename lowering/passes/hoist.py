@@ -6,7 +6,7 @@ from collections.abc import Container
 from dataclasses import replace
 
 from ...dsl.program import Dim, Node, Value
-from ..graph import STRUCTURE, Graph, GraphProgram, op_of
+from ..graph import STRUCTURE, Graph, GraphProgram, op_of, renamed_attrs
 from . import lowering_pass
 
 
@@ -103,7 +103,7 @@ def _copy_in(
             names.add(values[r.name])
             kind = replace(r.type, dims=tuple(dim(d) for d in r.type.dims))
             results.append(Value(values[r.name], kind))
-        attrs = tuple((k, tuple(dim(d) for d in v) if k == "dim" else v) for k, v in node.attrs)
+        attrs = renamed_attrs(node, dim)
         bindings = tuple((f, tuple(dim(d) for d in ds)) for f, ds in node.bindings)
         operands = tuple(None if o is None else values[o] for o in node.operands)
         nodes.append(Node(tuple(results), node.op, operands, attrs, bindings, node.spans))
@@ -138,15 +138,23 @@ def _merge_equal(graph: Graph) -> Graph:
 
 
 def _merge_index_dims(graph: Graph) -> Graph:
-    """Dims that only number things (`index`) are one where their sizes agree: `pairs` of two rotations."""
+    """Dims that only number things (`index`) are one where their sizes agree: `pairs` of two rotations. Two that stand
+    in one value stay two, whatever their sizes."""
+    beside: dict[str, set[str]] = {}
+    for value in graph.values.values():
+        for d in value.type.dims:
+            beside.setdefault(d, set()).update(value.type.dims)
     rigid = {d for v in graph.body.inputs for d in v.type.dims} | {d for w in graph.body.weights for d in w.dims}
     first: dict[int | None, str] = {}
     swap: dict[str, str] = {}
     for node in graph.nodes:
         if node.op == "index":
             (dim,) = node.attr("dim")
-            if dim not in rigid and first.setdefault(graph.size(dim), dim) != dim:
-                swap[dim] = first[graph.size(dim)]
+            like = first.setdefault(graph.size(dim), dim)
+            together = {swap.get(d, d) for d in beside[dim]} | {d for d, to in swap.items() if to in beside[dim]}
+            if dim not in rigid and like != dim and like not in together:
+                swap[dim] = like
+                beside[like] |= beside[dim]
     return rename_dims(graph, swap) if swap else graph
 
 
@@ -159,7 +167,10 @@ def rename_dims(graph: Graph, swap: dict[str, str]) -> Graph:
     nodes = []
     for node in graph.nodes:
         results = tuple(Value(r.name, replace(r.type, dims=dims(r.type.dims))) for r in node.results)
-        attrs = tuple((k, dims(v) if k in ("dim", "over") else v) for k, v in node.attrs)
+        if node.op in STRUCTURE:
+            attrs = tuple((k, dims(v) if k == "over" else v) for k, v in node.attrs)
+        else:
+            attrs = renamed_attrs(node, lambda d: swap.get(d, d))
         bindings = tuple((f, dims(ds)) for f, ds in node.bindings)
         nodes.append(replace(node, results=results, attrs=attrs, bindings=bindings))
     kept = tuple(d for d in graph.body.dims if d.name not in swap)

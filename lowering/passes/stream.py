@@ -104,7 +104,9 @@ def _reach(mask: sx.Expr, queries: Dim, keys: Dim) -> Reach:
         return Reach(None, True)
     if queries.name == keys.name:
         bounds = hull(mask)
-        return Reach(bounds.behind if bounds.behind is None else max(0, bounds.behind), bounds.ahead != 0)
+        return Reach(
+            bounds.behind if bounds.behind is None else max(0, bounds.behind), bounds.ahead is None or bounds.ahead > 0
+        )
     return reach(mask, queries.clock, keys.clock)
 
 
@@ -218,7 +220,8 @@ def _looks_ahead(mask: sx.Expr, queries: Dim, keys: Dim, span: Span) -> Diagnost
         "not-causal",
         f"a row of `{queries.name}` may see rows of `{keys.name}` that come later, so tokens cannot be made one by one",
         Label(span, "this mask is not proved to look back only"),
-        help=f"a group comes with its last token: `key.{keys.clock.name} < query.{keys.clock.name}` sees those that ended",
+        help=f"a group comes with its last token: `key.{keys.clock.name} < query.{keys.clock.name}` sees those that"
+        " ended",
     )
 
 

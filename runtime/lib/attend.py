@@ -55,9 +55,10 @@ class _Part(NamedTuple):
 def attend(q: Tensor, *sources: tuple[Any, ...] | Source, at: At | None, scale: float, past: Any = None) -> Tensor:
     """softmax(scale q k^T, where the mask sees) v -> [b, t, H, E]; Vaswani et al. 2017, grouped as Ainslie et al. 2023.
 
-    q [b, t, H, D]; sources: what `Source` is made of. at None: the queries are there as a whole, and may have more leading
-    dims. past: the stream's cache of the source, or a tuple of one cache for each. A query that sees no key gets exactly
-    0. Another document never changes a result: its keys have weight 0 in the same order of summation (finite values).
+    q [b, t, H, D]; sources: what `Source` is made of. at None: the queries are there as a whole, and may have more
+    leading dims. past: the stream's cache of the source, or a tuple of one cache for each. A query that sees no key
+    gets exactly 0. Another document never changes a result: its keys have weight 0 in the same order of summation
+    (finite values).
     """
     made = [Source(*source) for source in sources]
     if at is None:
@@ -156,16 +157,17 @@ def _part(source: Source, at: At, cache: Any) -> _Part:
         return _Part(k, v, lambda: cache.keys(where, k.shape[2]), seen, source)
     k, v, keys, name = _rows(source, at)
     seen = visible_here(at, source.mask) if name is at else _visible(at, keys, source.mask, name)
-    return _Part(k, v, lambda: keys, seen, source)
+    return _Part(k, v, _known(keys), seen, source)
 
 
 def _visible(at: At, keys: Keys, mask: Mask, name: Any, start: int = 0, end: int | None = None) -> Tensor:
-    """bool [b, 1, t, k] of the queries start .. end of a call, made once for all layers; b is 1 where rows are alike."""
+    """bool [b, 1, t, k] of the queries start .. end, made once a call for all layers; b is 1 where rows are alike."""
     if (mask, name, start) not in at.memo:
-        pairs = [_cut(at.keys(), start, end), keys]
-        if at.plain and not at.in_stream and keys.valid is None:
-            pairs = [Keys(*(x if x is None else x[:1] for x in rows)) for rows in pairs]
-        at.memo[mask, name, start] = mask.between(*pairs)
+        alike = at.plain and not at.in_stream and keys.valid is None
+        batch = slice(1) if alike else slice(None)
+        at.memo[mask, name, start] = mask.between(
+            at.keys().part(slice(start, end), batch), keys.part(slice(None), batch)
+        )
     return at.memo[mask, name, start]
 
 
@@ -201,22 +203,24 @@ def _tiled(q: Tensor, sources: list[Source], at: At, scale: float, tile: int) ->
             low, high = 0, k.shape[2]
             if source.rows is SAME:
                 low, high = max(0, start - (source.mask.behind or 0)), min(high, end + (source.mask.ahead or 0))
-            some = _cut(keys, low, high)
+            some = keys.part(slice(low, high))
             seen = _visible(at, some, source.mask, (name, tile), start, end)
             mine = source._replace(
                 query=None if source.query is None else source.query[:, start:end],
                 bias=None if source.bias is None else source.bias[:, start:end],
             )
-            parts.append(_Part(k[:, :, low:high], v[:, :, low:high], lambda some=some: some, seen, mine))
+            parts.append(_Part(k[:, :, low:high], v[:, :, low:high], _known(some), seen, mine))
         some_q = q[:, start:end]
-        tiled = _fused(some_q, parts, scale) if plain else _scored(some_q, parts, _cut(at.keys(), start, end), scale)
+        tiled = (
+            _fused(some_q, parts, scale) if plain else _scored(some_q, parts, at.keys().part(slice(start, end)), scale)
+        )
         found.append(tiled)
     return torch.cat(found, 1)
 
 
-def _cut(rows: Keys, start: int, end: int | None) -> Keys:
-    """The coordinates of some of the rows."""
-    return Keys(*(x if x is None else x[:, start:end] for x in rows))
+def _known(keys: Keys) -> Callable[[], Keys]:
+    """Coordinates that need not be worked out: asked only where scores have biases."""
+    return lambda: keys
 
 
 def _spell(seen: Tensor | str, t: int, k: int, like: Tensor) -> Tensor:

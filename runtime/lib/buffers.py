@@ -130,7 +130,7 @@ class Window(Tail):
 
 
 class Open(Tail):
-    """The rows of the group of tokens that is open: the last width - 1 tokens of x[batch, t, *] and say[batch, t, *]."""
+    """The rows of the open group of tokens: the last width - 1 tokens of x[batch, t, *] and say[batch, t, *]."""
 
     def __init__(self, stream: Stream, keep: int, x: int, say: int) -> None:
         super().__init__(stream, keep, {"x": stream.dtype, "say": stream.dtype}, x=(x,), say=(say,))
@@ -225,5 +225,5 @@ class Scan(Buffer):
         shape = (stream.batch, heads, head_dim, state)
         self.rows["state"] = torch.zeros(shape, dtype=self.wide, device=stream.device)
         dtypes = {"u": stream.dtype, "b": stream.dtype, "dt": self.wide, "start": torch.bool}
-        widths = {"u": (heads * head_dim,), "b": (groups * state,), "dt": (heads,), "start": (1,)}
+        widths: dict[str, Any] = {"u": (heads * head_dim,), "b": (groups * state,), "dt": (heads,), "start": (1,)}
         self.pending = Tail(stream, 0, dtypes, **widths) if stream.slack else None

@@ -23,8 +23,8 @@ PREFILL_ROWS = 512
 
 
 class Model(nn.Module):
-    """A generated class gives `slots`, `run`, `losses_of`, `counts_of`, INIT and keep_fp32; `inputs` names what it takes
-    besides tokens, which callers give by name."""
+    """A generated class gives `slots`, `run`, `losses_of`, `counts_of`, INIT and keep_fp32; `inputs` names what it
+    takes besides tokens, which callers give by name."""
 
     INIT: Mapping[str, tuple[Any, ...]] = {}
     keep_fp32: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ LEAST_ROWS = 64
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int]) -> tuple[Tensor, ...]:
     """x [..., K], weight [N, K], bias [N] -> x weight^T + bias in pieces of `widths` columns, side by side."""
+    x = x.to(weight.dtype)  # constants keep the dtype that they were computed in until they meet a weight
     if not torch.is_grad_enabled():
         y = _forward(x, weight, bias)
         return (y,) if len(widths) == 1 else torch.split_with_sizes(y, widths, -1)

@@ -30,6 +30,11 @@ class Keys(NamedTuple):
     document: Tensor | None
     valid: Tensor | None
 
+    def part(self, rows: slice, batch: slice = slice(None)) -> Keys:
+        """The coordinates of some of the rows."""
+        document, valid = (x if x is None else x[batch, rows] for x in (self.document, self.valid))
+        return Keys(self.position[batch, rows], document, valid)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

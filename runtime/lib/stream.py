@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .buffers import Buffer, Cache, Open, Scan, Window
-from .clocks import Clock
+from .clocks import Clock, Groups
 from .rows import At, Keys, Step
 
 
@@ -195,7 +195,7 @@ class Stream:
             first = 0 if keep is None else at.step.uniform - keep
             position = (self.range(count) + first)[None]
             return Keys(position, torch.zeros_like(position), None if first >= 0 else position >= 0)
-        own = self.own if clock is None else self._rows(at, clock, times)
+        own = self._rows(at, clock, times) if clock is not None and isinstance(at, Groups) else self.own
         if keep is None:
             used = self.range(count) < (at.step.tick + at.step.count)[:, None]
             return Keys(own["position"][:, :count], own["document"][:, :count], used)
@@ -209,7 +209,7 @@ class Stream:
             torch.cat((place >= 0, new.valid), 1),
         )
 
-    def _rows(self, at: At, clock: Clock, times: int) -> dict[str, Tensor]:
+    def _rows(self, at: Groups, clock: Clock, times: int) -> dict[str, Tensor]:
         """Position and document of the rows of a clock in their places, after the step; one place for waste."""
         name = ("rows", clock, times)
         if name not in at.memo:

@@ -25,6 +25,8 @@ from heddle.runtime import lib
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build, instantiate
 
+from ..specs.published import INPUTS
+
 TINY = sorted(shipped_folder().glob("*/tiny*.spec"))
 ROOT = Path(__file__).resolve().parents[2]
 twins = pytest.mark.parametrize("path", TINY, ids=lambda p: f"{p.parent.name}-{p.stem}")
@@ -71,10 +73,10 @@ def test_bytes_do_not_depend_on_hash_seed_time_or_folder(tmp_path):
 
 def test_they_run_where_the_compiler_is_not(tmp_path):
     """Only torch and heddle.runtime.lib may be imported; everything else of Heddle, and what it uses, is blocked."""
-    for i, path in enumerate(TINY):
-        (tmp_path / f"model{i}.py").write_text(source(path))
-    code = """
-        import importlib.abc, runpy, sys
+    for path in TINY:
+        (tmp_path / f"{path.parent.name}_{path.stem}.py").write_text(source(path))
+    code = f"INPUTS = {INPUTS}\n" + textwrap.dedent("""
+        import importlib.abc, pathlib, runpy, sys
         class Blocked(importlib.abc.MetaPathFinder):
             def find_spec(self, name, path, target=None):
                 library = name == "heddle.runtime" or name.startswith("heddle.runtime.lib")
@@ -83,10 +85,13 @@ def test_they_run_where_the_compiler_is_not(tmp_path):
         sys.meta_path.insert(0, Blocked())
         import torch
         for path in sys.argv[1:]:
-            model = runpy.run_path(path)["Model"]().initialise(0)
-            tokens = torch.arange(12).view(2, 6)
-            sum(model.losses(tokens).values()).backward()
-            model.generate(tokens, 3)
+            model, tokens = runpy.run_path(path)["Model"]().initialise(0), torch.arange(12).view(2, 6)
+            sizes = INPUTS.get(pathlib.Path(path).stem.replace("_", "/", 1), {})
+            rows = lambda name, groups: torch.ones(2, len(groups), *sizes[name], dtype=torch.int64)
+            given = {n: (lambda tokens, groups, n=n: rows(n, groups)) for n in sizes}
+            come = {n: rows(n, range(model.follows[n].groups(6))) for n in sizes}
+            sum(model.losses(tokens, **come).values()).backward()
+            model.generate(tokens, 3, given=given)
         for name in ("heddle.dsl.load", "heddle.lowering.graph", "heddle.codegen.emit", "lark", "pydantic"):
             try:
                 __import__(name)
@@ -94,7 +99,7 @@ def test_they_run_where_the_compiler_is_not(tmp_path):
                 continue
             raise SystemExit("the block does not work")
         print(sorted(m for m in sys.modules if m.startswith("heddle") and "lib" not in m))
-    """
+    """)
     assert python(code, *sorted(tmp_path.iterdir())) == "['heddle', 'heddle.runtime']\n"
 
 

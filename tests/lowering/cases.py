@@ -245,6 +245,9 @@ def draw_case(draw: Draw, name: str, sizes: Any = SIZES, joined: bool = False) -
         "index": _index,
         "coordinate": _coordinate,
         "reshape": _reshape,
+        "concat": _concat,
+        "dot": _dot,
+        "take": _take,
     }
     if name in special:
         return special[name](draw, sizes, joined)
@@ -426,10 +429,19 @@ def _attend(draw: Draw, sizes: Any, joined: bool) -> Case:
     count = draw(st.sampled_from((1, 1, 2)))
     masks = tuple(MASKS[draw(st.sampled_from(tuple(MASKS)))][0] for _ in range(count))
     args = [Arg("q", "q", ("batch", "s", "h", "d"), ("*", "Q", "H", "D"))]
+    options = tuple(name for name in ("query", "bias") if draw(st.integers(0, 2)) == 0)
     for i in range(count):
         args.append(Arg(f"k{i}", "k", ("batch", "s", "k", "d"), ("*", "S", "K", "D")))
         args.append(Arg(f"v{i}", "v", ("batch", "s", "k", "e"), ("*", "S", "K", "E")))
-    attrs = [("masks", masks)] + ([("scale", draw(st.sampled_from((0.5, 1.0))))] if draw(st.booleans()) else [])
+        if "query" in options:
+            args.append(Arg(f"q{i}", "query", ("batch", "s", "h", "d"), ("*", "Q", "H", "D")))
+        if "bias" in options:
+            size["n"] = size.get("n") or draw(sizes)
+            args.append(Arg(f"b{i}", "bias", ("batch", "s", "h", "n"), ("*", "Q", "H", "N")))
+    attrs = [("masks", masks)] + ([("options", options)] if options else [])
+    if "bias" in options:
+        attrs.append(("distances", (sx.Binary("-", _QUERY, _KEY),) * count))
+    attrs += [("scale", draw(st.sampled_from((0.5, 1.0))))] if draw(st.booleans()) else []
     return Case("attend", size, tuple(args), tuple(attrs), "s", ("batch",), tied={"h": "k"})
 
 
@@ -505,6 +517,25 @@ def _reshape(draw: Draw, sizes: Any, joined: bool) -> Case:
     x = Arg("x", "x", ("batch", "a_outer", "a", "inner"), ("*", "A", "A", "*"))
     attrs = (("map", (("a_outer", "a"), ("b",))),)
     return Case("reshape", size, (x,), attrs, lead=("batch", "inner"), sums={"b": (("a_outer", "a"),)})
+
+
+def _concat(draw: Draw, sizes: Any, joined: bool) -> Case:
+    size = {d: draw(sizes) for d in ("batch", "a", "b")}
+    x, y = (Arg(name, name, ("batch", d), ("*", f)) for name, d, f in (("x", "a", "A"), ("y", "b", "B")))
+    return Case("concat", size, (x, y), (("map", (("a", "b"), ("c",))),), lead=("batch",), sums={"c": (("a",), ("b",))})
+
+
+def _dot(draw: Draw, sizes: Any, joined: bool) -> Case:
+    size = {d: draw(sizes) for d in ("batch", "h", "k", "n")}
+    x = Arg("x", "x", ("batch", "h", "k"), ("*", "H", "K"))
+    y = Arg("y", "y", ("h", "k", "n"), ("H", "K", "N"))
+    return Case("dot", size, (x, y), (("over", ("k",)),), lead=("batch",))
+
+
+def _take(draw: Draw, sizes: Any, joined: bool) -> Case:
+    size = {"batch": draw(SMALL), "s": draw(sizes)}
+    x = Arg("x", "x", ("batch", "s"), ("*", "S"))
+    return Case("take", size, (x,), (("index", draw(st.integers(0, size["s"] - 1))), ("over", ("s",))), lead=("batch",))
 
 
 def _index(draw: Draw, sizes: Any, joined: bool) -> Case:

@@ -139,8 +139,24 @@ def _ssd(case: Case, o: Any, document: Any) -> Tensor:
     return by_document(lambda *x: room(case).ssd(*x, *per_head), document, *rows)
 
 
+def options(case: Case, o: Any, document: Tensor | None) -> list[tuple[Tensor | None, Tensor | float]]:
+    """For each source the query that it has of its own, and what is added to its scores, [b, Q, H, S]."""
+    batch, seq, count = case.size("batch"), case.size("s"), len(o["k"])
+    position = torch.stack([torch.cat([torch.arange(e - s) for s, e in row]) for row in pieces(document, batch, seq)])
+    far = position[:, :, None] - position[:, None]
+    found: list[tuple[Tensor | None, Tensor | float]] = []
+    for i in range(count):
+        added: Tensor | float = 0.0
+        if o["bias"]:
+            place = far.clamp(0, case.size("n") - 1)[:, :, None].expand(batch, seq, case.size("h"), seq)
+            added = o["bias"][i].gather(-1, place)
+        found.append((o["query"][i] if o["query"] else None, added))
+    return found
+
+
 def _attend(case: Case, o: Any, document: Any) -> Tensor:
-    return room(case).attend(o["q"], list(zip(o["k"], o["v"], seen(case, document), strict=True)), scale(case))
+    sources = zip(o["k"], o["v"], seen(case, document), options(case, o, document), strict=True)
+    return room(case).attend(o["q"], [(k, v, s, *more) for k, v, s, more in sources], scale(case))
 
 
 def _coordinate(case: Case, o: Any, document: Any) -> Tensor:
@@ -173,6 +189,9 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "dropout": lambda c, o, d: room(c).dropout(o["x"], torch.ones_like(o["x"]), 0.0),
     "index": lambda c, o, d: room(c).index(c.size("d")),
     "coordinate": _coordinate,
+    "concat": lambda c, o, d: room(c).concat(o["x"], o["y"]),
+    "dot": lambda c, o, d: room(c).dot(o["x"], o["y"]),
+    "take": lambda c, o, d: room(c).take(o["x"], c.attr("index")),
     "reshape": lambda c, o, d: room(c).reshape(o["x"], c.shape(c.results[0])),
 }
 
@@ -230,6 +249,12 @@ def _largest(c: Case, o: Any, _: Any) -> Partial:
     )
 
 
+def _row(c: Case, o: Any, _: Any) -> Partial:
+    x, r = o["x"], room(c)
+    lift = lambda s, e: r.lift(x[..., s:e], s, c.attr("index"))  # noqa: E731
+    return Partial(x.shape[-1], None, r.identity(x), lift, r.combine, lambda state, s, e: r.finish(state))
+
+
 def _norm(c: Case, o: Any, _: Any) -> Partial:
     """Each group of a grouped norm has a statistic of its own, so it is a leading dim."""
     r = room(c)
@@ -261,14 +286,16 @@ def _cross_entropy(c: Case, o: Any, _: Any) -> Partial:
 def _keys(c: Case, o: Any, document: Any) -> Partial:
     """Keys of all sources, one source behind the other."""
     r, width = room(c), c.size("s")
-    sources = list(zip(o["k"], o["v"], seen(c, document), strict=True))
+    sources = list(zip(o["k"], o["v"], seen(c, document), options(c, o, document), strict=True))
 
     def lift(s: int, e: int) -> State:
         state = r.identity(o["q"], c.size("e"))
-        for i, (k, v, allowed) in enumerate(sources):
+        for i, (k, v, allowed, (query, added)) in enumerate(sources):
             a, b = max(0, s - i * width), min(width, e - i * width)
             if a < b:
-                state = r.combine(state, r.lift(o["q"], k[:, a:b], v[:, a:b], allowed[:, :, a:b], scale(c)))
+                q = o["q"] if query is None else query
+                bias = added if isinstance(added, float) else added[..., a:b]
+                state = r.combine(state, r.lift(q, k[:, a:b], v[:, a:b], allowed[:, :, a:b], scale(c), bias))
         return state
 
     identity = r.identity(o["q"], c.size("e"))
@@ -324,4 +351,5 @@ MONOIDS: dict[str, Callable[..., Partial]] = {
     "causal_conv": _window,
     "parallel_conv": _window,
     "ssd": _scan,
+    "take": _row,
 }

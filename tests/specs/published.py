@@ -23,7 +23,9 @@ PARAMETERS = {
 }
 ACTIVE = {"nemotron_h/nemotron3_nano_30b": 3_580_076_352}
 ROUNDED = {"nemotron4/nemotron4_340b": 341.03e9}
-TWINS = ("nemotron_h/tiny", "nemotron_h/tiny_moe", "nemotron4/tiny", "llama/tiny", "mistral/tiny", "transformer_ls/tiny", "transformer_ls/tiny_released",
-         "retro/tiny")  # fmt: skip
+TWINS = (
+    "nemotron_h/tiny", "nemotron_h/tiny_moe", "nemotron4/tiny", "llama/tiny", "mistral/tiny", "transformer_ls/tiny",
+    "transformer_ls/tiny_released", "retro/tiny",
+)  # fmt: skip
 INPUTS = {"retro/tiny": {"neighbors": (2, 8)}}
 """Inputs besides tokens that come with groups of them: the sizes behind those of batch and groups."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 State = tuple[Tensor, Tensor, Tensor]
 
 
-def attend(q: Tensor, sources: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
-    """q[b, Q, H, D], each source k[b, S, K, D], v[b, S, K, E], seen bool[b, Q, S] -> o[b, Q, H, E]."""
+def attend(q: Tensor, sources: list[tuple[Any, ...]], scale: float) -> Tensor:
+    """q[b, Q, H, D], each source k[b, S, K, D], v[b, S, K, E], seen bool[b, Q, S], and what takes the place of q for it
+    and is added to its scores, [b, Q, H, S] or 0 -> o[b, Q, H, E]."""
     state = identity(q, sources[0][1].shape[-1])
-    for k, v, seen in sources:
-        state = combine(state, lift(q, k, v, seen, scale))
+    for k, v, seen, query, bias in sources:
+        state = combine(state, lift(q if query is None else query, k, v, seen, scale, bias))
     return finish(state)
 
 
@@ -26,11 +29,11 @@ def identity(q: Tensor, width: int) -> State:
     )
 
 
-def lift(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> State:
+def lift(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, bias: Tensor | float = 0.0) -> State:
     """(max, sum, weighted values) of some keys, for every query; query head h uses key head h // (H / K)."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    score = scale * torch.einsum("bqhd,bshd->bqhs", q, k)
+    score = scale * torch.einsum("bqhd,bshd->bqhs", q, k) + bias
     score = score.masked_fill(~seen[:, :, None], -torch.inf)
     top = score.amax(-1) if score.shape[-1] else torch.full(score.shape[:-1], -torch.inf, dtype=q.dtype)
     safe = torch.where(torch.isinf(top), torch.zeros_like(top), top)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ....dsl.diagnostics import fail
 from ...op import Op, OpCall, Setting, Typing, shown
 

@@ -21,8 +21,8 @@ def _infer(call: OpCall) -> Typing:
                    "groups are of the tokens of the model's first input")  # fmt: skip
     at = {}
     for name, tensor in (("x", x), ("say", say)):
-        at[name] = next((i for i, d in enumerate(tensor.dims) if d is dim), None)
-        if at[name] is None:
+        at[name] = next((i for i, d in enumerate(tensor.dims) if d is dim), len(tensor.dims))
+        if at[name] == len(tensor.dims):
             raise fail(
                 "dim-mismatch",
                 f"`{name}` of `summarise` does not have `{dim.name}`, by whose `{clock.name}` it is grouped",

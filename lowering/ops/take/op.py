@@ -41,7 +41,6 @@ OPS = (
         operand_kinds={"x": ("real", "token", "index", "mask", "coordinate")},
         linear=(("x",),),
         index=("S",),
-        coordinates=True,
         monoid=Monoid("S", ("row",), peers="all", receiver_free=True),
         flops=lambda sizes, attrs: 0.0,
         source="ours",
