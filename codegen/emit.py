@@ -128,6 +128,10 @@ class _ObjectiveWriter(Writer):
     def call(self, node: Node) -> str:
         if node.op == "call":
             inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
+            name = node.attr("instance")
+            if not self.graph.instance(name).bodies:  # another model, which the runtime lends
+                more = ", more=True" if self.program.program.lent[name].model.asked else ""
+                return f'self.ask("{name}", {inputs}, at{more})'
             more = ", more=True" if self.program.model.body.asked else ""
             return f"self.run({inputs}, at, lib.STATELESS{more})"
         return super().call(node)

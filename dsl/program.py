@@ -108,7 +108,8 @@ class Instance:
 
     `bodies` has one name, or for a loop the names of its distinct iterations; then `schedule` says which iteration is
     which (for a layer of experts, which expert). One that is not `owned` is shared: a body around this one owns it, and
-    lends it. `lends` are the names of the shared instances that this one must be lent.
+    lends it; one without `bodies` is another model, which an objective is lent. `lends` are the names of the shared
+    instances that this one must be lent.
     """
 
     name: str
@@ -241,7 +242,8 @@ class Program:
     """A model, elaborated. `root` names the model's body; `objectives` the bodies that train it, by name.
 
     `arguments` are the values of the model's parameters, `family` the declaration that they are parameters of.
-    `is_changed` says that rules of a `with:` built something else around parts of it.
+    `is_changed` says that rules of a `with:` built something else around parts of it. `lent` are models that an
+    objective runs beside it, by the names of its parameters: no part of this one.
     """
 
     name: str
@@ -251,6 +253,7 @@ class Program:
     objectives: dict[str, str]
     arguments: dict[str, Any]
     is_changed: bool = False
+    lent: dict[str, Program] = field(default_factory=dict)
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
     @property

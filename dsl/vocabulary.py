@@ -33,6 +33,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "keep": "only the places where a mask is true",
         "delay": "the value some steps earlier along a dim",
         "next": "the token some steps later",
+        "is_known": "whether a token is known, as those at the end of a document are not",
         "since": "steps since a condition last held",
         "resize": "a picture's grid at another size",
         "rotate": "pairs of channels turned by angles",

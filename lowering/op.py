@@ -164,6 +164,11 @@ class Op:
     `coordinates` is true if it reads position and document of its sequence. `stacked` names the op that does several
     of these side by side, `epilogues` are pointwise ops that it can apply to its result.
     `random` ops draw anew each time, so equal ones are not one.
+
+    What a cut of a dim must know: `grouped` are pairs of a formal and what divides it into equal runs (another formal
+    of one dim, or a setting), each run with something of its own; `coupled` formals of which places belong together in
+    a way that a choice of places breaks; `scored` the operand by which the dims of its formals are ranked, if not by
+    what is contracted with a weight.
     """
 
     name: str
@@ -184,6 +189,9 @@ class Op:
     stacked: str | None = None
     epilogues: tuple[str, ...] = ()
     random: bool = False
+    grouped: tuple[tuple[str, str], ...] = ()
+    coupled: tuple[str, ...] = ()
+    scored: str | None = None
     infer_with: Callable[[OpCall], Typing] | None = None
 
     @cached_property

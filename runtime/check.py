@@ -9,7 +9,7 @@ from typing import Any
 
 from ..dsl.checkpoint import tensor_map
 from ..dsl.diagnostics import Diagnostic, SpecError, fail
-from ..dsl.elaborate import elaborate, entries
+from ..dsl.elaborate import Lent, elaborate, entries
 from ..dsl.load import File, load, load_text, standard_index
 from ..dsl.names import check_names
 from ..dsl.program import Program
@@ -27,14 +27,20 @@ class Checked:
 
 
 def program_of(
-    file: File, model: str | None = None, overrides: Mapping[str, Any] | None = None, objective: str = "next_token"
+    file: File,
+    model: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    objective: str = "next_token",
+    settings: Mapping[str, Any] | None = None,
+    lent: Mapping[str, Lent] | None = None,
 ) -> Program:
     """Elaborate one model of a file, the one named or else the last that needs no arguments, with a block that trains
     it.
 
+    `settings` are parameters of that block; `lent` gives it other models, `{"teacher": (file, model, overrides)}`.
     Raises `SpecError`.
     """
-    return elaborate(file, table(), hooks, model, overrides, objective)
+    return elaborate(file, table(), hooks, model, overrides, objective, settings, lent)
 
 
 def check_file(file: File) -> Checked:

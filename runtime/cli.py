@@ -287,6 +287,28 @@ def generate(
     generate_text(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed)
 
 
+@command
+def prune(
+    folder: Annotated[Path, typer.Argument(help="the teacher: a model folder, or a run")],
+    spec: Spec,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the model folder to write")],
+    data: Annotated[list[Path] | None, typer.Option(help="text on which the teacher shows what matters in it")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="rows of the data, at most")] = 1024,
+    seq: Annotated[int, typer.Option(min=2, help="tokens of a row")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="rows at once")] = 8,
+    depth: Annotated[str, typer.Option(help="bi, perplexity, kl, mse or hidden_mse, for layers")] = "bi",
+    keep: Annotated[list[str] | None, typer.Option(metavar="NAME=PLACES", help="what stays: layer=0..14,31")] = None,
+    scores: Annotated[Path | None, typer.Option(help="scores that were saved, in place of data")] = None,
+    set: Set = None,  # noqa: A002
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Make a smaller model of a model's weights: the spec says how small, scores or you what stays."""
+    from .compress.command import kept, prune_folder
+
+    made = prune_folder(folder, spec, overrides(set), out, data, samples, seq, batch, depth, kept(keep), scores)
+    typer.echo(str(made))
+
+
 @app.command(name="import")
 def import_(
     source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="a folder with config.json and safetensors")],

@@ -1,5 +1,5 @@
 """From checked syntax to an elaborated program: names get values, dims unify, sizes are computed, loops unroll."""
 
-from .entry import elaborate, entries
+from .entry import Lent, elaborate, entries
 
-__all__ = ["elaborate", "entries"]
+__all__ = ["Lent", "elaborate", "entries"]

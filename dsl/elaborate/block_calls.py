@@ -138,18 +138,19 @@ class BlockCalls(Machine):
         builder = env.builder
         name = self._instance(callee, made, builder, span, hint)
         swap = self.swap(made, given)
+        common = builder.common if callee.model else None
         outputs = [r for r in made.returned if isinstance(r, Tensor)]
         base = [hint or made.builder.block]
         if len(outputs) > 1:
             base = [t.name if hint is None else f"{hint}_{t.name}" for t in outputs]
         results = tuple(
-            (b, t.kind, tuple(swapped(d, swap) for d in t.dims)) for b, t in zip(base, outputs, strict=False)
+            (b, t.kind, tuple(swapped(d, swap, common) for d in t.dims)) for b, t in zip(base, outputs, strict=False)
         )
         brought = [t for v in given.settings.values() for t in tensors_in(v)]
         operands = tuple(t for t in (*given.tensors.values(), *brought) if t is not None)
         bindings: dict[str, tuple[Dim, ...]] = {made.builder.dim_name(f): (swap[id(f)],) for f in made.formals}
         tensors = builder.add_node("call", operands, results, {"instance": name}, bindings, span)
-        made.runs.append(Run(made, builder, builder.nodes[-1], tensors, swap))
+        made.runs.append(Run(made, builder, builder.nodes[-1], tensors, swap, common))
         for tensor in tensors:
             tensor.run = made.runs[-1]
         rest = iter(tensors)
@@ -165,6 +166,13 @@ class BlockCalls(Machine):
         return {id(a): b for a, b in zip(made.formals, dims, strict=True)}
 
     def _instance(self, callee: Waiting, made: Elaborated, builder: Builder, span: Span, hint: str | None) -> str:
+        if callee.lent and callee.model:
+            if all(i.name != callee.model for i in builder.instances):
+                builder.own(callee.model, span)
+                builder.instances.append(pg.Instance(callee.model, (), owned=False))
+            if self.lent.setdefault(callee.model, made) is not made:
+                raise fail("not-built-yet", f"`{callee.model}` on inputs of two types is not built yet", span)
+            return callee.model
         if callee.shared:
             name, owner, _ = callee.shared
             self._lend(name, owner, made, builder, span)
@@ -320,7 +328,7 @@ class BlockCalls(Machine):
             target = value.op.name if value.op is not None else id(value.found.declaration) if value.found else None
             settings = tuple((n, self.key(v, dims)) for n, v in sorted(value.settings.items()))
             shared = None if value.shared is None else (value.shared.name, id(value.shared.builder))
-            return ("waiting", target, settings, shared, scope_key(scope_of(value)), value.is_it)
+            return ("waiting", target, settings, shared, scope_key(scope_of(value)), value.is_it, value.model)
         if isinstance(value, (list, tuple)):
             return ("list", tuple(self.key(v, dims) for v in value))
         if isinstance(value, TableOf):

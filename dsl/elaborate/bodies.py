@@ -54,9 +54,11 @@ class Run:
     """One call of a body: its variables can be asked for, `f(x).final`."""
 
     def __init__(
-        self, made: Elaborated, builder: Builder, node: dict[str, Any], tensors: Sequence[Tensor], swap: dict[int, Dim]
-    ):
+        self, made: Elaborated, builder: Builder, node: dict[str, Any], tensors: Sequence[Tensor], swap: dict[int, Dim],
+        common: dict[tuple[str, int], Dim] | None,
+    ):  # fmt: skip
         self.made, self.builder, self.node, self.tensors, self.swap = made, builder, node, tensors, swap
+        self.common = common
         self.given: dict[str, Tensor] = {}
 
     def __call__(self, name: str, span: Span) -> Tensor:
@@ -83,7 +85,7 @@ class Run:
         """A variable of this run, as its caller knows it."""
         if name not in self.given:
             inner = self.made.asked[name]
-            dims = tuple(swapped(d, self.swap) for d in inner.dims)
+            dims = tuple(swapped(d, self.swap, self.common) for d in inner.dims)
             made = Tensor(
                 self.builder.fresh(f"{self.tensors[0].name}_{name}"), inner.kind, dims, self.builder, span=inner.span
             )
@@ -108,11 +110,18 @@ def inside(value: Any, name: str, builder: Builder) -> Any:
     return value
 
 
-def swapped(dim: Dim, swap: dict[int, Dim]) -> Dim:
-    """The caller's dim for one of a body: a new one, where the body made it."""
+def swapped(dim: Dim, swap: dict[int, Dim], common: dict[tuple[str, int], Dim] | None = None) -> Dim:
+    """The caller's dim for one of a body: a new one, where the body made it.
+
+    common: the dims that whole models gave their caller, by name and size. The words that teacher and student predict
+    are one dim.
+    """
     if id(dim) not in swap:
-        lead, factors = (tuple(swapped(d, swap) for d in parts) for parts in (dim.lead, dim.factors))
-        swap[id(dim)] = Dim(dim.name, dim.size, dim.sequence, lead, dim.span, factors, dim.clock)
+        lead, factors = (tuple(swapped(d, swap, common) for d in parts) for parts in (dim.lead, dim.factors))
+        made = Dim(dim.name, dim.size, dim.sequence, lead, dim.span, factors, dim.clock)
+        if common is not None and dim.size is not None:
+            made = common.setdefault((dim.name, dim.size), made)
+        swap[id(dim)] = made
     return swap[id(dim)]
 
 

@@ -38,6 +38,7 @@ class Builder:
     borrowed: dict[str, str] = field(default_factory=dict)
     op_dims: dict[str, dict[Any, Dim]] = field(default_factory=dict)
     coordinates: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    common: dict[tuple[str, int], Dim] = field(default_factory=dict)
     _spelled: list[Dim] = field(default_factory=list)
     _dims: dict[int, Dim] = field(default_factory=dict)
     _dim_names: dict[str, int] = field(default_factory=dict)

@@ -30,8 +30,6 @@ class Calls(Machine):
                     return made[0]
             if function.id == "route" and env.file.lookup("route") is None:
                 return self.route(expr, env, hint)
-            if function.id == "constant" and len(expr.arguments) == 1:
-                raise self.unknown("constant", function.span, env)
         callee = self.value(function, env)
         if not isinstance(callee, Waiting):
             what = f"`{function.id}` is {kind(callee)} and" if isinstance(function, sx.Name) else kind(callee)

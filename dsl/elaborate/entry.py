@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import program as pg
@@ -26,6 +26,19 @@ from .rewriting import Rewrites, Rewriting
 from .statements import Statements
 from .values import Cell, Dim, Tensor, Waiting
 
+Lent = tuple[File, str | None, Mapping[str, Any]]
+"""Another model for an objective: a file, the name of a model of it (or None), other values of its parameters."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What trains a model: an objective, its settings, and the other models that it takes."""
+
+    objective: str | None
+    settings: Mapping[str, Any]
+    lent: Mapping[str, Lent]
+    models: Mapping[str, tuple[Found, Waiting]] = field(default_factory=dict)
+
 
 class Elaborator(Expressions, Calls, OpCalls, BlockCalls, Experts, Reshaping, Rewriting, Statements):
     """One elaboration: the op table comes from the floor above, as data."""
@@ -47,6 +60,7 @@ class Elaborator(Expressions, Calls, OpCalls, BlockCalls, Experts, Reshaping, Re
         self.sheets: dict[int, Rewrites] = {}
         self.segments: set[str] = set()
         self.coordinates: dict[tuple[int, str], tuple[Dim, sx.Expr | None]] = {}
+        self.lent: dict[str, Elaborated] = {}
         self.standard = frozenset(standard_index())
         self.slower: dict[tuple[int, pg.Clock | None], tuple[Dim, Dim]] = {}
         self._names: set[str] = set()
@@ -97,30 +111,36 @@ def elaborate(
     model: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     objective: str | None = "next_token",
+    settings: Mapping[str, Any] | None = None,
+    lent: Mapping[str, Lent] | None = None,
 ) -> pg.Program:
     """Elaborate one model of a file, and the objective that trains it.
 
     `ops` is the op table, `hooks` has its `REQUIRED`, `OpCall` and `OwnedWeight`. Without `model`, the last model of
-    the file whose parameters are all known. Raises `SpecError` with every independent diagnostic.
+    the file whose parameters are all known. `settings` are parameters of the objective, `lent` those that are other
+    models (a teacher): each a file, a model of it, and overrides. Raises `SpecError` with every independent diagnostic.
     """
     found = _choose(file, model)
+    asked = Asked(objective, settings or {}, lent or {})
     followers: dict[str, pg.Clock] = {}
     while True:
         machine = Elaborator(ops, hooks.REQUIRED, hooks.OpCall, hooks.OwnedWeight, followers)
-        program = _run(machine, found, overrides or {}, objective)
+        program = _run(machine, found, overrides or {}, asked)
         if machine.followers == followers:
             return program
         # A coordinate of the body said that a dim of the inputs follows the stream: they are built again, so.
         followers = machine.followers
 
 
-def _run(machine: Elaborator, found: Found, overrides: Mapping[str, Any], objective: str | None) -> pg.Program:
+def _run(machine: Elaborator, found: Found, overrides: Mapping[str, Any], asked: Asked) -> pg.Program:
     try:
         waiting = _waiting(machine, found)
-        settings = {**waiting.settings, **overrides}
+        arguments = {**waiting.settings, **overrides}
         _check_overrides(waiting, overrides, found)
-        program = _elaborate(machine, found, replace(waiting, settings=settings), objective)
-        for diagnostic in (*machine.unused_rules(), *_unused_inits(machine, program)):
+        models = {name: _lent_model(machine, name, *given) for name, given in asked.lent.items()}
+        program = _elaborate(machine, found, replace(waiting, settings=arguments), replace(asked, models=models))
+        unused = [d for p in (program, *program.lent.values()) for d in _unused_inits(machine, p)]
+        for diagnostic in (*machine.unused_rules(), *unused):
             machine.collector.add(diagnostic)
     except SpecError as error:
         machine.collector.add(error)
@@ -130,6 +150,16 @@ def _run(machine: Elaborator, found: Found, overrides: Mapping[str, Any], object
     return program
 
 
+def _lent_model(
+    machine: Elaborator, name: str, file: File, model: str | None, overrides: Mapping[str, Any]
+) -> tuple[Found, Waiting]:
+    """Another model, as a parameter of an objective."""
+    found = _choose(file, model)
+    waiting = _waiting(machine, found)
+    _check_overrides(waiting, overrides, found)
+    return found, replace(waiting, settings={**waiting.settings, **overrides}, model=name, lent=True)
+
+
 def _waiting(machine: Elaborator, found: Found) -> Waiting:
     """A model as a function that waits for its inputs, also where it has none."""
     if isinstance(found.declaration, sx.Function):
@@ -137,7 +167,7 @@ def _waiting(machine: Elaborator, found: Found) -> Waiting:
     return machine.variant(found, found.declaration.name_span)
 
 
-def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: str | None) -> pg.Program:
+def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, asked: Asked) -> pg.Program:
     declaration = waiting.block
     span = found.declaration.name_span
     builder = Builder("entry")
@@ -154,20 +184,48 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, objective: s
                 declaration.name_span,
             )
     objectives: dict[str, str] = {}
-    if objective is not None:
-        objectives.update(_objective(machine, found, waiting, objective, tensors, builder, made))
+    if asked.objective is not None:
+        objectives.update(_objective(machine, found, waiting, asked, tensors, builder, made))
     machine.finish()
-    arguments = {p.name: _plain(made.variables.get(p.name)) for p in declaration.parameters}
-    return pg.Program(
-        found.declaration.name,
-        declaration.name,
-        made.name,
-        machine.bodies,
-        objectives,
-        arguments,
-        bool(machine.sheets),
-        span,
-    )
+    program = replace(_program(machine, found, waiting, made), objectives=objectives)
+    return _with_lent(machine, program, asked) if machine.lent else program
+
+
+def _program(machine: Elaborator, found: Found, waiting: Waiting, made: Elaborated) -> pg.Program:
+    """A model that is made: for one that is lent, its own bodies only."""
+    arguments = {p.name: _plain(made.variables.get(p.name)) for p in waiting.block.parameters}
+    bodies = machine.bodies
+    if waiting.lent:
+        bodies = {name: bodies[name] for name in _reached(bodies, [made.name])}
+    name, span = found.declaration.name, found.declaration.name_span
+    return pg.Program(name, waiting.block.name, made.name, bodies, {}, arguments, bool(machine.sheets), span=span)
+
+
+def _with_lent(machine: Elaborator, program: pg.Program, asked: Asked) -> pg.Program:
+    """A program beside the models that its objective is lent: these are programs of their own."""
+    lent = {name: _program(machine, *asked.models[name], made) for name, made in machine.lent.items()}
+    own = set(_reached(program.bodies, [program.root, *program.objectives.values()]))
+    gone = {b for p in lent.values() for b in p.bodies} - own
+    bodies = {name: body for name, body in program.bodies.items() if name not in gone}
+    for name, body in bodies.items():
+        deep = [i.name for i in body.instances if not i.bodies]
+        if deep and name not in program.objectives.values():
+            raise fail(
+                "not-built-yet", f"`{deep[0]}`, which is lent, in a block of its own is not built yet", body.span
+            )
+    return replace(program, bodies=bodies, lent=lent)
+
+
+def _reached(bodies: Mapping[str, pg.Body], roots: list[str]) -> list[str]:
+    """Bodies that some reach, themselves among them, in order of elaboration."""
+    found: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(b for i in bodies[name].instances for b in i.bodies)
+    return [name for name in bodies if name in found]
 
 
 def _unused_inits(machine: Elaborator, program: pg.Program) -> Iterator[Diagnostic]:
@@ -181,23 +239,38 @@ def _unused_inits(machine: Elaborator, program: pg.Program) -> Iterator[Diagnost
 
 
 def _objective(
-    machine: Elaborator, found: Found, waiting: Waiting, objective: str, tensors: dict[str, Any], builder: Builder,
+    machine: Elaborator, found: Found, waiting: Waiting, asked: Asked, tensors: dict[str, Any], builder: Builder,
     model: Elaborated,
 ) -> dict[str, str]:  # fmt: skip
     """The objective's body, if it takes the inputs that the model has and the model gives what it asks for."""
+    objective = asked.objective or ""
     block = found.file.lookup(objective)
     if block is None:
         raise fail("unknown-name", f"no objective is named `{objective}`", found.declaration.name_span)
     wanted = [i.name for i in inputs_of(Waiting(found=block).block)]
     if any(tensors.get(name) is None for name in wanted) or "logits" not in model.variables:
         return {}
-    # What the objective does not name goes straight to the model.
-    more = {n: t for n, t in tensors.items() if n not in wanted and t is not None}
-    absent = {n: None for n, t in tensors.items() if t is None}
-    net = replace(waiting, settings={**waiting.settings, **more, **absent})
-    given = Given({n: tensors[n] for n in wanted}, {"net": net}, {})
+    _check_objective(block, asked, found)
+    # What the objective does not name goes straight to the models.
+    more = {n: t for n, t in tensors.items() if n not in wanted}
+    net = replace(waiting, settings={**waiting.settings, **more}, model="net")
+    models = {"net": net, **{name: other for name, (_, other) in asked.models.items()}}
+    given = Given({n: tensors[n] for n in wanted}, {**asked.settings, **models}, {})
     made = machine.body_of(Waiting(found=block), given, Environment(found.file, builder), found.declaration.name_span)
     return {objective: made.name}
+
+
+def _check_objective(block: Found, asked: Asked, found: Found) -> None:
+    """Raises `no-such-parameter` for a setting, or a model, that the objective does not take."""
+    names = [p.name for p in Waiting(found=block).block.parameters]
+    for name in (*asked.settings, *asked.lent):
+        if name not in names or name == "net":
+            raise fail(
+                "no-such-parameter",
+                f"the objective `{asked.objective}` has no parameter `{name}`",
+                found.declaration.name_span or NOWHERE,
+                help=did_you_mean(name, [n for n in names if n != "net"], "a parameter"),
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -40,6 +40,7 @@ class Machine(ABC):
     segments: set[str]
     standard: frozenset[str]
     coordinates: dict[tuple[int, str], tuple[Dim, sx.Expr | None]]
+    lent: dict[str, Elaborated]
     followers: dict[str, pg.Clock]
 
     # Of the elaborator itself.

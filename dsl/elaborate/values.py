@@ -65,7 +65,8 @@ class Waiting:
 
     `settings` are parameters given so far, as cells by name; `shared` is its one set of weights, if it has one.
     `sheets` are the rules of the variant that it is; `place` are the rules in force in its body where a rule has
-    already been applied to it, `is_it` whether it stands inside what that rule built.
+    already been applied to it, `is_it` whether it stands inside what that rule built. `model` is the parameter of an
+    objective that a whole model is given as, `lent` says that it is another model than the one that is trained.
     """
 
     op: Any = None
@@ -77,6 +78,8 @@ class Waiting:
     sheets: tuple[Any, ...] = ()
     place: Any = None
     is_it: bool = False
+    model: str | None = None
+    lent: bool = False
     kind_word = "a function that waits for its input"
 
     @property

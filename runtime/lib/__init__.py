@@ -12,7 +12,7 @@ from .loss import cross_entropy, known
 from .model import Model
 from .norm import LayerNorm, RmsNorm, layer_norm, rms_norm
 from .pointwise import relu2, rotate, silu_mul
-from .rows import At, Coordinates, Mask, next_token, reduce_rows, take_row
+from .rows import At, Coordinates, Mask, count_rows, next_token, reduce_rows, take_row
 from .ssd import ssd
 from .stream import Stream
 
@@ -37,6 +37,7 @@ __all__ = [
     "Weights",
     "attend",
     "causal_conv",
+    "count_rows",
     "cross_entropy",
     "embed",
     "empty",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Model(nn.Module):
     # The program and the artifact that it was made of, where it was compiled here.
     program: Any = None
     artifact: Any = None
+    # Models that the objective asks, by name; a dict, so that they are no modules of this one.
+    lent: Mapping[str, Model] = MappingProxyType({})
     # Why the model cannot be decoded token by token, where it cannot.
     late: str | None = None
 
@@ -111,6 +114,25 @@ class Model(nn.Module):
         """{loss: number of scored tokens}: without weights, so that micro-batches can be added up first."""
         at = At(tokens.shape, tokens.device, None, document, valid)
         return self.counts_of(tokens, *self._more(more, at), at)
+
+    # Other models, which an objective asks.
+
+    def lend(self, **models: Model) -> Model:
+        """Give the objective the models that it asks, by the names of its parameters (`teacher`).
+
+        They are frozen, and no part of this one: not trained, not saved with it, not moved or cast with it.
+        """
+        self.lent = {**self.lent, **{name: model.requires_grad_(False).eval() for name, model in models.items()}}
+        return self
+
+    def ask(self, name: str, *inputs: Any, more: bool = False) -> Any:
+        """What a lent model gives for inputs and coordinates; it states no losses. Raises RuntimeError where it was
+        not lent."""
+        *tensors, at = inputs
+        if name not in self.lent:
+            raise RuntimeError(f"{type(self).__name__}: the objective asks `{name}`, give it by lend({name}=...)")
+        asked: Callable[..., Any] = self.lent[name].run
+        return asked(*tensors, at.quiet(), STATELESS, more=True) if more else asked(*tensors, at.quiet(), STATELESS)
 
     # Token by token.
 

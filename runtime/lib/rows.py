@@ -6,6 +6,7 @@ Dims: b batch, t seq (rows of this call), k keys.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -143,6 +144,12 @@ class At:
     def validity(self) -> Tensor:
         """bool [batch, seq]: `valid`, also where all rows are."""
         return self.valid if self.valid is not None else torch.ones_like(self.position, dtype=torch.bool)
+
+    def quiet(self) -> At:
+        """These coordinates for another model, whose losses and sums nobody asks for."""
+        other = copy(self)
+        other.gathered, other.losses = None, {}
+        return other
 
     def count(self) -> int | Tensor:
         """How many rows are valid."""
@@ -305,17 +312,16 @@ def next_token(tokens: Tensor, at: At, by: int = 1) -> Tensor:
     return target
 
 
-def reduce_rows(x: Tensor, how: str, dims: tuple[int, ...], at: At, rows: tuple[int, ...]) -> Tensor:
+def reduce_rows(
+    x: Tensor, how: str, dims: tuple[int, ...], at: At, rows: tuple[int, ...], where: Tensor | None = None
+) -> Tensor:
     """Reduce dims of x, among them the sequence: "sum", "mean", "max_over" or "count" over the valid rows.
 
-    rows: the axes of x that [batch, seq] are.
+    rows: the axes of x that [batch, seq] are, if it has them; where bool like x: the places that count.
     """
-    valid: Tensor | None = None
-    if at.valid is not None:
-        shape = [1] * x.dim()
-        for axis, size in zip(rows, at.valid.shape, strict=True):
-            shape[axis] = size
-        valid = at.valid.view(shape)
+    valid = _valid(x, at, rows)
+    if where is not None:
+        valid = where if valid is None else where & valid
     if how == "max_over":
         return (x if valid is None else x.masked_fill(~valid, -torch.inf)).amax(dims)
     if how == "count":
@@ -325,3 +331,19 @@ def reduce_rows(x: Tensor, how: str, dims: tuple[int, ...], at: At, rows: tuple[
         return total
     ones = torch.ones_like(x) if valid is None else valid.expand(x.shape).to(x.dtype)
     return total / ones.sum(dims).clamp_min(1)
+
+
+def count_rows(where: Tensor, at: At, rows: tuple[int, ...]) -> Tensor:
+    """How many places of a mask are true on valid rows, 0-d int64."""
+    valid = _valid(where, at, rows)
+    return (where if valid is None else where & valid).sum()
+
+
+def _valid(x: Tensor, at: At, rows: tuple[int, ...]) -> Tensor | None:
+    """The validity of rows in a shape that x broadcasts with, or None where all are valid."""
+    if at.valid is None or not rows:
+        return None
+    shape = [1] * x.dim()
+    for axis, size in zip(rows, at.valid.shape, strict=True):
+        shape[axis] = size
+    return at.valid.view(shape)

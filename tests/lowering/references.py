@@ -182,6 +182,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "cross_entropy": lambda c, o, d: room(c).cross_entropy(o["logits"], o["target"]),
     "rotate": lambda c, o, d: room(c).rotate(o["x"], o["cos"], o["sin"]),
     "next": lambda c, o, d: room(c).next_token(o["ids"], d, c.attr("by")),
+    "is_known": lambda c, o, d: room(c).is_known(o["ids"]),
     "causal_conv": lambda c, o, d: by_document(lambda x: room(c).causal_conv(x, o["weight"], o["bias"]), d, o["x"]),
     "parallel_conv": _parallel_conv,
     "ssd": _ssd,

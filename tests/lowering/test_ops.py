@@ -66,6 +66,7 @@ WITHOUT_GRADIENT = {
     ("floordiv", "x"),
     ("floordiv", "y"),
     ("sign", "x"),
+    ("constant", "x"),
     ("top_k", "x"),
 }
 

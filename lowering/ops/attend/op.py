@@ -84,6 +84,7 @@ OPS = (
             Setting("distances", "mask", (), "one a source: which place of its bias is added to a score"),
         ),
         linear=(("v",),),
+        grouped=(("H", "K"),),
         coordinates=True,
         monoid=Monoid("S", ("max", "sum", "weighted_values"), peers="masked", receiver_free=False),
         flops=_flops,

@@ -1,4 +1,4 @@
-"""The token some places later: what a language model predicts."""
+"""The token some places later: what a language model predicts, and whether it is known."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ OPS = (
         operand_kinds={"ids": ("token", "index")},
         result_kind=lambda call: call.tensors["ids"].kind,
         coordinates=True,
+        flops=lambda sizes, attrs: 0.0,
+        source="ours",
+    ),
+    Op(
+        name="is_known",
+        text="ids[*] -> y[*]",
+        meaning="true where a token is known: `is_known(next(tokens))` where a prediction is scored",
+        operand_kinds={"ids": ("token", "index")},
+        result_kind="mask",
         flops=lambda sizes, attrs: 0.0,
         source="ours",
     ),

@@ -13,3 +13,8 @@ def next_token(ids: Tensor, document: Tensor | None = None, by: int = 1) -> Tens
         same = torch.ones_like(ids[:, 0]) > 0 if document is None else document[:, t] == document[:, t + by]
         later[:, t] = torch.where(same, ids[:, t + by], -1)
     return later
+
+
+def is_known(ids: Tensor) -> Tensor:
+    """ids[*] -> y[*]."""
+    return ids != -1

@@ -24,6 +24,8 @@ def emit(use: Any) -> str:
     args = [a if a is not None else scalars[i] for i, a in enumerate(args)]
     if name == "outer":
         return f"{use.wrap(args[0])}[{', '.join(['...'] + ['None'] * use.result_width('B'))}] * {use.wrap(args[1])}"
+    if name == "constant":
+        return f"{use.wrap(args[0])}.detach()"
     if name == "neg":
         return f"-{use.wrap(args[0])}"
     if name == "gelu_tanh":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ....dsl.diagnostics import fail
+from ....dsl.diagnostics import Label, fail
 from ...op import Op, OpCall, Setting, Typing, shown, tensors_of
 
 UNARY = {
@@ -30,6 +30,7 @@ UNARY = {
     "log_sigmoid": "log(sigmoid(x))",
     "sin": "sine",
     "cos": "cosine",
+    "constant": "x, through which no gradient flows",
 }
 BINARY = {
     "add": "x + y",
@@ -41,7 +42,14 @@ BINARY = {
     "max": "the larger",
     "min": "the smaller",
 }
-LINEAR = {"neg": (("x",),), "add": (("x", "y"),), "sub": (("x", "y"),), "mul": (("x",), ("y",)), "div": (("x",),)}
+LINEAR = {
+    "neg": (("x",),),
+    "constant": (("x",),),
+    "add": (("x", "y"),),
+    "sub": (("x", "y"),),
+    "mul": (("x",), ("y",)),
+    "div": (("x",),),
+}
 SIGNS = {"neg": "-", "add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "^"}
 _KINDS = ("real", "coordinate", "index")
 _SCALES = ("neg", "mul", "div")
@@ -78,9 +86,17 @@ def _aligned(call: OpCall, tensors: list[Any], kind: str) -> Typing:
                 "dims of the other",
                 call.span,
                 f"{shown(widest)} and {shown(t)}",
-                help="`outer(a, b)` gives the dims of both",
+                labels := _namesakes(widest, t),
+                help=None if labels else "`outer(a, b)` gives the dims of both",
             )
     return Typing({"D": tuple(widest.dims)}, tuple(call.tensors.values()), ((kind, tuple(widest.dims)),))
+
+
+def _namesakes(a: Any, b: Any) -> list[Label]:
+    """Where dims come from that two operands have by one name, though they are two."""
+    pairs = [(d, e) for d in a.dims for e in b.dims if d is not e and d.name == e.name]
+    labels = [Label(d.span, f"`{d.name}` = {d.size}") for pair in pairs for d in pair if getattr(d, "span", None)]
+    return labels if len({label.span for label in labels}) > 1 else []
 
 
 def _clip(call: OpCall) -> Typing:

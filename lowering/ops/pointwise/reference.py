@@ -53,6 +53,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "log_sigmoid": lambda x: -log_sum(-x),
     "sin": torch.sin,
     "cos": torch.cos,
+    "constant": lambda x: x.detach(),
 }
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda x, y: x + y,

@@ -17,6 +17,8 @@ def emit(use: Any) -> str:
     x = use.wrap(use.args[0])
     if use.graph.values[use.operands[0]].type.kind == "mask" and how != "count":
         x = f"{x}.float()"
+    if len(use.operands) > 1:
+        return f'lib.reduce_rows({x}, "{how}", {dims}, at, {rows or ()}, where={use.args[1]})'
     if rows is not None:
         return f'lib.reduce_rows({x}, "{how}", {dims}, at, {rows})'
     return f"{x}.{CALLS[how]}({shown})" + ".float()" * (how == "count")
@@ -24,6 +26,8 @@ def emit(use: Any) -> str:
 
 def count(use: Any) -> str:
     """The number of places of a loss: valid rows, or batch rows, times the static dims."""
+    if len(use.operands) > 1:
+        return f"lib.count_rows({use.args[1]}, at, {_rows(use) or ()})"
     static = 1
     for d in use.bound("D"):
         static *= use.graph.size(d) or 1

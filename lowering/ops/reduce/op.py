@@ -32,7 +32,7 @@ def _infer(call: OpCall) -> Typing:
     """The reduced dims go, wherever they stand. A mean over data that leaves nothing is a sum over places and their
     count: a loss."""
     call.op._check_kinds(call)
-    x, over = call.tensors["x"], _reduced(call)
+    x, over, where = call.tensors["x"], _reduced(call), call.tensors.get("where")
     slower = next((d for d in over if d.clock not in (None, TOKENS)), None)
     if slower is not None:
         raise fail(
@@ -41,22 +41,31 @@ def _infer(call: OpCall) -> Typing:
             call.span_of("over"),
             "its rows come with groups of tokens",
         )
+    if where is not None and [id(d) for d in where.dims] != [id(d) for d in x.dims]:
+        raise fail(
+            "dim-mismatch",
+            f"`where` of `{call.op.name}` must say of each place of its input whether it counts",
+            call.span_of("where"),
+            f"this is {shown(where)}, the input {shown(x)}",
+        )
     rest = tuple(d for d in x.dims if not any(d is e for e in over))
     is_loss = call.op.name == "mean" and not rest and any(d.size is None for d in over)
-    return Typing({"D": tuple(over)}, (x,), (("loss" if is_loss else "real", rest),))
+    return Typing(
+        {"D": tuple(over)}, (x, where) if where is not None else (x,), (("loss" if is_loss else "real", rest),)
+    )
 
 
 def _reduction(name: str, meaning: str, state: tuple[str, ...], linear: bool, *kinds: str) -> Op:
     return Op(
         name=name,
-        text="x[*, D+] -> y[*]",
+        text="x[*, D+], where?[*, D+] -> y[*]" if linear else "x[*, D+] -> y[*]",
         meaning=meaning,
         settings=(
             Setting("over", "dims", None, "the dims that are reduced; all if not given"),
             Setting("except", "dims", None, "the dims that stay, in place of `over`"),
         ),
         infer_with=_infer,
-        operand_kinds={"x": kinds},
+        operand_kinds={"x": kinds, "where": ("mask",)},
         linear=(("x",),) if linear else (),
         coordinates=True,
         monoid=Monoid("D", state, peers="all", receiver_free=True),

@@ -45,6 +45,7 @@ OPS = (
         weights=(WeightRule("weight", Init("ones"), keep=True),),
         bind=_bind,
         linear=(("weight",),),
+        grouped=(("D", "groups"),),
         monoid=Monoid("D", ("count", "sum_of_squares"), peers="all", receiver_free=True),
         flops=lambda sizes, attrs: 4.0 * sizes["D"],
         source="Zhang and Sennrich 2019, eq. 4; groups: Dao and Gu 2024 (Mamba-2), gated RMSNorm",

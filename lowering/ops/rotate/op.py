@@ -35,6 +35,7 @@ OPS = (
         text="x[*, S, H, D], cos[*, S, R], sin[*, S, R] -> y[*, S, H, D]",
         meaning="channel j and channel j + pairs turn by the angle of this cosine and sine; later channels pass",
         linear=(("x",),),
+        coupled=("D",),
         infer_with=_infer,
         flops=lambda sizes, attrs: 3.0 * sizes["H"] * sizes["D"],
         source="Su et al. 2021, eq. 34, in the pairing of GPT-NeoX (j with j + pairs)",

@@ -53,6 +53,8 @@ OPS = (
         bind=_bind,
         linear=(("u",), ("b", "D"), ("c", "D")),
         coordinates=True,
+        grouped=(("H", "G"),),
+        scored="u",
         monoid=Monoid("S", ("decay", "state"), peers="earlier", receiver_free=True),
         flops=_flops,
         source="Dao and Gu 2024, Transformers are SSMs, section 6; initial values of Megatron-LM's mixer",
