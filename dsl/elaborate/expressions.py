@@ -20,7 +20,10 @@ from .values import POISON, Cell, Dim, Lazy, Picked, Poison, SequenceName, Symbo
 COORDINATES = ("position", "document", "valid")
 """What every sequence has."""
 
-OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "//": "floordiv", "^": "pow"}
+OPERATORS = {
+    "+": "add", "-": "sub", "*": "mul", "/": "div", "//": "floordiv", "^": "pow",
+    "<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne",
+}  # fmt: skip
 CONSTANTS: dict[str, Any] = {"pi": math.pi, "query": SequenceName("query"), "key": SequenceName("key")}
 
 
@@ -229,6 +232,8 @@ class Expressions(Machine):
     def _unary(self, expr: sx.Unary, env: Environment, hint: str | None) -> Any:
         value = self.value(expr.value, env)
         if expr.operator == "not":
+            if _is_mask(value):
+                return self.pointwise("logical_not", [value], env, expr.span, hint)
             return self._symbolic(expr, value) if isinstance(value, Symbolic) else not truth(value)
         if isinstance(value, Tensor):
             return self.pointwise("neg", [value], env, expr.span, hint)
@@ -243,15 +248,24 @@ class Expressions(Machine):
         op = expr.operator
         left = self.value(expr.left, env)
         if op in ("and", "or") and not isinstance(left, Symbolic):
+            if _is_mask(left):
+                right = self.value(expr.right, env)
+                if _is_mask(right):
+                    return self.pointwise(f"logical_{op}", [left, right], env, expr.span, hint)
+                if isinstance(right, bool):
+                    return left if right == (op == "and") else right
+                return right if op == "and" else left
             if truth(left) == (op == "or"):
                 return left
             return self.value(expr.right, env)
         right = self.value(expr.right, env)
         if isinstance(left, Symbolic) or isinstance(right, Symbolic):
             return self._mask_term(expr, left, right)
+        if op in ("==", "!=") and (left is None or right is None):
+            return (left is right) == (op == "==")
         if isinstance(left, Tensor) or isinstance(right, Tensor):
             if op not in OPERATORS:
-                raise fail("not-built-yet", f"`{op}` on tensors is not built yet", expr.span)
+                raise fail("wrong-type", f"`{op}` does not work on tensors", expr.span, help="a tensor is no list")
             return self.pointwise(OPERATORS[op], [left, right], env, expr.span, hint)
         if op in ("==", "!=", "in"):
             return binary(op, _plain(left), _plain(right), expr.span)
@@ -538,6 +552,10 @@ def _asked_of_key(expr: sx.Expr) -> sx.Expr:
         case sx.Unary():
             return sx.Unary(expr.operator, _asked_of_key(expr.value), span=expr.span)
     return expr
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.kind == "mask"
 
 
 def _plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ from heddle.dsl.program import TOKENS, Body, Dim, Init, Node, Program, Type, Val
 from heddle.lowering.graph import Graph, GraphProgram, State
 from heddle.lowering.op import Op
 from heddle.lowering.ops import part, table
-from heddle.lowering.ops.pointwise.op import BINARY, UNARY
+from heddle.lowering.ops.pointwise.op import BINARY, COMPARE, LOGIC, UNARY
 from heddle.lowering.passes.infer_types import graph_dims, infer
 from heddle.lowering.passes.stream import stream
 from heddle.runtime import lib
@@ -38,7 +38,7 @@ SIZES = st.sampled_from((1, 2, 3, 5, 7))
 SMALL = st.sampled_from((1, 2, 3))
 # Ops with a file of tests of their own: how many rows they give follows from the data, which no case here can say.
 APART = {"summarise"}
-POINTWISE = (*UNARY, *BINARY, "clip", "outer", "where")
+POINTWISE = (*UNARY, *BINARY, *COMPARE, *LOGIC, "clip", "outer", "where")
 REDUCTIONS = ("sum", "mean", "max_over", "count")
 
 
@@ -376,24 +376,25 @@ def _pointwise(draw: Draw, name: str, sizes: Any) -> Case:
         size |= {d: draw(SMALL) for d in other}
         x, y = Arg("x", "x", dims, ("A",) * len(dims)), Arg("y", "y", other, ("B",) * len(other))
         return Case(name, size, (x, y))
-    wide = Arg("x", "x", dims, ("D",) * len(dims))
+    kind = "mask" if name in LOGIC else "token" if name in ("eq", "ne") else "real"
+    wide = Arg("x", "x", dims, ("D",) * len(dims), kind)
     if name == "clip":
         low = draw(st.sampled_from((-0.5, 0.0)))
         bounds = draw(st.sampled_from(((low, 0.75), (low, None), (None, 0.75))))
         return Case(name, size, (wide,), (("low", bounds[0]), ("high", bounds[1])))
-    if name in UNARY:
+    if name in UNARY or name == "logical_not":
         return Case(name, size, (wide,))
     chosen = tuple(draw(st.permutations(dims))[: draw(st.integers(0, len(dims)))])
     if name == "where":
         mask = Arg("mask", "mask", chosen, ("D",) * len(chosen), "mask")
         other = draw(st.sampled_from((replace(wide, name="y", operand="y"), None)))
         return Case(name, size, (mask, wide, other), () if other else (("y", 0.5),))
-    number = draw(st.sampled_from((None, None, 2, 0.5)))
+    number = draw(st.sampled_from((None, None, 2, 0.5))) if kind == "real" else None
     if number is not None:
         first = draw(st.booleans())
         tensor = replace(wide, name="y", operand="y") if first else wide
         return Case(name, size, (None, tensor) if first else (tensor, None), (("x" if first else "y", number),))
-    narrow = Arg("y", "y", chosen, ("D",) * len(chosen))
+    narrow = Arg("y", "y", chosen, ("D",) * len(chosen), kind)
     if draw(st.booleans()):
         wide, narrow = replace(narrow, name="x", operand="x"), replace(wide, name="y", operand="y")
     return Case(name, size, (wide, narrow))

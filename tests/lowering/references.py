@@ -109,7 +109,7 @@ def _elementwise(case: Case, t: Tensors, _: Any) -> Tensor:
             args.append(x.reshape([case.size(d) if d in arg.dims else 1 for d in wanted]))
     if case.name == "clip":
         return ops.clip(args[0], case.attr("low"), case.attr("high"))
-    return {**ops.UNARY, **ops.BINARY, "outer": ops.outer, "where": ops.where}[case.name](*args)
+    return {**ops.UNARY, **ops.BINARY, **ops.LOGIC, "outer": ops.outer, "where": ops.where}[case.name](*args)
 
 
 def _parallel(case: Case, o: Any) -> list[tuple[Tensor, Tensor | None]]:

@@ -27,7 +27,7 @@ from heddle.lowering.graph import Graph
 from heddle.lowering.op import Monoid, Op
 from heddle.lowering.ops import part, rooms
 from heddle.lowering.ops import table as all_ops
-from heddle.lowering.ops.pointwise.op import BINARY, UNARY
+from heddle.lowering.ops.pointwise.op import BINARY, COMPARE, LOGIC, UNARY
 from heddle.lowering.passes.stream import streaming_errors
 from heddle.runtime import lib
 
@@ -68,6 +68,7 @@ WITHOUT_GRADIENT = {
     ("sign", "x"),
     ("constant", "x"),
     ("top_k", "x"),
+    *((name, n) for name in COMPARE for n in "xy"),
 }
 
 
@@ -487,7 +488,8 @@ def test_padding_changes_nothing(name, data):
     agree(found, wanted, rounding(case, short, *wanted))
 
 
-INNER = [n for n in POINTWISE if n not in ("outer", "floordiv", "where")]
+INNER = [n for n in POINTWISE if n not in ("outer", "floordiv", "where", *COMPARE, *LOGIC)]
+PAIRS = {**BINARY, **COMPARE, "logical_and": "", "logical_or": "", "outer": ""}
 
 
 @pytest.mark.parametrize("name", [n for n in POINTWISE if n != "where"])
@@ -496,46 +498,50 @@ def test_chains_are_one_expression_with_the_same_meaning(name):
     x, y = (
         torch.randn(7, generator=torch.Generator().manual_seed(i), dtype=torch.float64).abs() + 0.25 for i in (1, 2)
     )
-    for inner in INNER:
-        for place in range(len(table()[name].signature.operands)) if name not in UNARY else (0,):
-            for scalar in (False, True) if name in BINARY and name != "outer" else (False,):
+    for inner in COMPARE if name in LOGIC else INNER:
+        for place in (0, 1) if name in PAIRS else (0,):
+            for scalar in (False, True) if name in (*BINARY, *COMPARE) else (False,):
                 graph = chain(name, inner, place, scalar)
                 writer = Writer(graph, program_of(graph), {}, inline=True)
                 text = writer.call(graph.nodes[-1])
-                value = eval(text, {"torch": torch, "F": F, "lib": lib, "x": x, "y": y, "w": y})
+                value = eval(text, {"torch": torch, "F": F, "lib": lib, "x": x, "y": y, "w": y, "v": y > 0.5})
                 wanted = of_chain(name, inner, place, scalar, x, y)
                 # What is outside of a domain is NaN on both sides.
-                agree([value.nan_to_num(-3)], [wanted.nan_to_num(-3)], 64 * EPS * max(1, _most([wanted])))
+                agree([_number(value)], [_number(wanted)], 64 * EPS * max(1, _most([wanted])))
+
+
+def _number(x: Tensor) -> Tensor:
+    return x.double().nan_to_num(-3)
 
 
 def chain(name: str, inner: str, place: int, scalar: bool) -> Graph:
     """`m = inner(x, y)`, `z = name(.., m, ..)` with `m` at a place and `y`, or a number, at the other."""
     real = Type("real", ("a",))
     bounds = (("low", 0.1), ("high", 0.5))
-    first = Node(
-        (Value("m", real),), inner, ("x", "y") if inner in BINARY else ("x",), bounds if inner == "clip" else ()
-    )
+    mask = Type("mask", ("a",))
+    inside, made_of = (mask if inner in COMPARE else real), ("x", "y") if inner in PAIRS else ("x",)
+    first = Node((Value("m", inside),), inner, made_of, bounds if inner == "clip" else ())
     operands: tuple[str | None, ...] = ("m",)
-    if name in BINARY or name == "outer":
-        other = None if scalar else "w" if name == "outer" else "y"
+    if name in PAIRS:
+        other = None if scalar else "w" if name == "outer" else "v" if name in LOGIC else "y"
         operands = ("m", other) if place == 0 else (other, "m")
     attrs = bounds if name == "clip" else ((("y", "x")[place], 0.5),) if scalar else ()
     both = (("A", ("a",)), ("B", ("b",)))
     dims = ("a", "b") if place == 0 else ("b", "a")
-    made = Value("z", Type("real", dims) if name == "outer" else real)
+    made = Value("z", Type("real", dims) if name == "outer" else mask if name in (*COMPARE, *LOGIC) else real)
     second = Node((made,), name, operands, attrs, both if name == "outer" else (("D", ("a",)),))
-    inputs = (Value("x", real), Value("y", real), Value("w", Type("real", ("b",))))
+    inputs = (Value("x", real), Value("y", real), Value("w", Type("real", ("b",))), Value("v", mask))
     sizes = (Dim("a", 7), Dim("b", 7))
     return Graph(Body("chain", "chain", sizes, inputs, (), (), (first, second), ("z",)))
 
 
 def of_chain(name: str, inner: str, place: int, scalar: bool, x: Tensor, y: Tensor) -> Tensor:
     room = part(name, "reference")
-    ops = {**room.UNARY, **room.BINARY, "clip": lambda v: room.clip(v, 0.1, 0.5), "outer": room.outer}
-    m = ops[inner](x, y) if inner in BINARY else ops[inner](x)
-    if name not in BINARY and name != "outer":
+    ops = {**room.UNARY, **room.BINARY, **room.LOGIC, "clip": lambda v: room.clip(v, 0.1, 0.5), "outer": room.outer}
+    m = ops[inner](x, y) if inner in PAIRS else ops[inner](x)
+    if name not in PAIRS:
         return ops[name](m)
-    other = torch.tensor(0.5, dtype=m.dtype) if scalar else y
+    other = torch.tensor(0.5, dtype=m.dtype) if scalar else y > 0.5 if name in LOGIC else y
     return ops[name](m, other) if place == 0 else ops[name](other, m)
 
 
@@ -818,7 +824,7 @@ def test_operands_that_lack_a_leading_dim_serve_all_of_it(name):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in POINTWISE if n not in ("clip", "where")],
+    [n for n in POINTWISE if n not in ("clip", "where", *LOGIC)],
 )
 def test_coordinates_are_whole_where_their_type_says_so(name):
     """Pointwise ops of coordinates: the result is a coordinate and whole, or real and a fraction."""

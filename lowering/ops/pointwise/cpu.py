@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "**"}
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "**",
+         "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=", "logical_and": "&", "logical_or": "|"}  # fmt: skip
 CALLS = {
     "exp": "torch.exp", "log": "torch.log", "sqrt": "torch.sqrt", "abs": "torch.abs", "sigmoid": "torch.sigmoid",
     "silu": "F.silu", "relu": "F.relu", "relu2": "lib.relu2", "tanh": "torch.tanh", "softplus": "F.softplus",
@@ -26,6 +27,8 @@ def emit(use: Any) -> str:
         return f"{use.wrap(args[0])}[{', '.join(['...'] + ['None'] * use.result_width('B'))}] * {use.wrap(args[1])}"
     if name == "constant":
         return f"{use.wrap(args[0])}.detach()"
+    if name == "logical_not":
+        return f"~{use.wrap(args[0])}"
     if name == "neg":
         return f"-{use.wrap(args[0])}"
     if name == "gelu_tanh":

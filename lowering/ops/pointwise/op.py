@@ -42,6 +42,19 @@ BINARY = {
     "max": "the larger",
     "min": "the smaller",
 }
+COMPARE = {
+    "lt": "true where x < y",
+    "le": "true where x <= y",
+    "gt": "true where x > y",
+    "ge": "true where x >= y",
+    "eq": "true where x == y",
+    "ne": "true where x != y",
+}
+LOGIC = {
+    "logical_not": "true where the mask is not",
+    "logical_and": "true where both masks are",
+    "logical_or": "true where one of two masks is",
+}
 LINEAR = {
     "neg": (("x",),),
     "constant": (("x",),),
@@ -50,7 +63,9 @@ LINEAR = {
     "mul": (("x",), ("y",)),
     "div": (("x",),),
 }
-SIGNS = {"neg": "-", "add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "^"}
+SIGNS = {"neg": "-", "add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "^",
+         "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
+         "logical_not": "not", "logical_and": "and", "logical_or": "or"}  # fmt: skip
 _KINDS = ("real", "coordinate", "index")
 _SCALES = ("neg", "mul", "div")
 _WHOLE = ("add", "sub", "mul", "floordiv", "max", "min", "neg", "abs")
@@ -97,6 +112,12 @@ def _namesakes(a: Any, b: Any) -> list[Label]:
     pairs = [(d, e) for d in a.dims for e in b.dims if d is not e and d.name == e.name]
     labels = [Label(d.span, f"`{d.name}` = {d.size}") for pair in pairs for d in pair if getattr(d, "span", None)]
     return labels if len({label.span for label in labels}) > 1 else []
+
+
+def _compare(call: OpCall) -> Typing:
+    """A mask of numbers, or of masks; ids of tokens are compared for being one."""
+    call.op._check_kinds(call)
+    return _aligned(call, [t for name in call.tensors for t in tensors_of(call.tensors[name])], "mask")
 
 
 def _clip(call: OpCall) -> Typing:
@@ -148,6 +169,16 @@ OPS = (
         Op(name, "x[D], y[D] -> z[D]", meaning, infer_with=_infer, linear=LINEAR.get(name, ()), flops=_flops,
            operand_kinds=_ANY, source="ours")
         for name, meaning in BINARY.items()
+    ),
+    *(
+        Op(name, "x[D], y[D] -> m[D]", meaning, infer_with=_compare, flops=_flops, source="ours",
+           operand_kinds={n: (*_KINDS, "token") if name in ("eq", "ne") else _KINDS for n in "xy"})
+        for name, meaning in COMPARE.items()
+    ),
+    *(
+        Op(name, "x[D] -> m[D]" if name == "logical_not" else "x[D], y[D] -> m[D]", meaning, infer_with=_compare,
+           flops=_flops, operand_kinds={"x": ("mask",), "y": ("mask",)}, source="ours")
+        for name, meaning in LOGIC.items()
     ),
     Op("clip", "x[D] -> z[D]", "x, but at least `low` and at most `high`", infer_with=_clip, flops=_flops,
        settings=(Setting("low", "number", None), Setting("high", "number", None)), operand_kinds=_ANY, source="ours"),

@@ -55,6 +55,17 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "cos": torch.cos,
     "constant": lambda x: x.detach(),
 }
+LOGIC: dict[str, Callable[..., Tensor]] = {
+    "lt": lambda x, y: x < y,
+    "le": lambda x, y: x <= y,
+    "gt": lambda x, y: x > y,
+    "ge": lambda x, y: x >= y,
+    "eq": lambda x, y: x == y,
+    "ne": lambda x, y: x != y,
+    "logical_not": lambda x: ~x,
+    "logical_and": lambda x, y: x & y,
+    "logical_or": lambda x, y: x | y,
+}
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda x, y: x + y,
     "sub": lambda x, y: x - y,
