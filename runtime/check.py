@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..dsl import syntax as sx
 from ..dsl.checkpoint import tensor_map
 from ..dsl.diagnostics import Diagnostic, SpecError, fail
-from ..dsl.elaborate import Lent, elaborate, entries
-from ..dsl.load import File, load, load_text, standard_index
+from ..dsl.elaborate import Lent, elaborate, entries, is_complete
+from ..dsl.load import File, Found, load, load_text, standard_index
 from ..dsl.names import check_names
 from ..dsl.program import Program
 from ..dsl.source import Span
@@ -59,9 +60,11 @@ def check_file(file: File) -> Checked:
     if any(d.severity == "error" for d in found):
         raise SpecError(found)
     programs = {}
+    variants = [d.value for d in file.declared.values() if isinstance(d, sx.Variant)]
+    bases = {v.function.id for v in variants if isinstance(v, sx.Call) and isinstance(v.function, sx.Name)}
     for name in entries(file):
-        if not _is_ready(file, name):
-            continue
+        if not is_complete(Found(file.declared[name], file)) and (name in bases or _is_function(file, name)):
+            continue  # a family, or what variants have in common
         try:
             programs[name] = program_of(file, name)
         except SpecError as error:
@@ -86,10 +89,8 @@ def proved(file: File, model: str | None = None, overrides: Mapping[str, Any] | 
     return program
 
 
-def _is_ready(file: File, name: str) -> bool:
-    declaration = file.declared[name]
-    parameters = getattr(declaration, "parameters", ())
-    return all(p.default is not None for p in parameters)
+def _is_function(file: File, name: str) -> bool:
+    return isinstance(file.declared[name], sx.Function)
 
 
 def check(path: str | Path, model: str | None = None) -> Program:

@@ -125,9 +125,14 @@ def elaborate(
     followers: dict[str, pg.Clock] = {}
     while True:
         machine = Elaborator(ops, hooks.REQUIRED, hooks.OpCall, hooks.OwnedWeight, followers)
-        program = _run(machine, found, overrides or {}, asked)
-        if machine.followers == followers:
-            return program
+        try:
+            program = _run(machine, found, overrides or {}, asked)
+        except SpecError:
+            if machine.followers == followers:
+                raise
+        else:
+            if machine.followers == followers:
+                return program
         # A coordinate of the body said that a dim of the inputs follows the stream: they are built again, so.
         followers = machine.followers
 
@@ -364,22 +369,36 @@ def _choose(file: File, model: str | None) -> Found:
             Span(file.source, 0, 0),
             help="a model starts with `model NAME(...):`",
         )
-    ready = [m for m in models if _is_ready(file.declared[m])]
+    ready = [m for m in models if is_complete(Found(file.declared[m], file))]
     chosen = (ready or models)[-1]
     return Found(file.declared[chosen], file)
 
 
-def _is_ready(declaration: sx.Declaration) -> bool:
-    """Whether every parameter is known: a variant, or a function whose parameters all have defaults."""
-    return isinstance(declaration, sx.Variant) or (
-        isinstance(declaration, sx.Function) and all(p.default is not None for p in declaration.parameters)
+def is_complete(found: Found) -> bool:
+    """Whether a model's parameters are all known: by default, or by the variants that it is made by."""
+    given: set[str | None] = set()
+    seen: list[sx.Declaration] = []
+    while isinstance(found.declaration, sx.Variant) and found.declaration not in seen:
+        seen.append(found.declaration)
+        call = found.declaration.value
+        if not isinstance(call, sx.Call) or not isinstance(call.function, sx.Name):
+            return True
+        base = found.file.lookup(call.function.id)
+        if base is None:
+            return True
+        given.update(a.name for a in call.arguments)
+        found = base
+    declaration = found.declaration
+    return not isinstance(declaration, sx.Function) or all(
+        p.default is not None or p.name in given for p in declaration.parameters
     )
 
 
 def _check_overrides(waiting: Waiting, overrides: Mapping[str, Any], found: Found) -> None:
     names = [p.name for p in waiting.block.parameters]
-    for name in overrides:
-        if name not in names:
+    optional = [i.name for i in inputs_of(waiting.block) if i.optional]
+    for name, value in overrides.items():
+        if name not in names and not (value is None and name in optional):
             raise fail(
                 "no-such-parameter",
                 f"`{found.declaration.name}` has no parameter `{name}`",

@@ -6,12 +6,13 @@ k neighbours of r tokens each. Megatron shifts by padding; here nothing is shift
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heddle.dsl.load import load_text, shipped_folder
+from heddle.dsl.load import load, load_text, shipped_folder
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build, instantiate
 
@@ -89,10 +90,12 @@ def reference(tokens: Tensor, neighbors: Tensor, p: dict[str, Tensor], c: dict[s
                 context = p["word.weight"][neighbors] + p["position.weight"][:r]
                 name = f"{at}.retro_encoder"
                 E = [
-                    torch.cat([
-                        Encoder(context[u, j], a[u * m : (u + 1) * m], p, name, c["depth"], c["normed"])
-                        for j in range(k)
-                    ])
+                    torch.cat(
+                        [
+                            Encoder(context[u, j], a[u * m : (u + 1) * m], p, name, c["depth"], c["normed"])
+                            for j in range(k)
+                        ]
+                    )
                     for u in range(l)
                 ]
             pad = (ns - 1) % m
@@ -223,3 +226,36 @@ def test_generation_asks_for_neighbours_when_a_chunk_is_complete(shape, prompt, 
     with torch.no_grad():
         logits = model(whole[:, :-1], neighbors=retrieve(whole, range((prompt + new - 1) // m)))
     assert torch.equal(logits[:, prompt - 1 :].argmax(-1), whole[:, prompt:])
+
+
+# --- published sizes --------------------------------------------------------------------------------
+
+SIZES = {
+    "retro_small": (148e6, 126e6),
+    "retro_medium": (410e6, 357e6),
+    "retro_xl": (1.5e9, 1.3e9),
+    "retro_xxl": (9.5e9, 8.3e9),
+    "instruct_retro_878m": (878e6, 823e6),
+    "instruct_retro_2b": (2.5e9, 2.25e9),
+    "instruct_retro_9b": (9.5e9, 8.5e9),
+    "instruct_retro_24b": (24e9, None),  # printed as 22B, which the other sizes' rules do not give
+    "instruct_retro_48b": (48e9, 43e9),
+}
+"""Parameters of RETRO and of its decoder alone: Wang et al. 2023 (Table 9) and 2024 (Table 4), as rounded there."""
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes(name):
+    """As printed, to the digits printed; what retrieval adds is 4 d^2 for each reading layer and for the encoder's own
+    reading, and 4 d^2 + m d f for each of its layers (m matrices in a feed-forward), beside biases and norms."""
+    path = shipped_folder() / "retro" / f"{name if name.startswith('retro') else 'instruct_retro'}.spec"
+    program = program_of(load(path), name)
+    alone = program_of(load(path), name, {"neighbors": None})
+    for made, published in zip((program, alone), SIZES[name], strict=True):
+        assert published is None or abs(made.num_parameters() / published - 1) < 0.025
+    settings = program.arguments
+    d, f, reads, bias = settings["hidden"], settings["ffn"], len(settings["cross"]), settings["bias"]
+    matrices = 3 if settings["gated"] else 2
+    added = 4 * d * d * (reads + 1) + 2 * (4 * d * d + matrices * d * f)
+    vectors = 2 * d * (reads + 5) + bias * (4 * d * (reads + 3) + 2 * (d + f))
+    assert program.num_parameters() - alone.num_parameters() == added + vectors

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "**",
-         "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=", "logical_and": "&", "logical_or": "|"}  # fmt: skip
+INFIX = {
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "pow": "**", "lt": "<", "le": "<=", "gt": ">",
+    "ge": ">=", "eq": "==", "ne": "!=", "logical_and": "&", "logical_or": "|",
+}  # fmt: skip
 CALLS = {
     "exp": "torch.exp", "log": "torch.log", "sqrt": "torch.sqrt", "abs": "torch.abs", "sigmoid": "torch.sigmoid",
     "silu": "F.silu", "relu": "F.relu", "relu2": "lib.relu2", "tanh": "torch.tanh", "softplus": "F.softplus",

@@ -172,7 +172,7 @@ OPS = (
     ),
     *(
         Op(name, "x[D], y[D] -> m[D]", meaning, infer_with=_compare, flops=_flops, source="ours",
-           operand_kinds={n: (*_KINDS, "token") if name in ("eq", "ne") else _KINDS for n in "xy"})
+           operand_kinds=dict.fromkeys("xy", (*_KINDS, "token") if name in ("eq", "ne") else _KINDS))
         for name, meaning in COMPARE.items()
     ),
     *(
