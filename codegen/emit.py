@@ -75,13 +75,15 @@ def _source_name(program: GraphProgram) -> str:
 def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]]) -> None:
     """The objective as two methods: the sums, and the counts that they are divided by."""
     writer = _ObjectiveWriter(graph, program, masks)
-    # What the objective does not name itself goes to the model as it came: under the model's own names.
-    named = {v.name for v in graph.body.inputs}
-    rest = iter(v.name for v in program.model.body.inputs if v.name not in named)
-    own = {v.name for v in program.model.body.inputs}
-    for value in graph.body.inputs:
-        if value.name not in own and (name := next(rest, None)) is not None:
-            writer.call_value(value.name, name)
+    # What the objective does not name itself stands behind the rest, and goes to the model under the model's names.
+    named = [v.name for v in graph.body.inputs]
+    rest = [v.name for v in program.model.body.inputs if v.name not in named]
+    scored = (*named[: len(named) - len(rest)], *rest)
+    for brought, name in zip(named, scored, strict=True):
+        if brought != name:
+            writer.call_value(brought, name)
+    inputs = tuple(v.name for v in program.model.body.inputs)
+    model.scored_names = "" if scored == inputs else repr(scored)
     model.objective_inputs = [writer.expression(v.name) for v in graph.body.inputs]
     emits = [(label, value) for keyword, label, value in graph.body.emits if keyword == "loss"]
     model.losses = writer.statements(graph.nodes)

@@ -54,6 +54,7 @@ class Class:
     loss_result: str = ""
     counts: list[Line] = field(default_factory=list)
     count_result: str = ""
+    scored_names: str = ""
     objective_inputs: list[str] = field(default_factory=list)
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 from ..dsl import syntax as sx
 from ..dsl.program import TOKENS, Clock
+from .masks import hull
 
 LONGEST = 1 << 16
 """A period that is longer is not walked: nothing is bounded then."""
@@ -100,6 +102,76 @@ def reach(mask: sx.Expr, query: Clock, key: Clock) -> Reach:
     return Reach(None, True)
 
 
+@cache
+def spread(expr: sx.Expr, mask: sx.Expr, query: Clock, key: Clock) -> tuple[int, int] | None:
+    """The least and the largest value of an expression of both positions wherever a mask lets a query see a key; None
+    where they are not known to be bounded. A mask that lets nothing be seen gives (0, 0)."""
+    try:
+        both = sx.Binary("and", mask, expr)
+        period = _common_period(both, query, key)
+        if period is None or _drift(expr, query, key):
+            return None
+        if query == key:
+            bounds = hull(mask)
+            if bounds.behind is None or bounds.ahead is None:
+                return None
+            behind, ahead = bounds.behind, bounds.ahead
+        else:
+            seen = reach(mask, query, key)
+            if seen.keep is None or seen.late:
+                return None
+            behind, ahead = seen.keep, 0
+        values = list(_values(expr, mask, query, key, period, behind, ahead))
+    except (ValueError, ZeroDivisionError):
+        return None
+    return (min(values), max(values)) if values else (0, 0)
+
+
+def _drift(expr: sx.Expr, query: Clock, key: Clock) -> bool:
+    """Whether an expression is another one further on, where queries and keys have moved together."""
+    moved = (_slope(expr, which) * _slope(c.value, "query") * c.times for which, c in (("query", query), ("key", key)))
+    return sum(moved) != 0
+
+
+def _values(
+    expr: sx.Expr, mask: sx.Expr, query: Clock, key: Clock, period: int, behind: int, ahead: int
+) -> Iterator[int]:
+    """The values over one period that is so far on that no key is missing."""
+    value_at, holds, start = function(expr), function(mask), period
+    while groups(key, start) * key.times < behind:
+        start += period
+    for token in range(start, start + period):
+        rows = range(groups(query, token) * query.times, groups(query, token + 1) * query.times)
+        before, there = groups(key, token) * key.times, groups(key, token + 1) * key.times
+        for p in rows:
+            low, high = (p - behind, p + ahead + 1) if query == key else (before - behind, there)
+            yield from (value_at(p, k) for k in range(low, high) if holds(p, k))
+
+
+def function(expr: sx.Expr) -> Callable[[int, int], Any]:
+    """An expression of two positions, or a mask, as a function of both. Raises `ValueError` for any other."""
+    made: Callable[[int, int], Any] = eval(f"lambda query, key: {_python(expr)}", {"__builtins__": {}})
+    return made
+
+
+def _python(expr: sx.Expr) -> str:
+    match expr:
+        case sx.Number(value=int(number)):
+            return str(number)
+        case sx.Constant(value=bool(constant)):
+            return str(constant)
+        case sx.Member(value=sx.Name(id="query" | "key" as which), name="position"):
+            return which
+        case sx.Unary(operator="-" | "not" as op, value=inner):
+            return f"({op} {_python(inner)})"
+        case sx.Binary(operator=op, left=left, right=right) if op in _SAME_IN_PYTHON:
+            return f"({_python(left)} {op} {_python(right)})"
+    raise ValueError(f"no expression of two positions: {expr}")
+
+
+_SAME_IN_PYTHON = frozenset(("+", "-", "*", "//", "<", "<=", ">", ">=", "==", "!=", "and", "or"))
+
+
 def _compared(mask: sx.Binary, query: Clock, key: Clock) -> Reach:
     """A comparison whose difference never falls as the key's position grows, or never rises: the keys seen lie in a
     row."""
@@ -132,10 +204,11 @@ _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "=="}
 
 
 def _walked(seen: Callable[[int], tuple[int | None, int | None]], query: Clock, key: Clock, period: int) -> Reach:
-    """Follow two periods of tokens: what the rows that come with each see of what is there."""
+    """Follow two periods of tokens behind the first rows: what the rows that come with each see of what is there."""
     keep, late, growing = 0, False, False
-    lows: list[Fraction] = []
-    for token, rows in _coming(query, 2 * period):
+    lows: list[tuple[int, Fraction]] = []
+    half = _begun(query, key) + period
+    for token, rows in _coming(query, 2 * half):
         there, before = groups(key, token + 1) * key.times, groups(key, token) * key.times
         low, high = seen(rows[0])[0], seen(rows[1])[1]
         late = late or high is None or high >= there
@@ -143,23 +216,28 @@ def _walked(seen: Callable[[int], tuple[int | None, int | None]], query: Clock, 
             growing = True
         else:
             keep = max(keep, before - low)
-            lows.append(Fraction(low - there))
-    if not lows and not growing:
-        return Reach(0, late)
-    half = lows[: len(lows) // 2]
+            lows.append((token, Fraction(low - there)))
     # The distance to the newest key must not grow from one period to the next, nor what lies ahead.
-    growing = growing or min(lows) < min(half)
-    return Reach(None if growing else keep, late or _runs_ahead(seen, query, key, period))
+    growing = growing or min(low for _, low in lows) < min(low for token, low in lows if token < half)
+    return Reach(None if growing else keep, late or _runs_ahead(seen, query, key, half))
 
 
-def _runs_ahead(seen: Callable[[int], tuple[int | None, int | None]], query: Clock, key: Clock, period: int) -> bool:
+def _begun(query: Clock, key: Clock) -> int:
+    """The tokens after which both have rows. Raises `ValueError` where that takes too long."""
+    for tokens in range(LONGEST):
+        if groups(query, tokens) and groups(key, tokens):
+            return tokens
+    raise ValueError("no rows")
+
+
+def _runs_ahead(seen: Callable[[int], tuple[int | None, int | None]], query: Clock, key: Clock, half: int) -> bool:
     """Whether the newest key that is seen grows faster than the keys come."""
     ahead = [
-        high - groups(key, token + 1) * key.times
-        for token, rows in _coming(query, 2 * period)
+        (token, high - groups(key, token + 1) * key.times)
+        for token, rows in _coming(query, 2 * half)
         if (high := seen(rows[1])[1]) is not None
     ]
-    return bool(ahead) and max(ahead) > max(ahead[: max(1, len(ahead) // 2)])
+    return bool(ahead) and max(most for _, most in ahead) > max(most for token, most in ahead if token < half)
 
 
 def _coming(query: Clock, tokens: int) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -251,4 +329,4 @@ def _common_period(difference: sx.Expr, query: Clock, key: Clock) -> int | None:
     return period if period <= LONGEST else None
 
 
-__all__ = ["TOKENS", "Reach", "groups", "is_steady", "reach", "value", "widest"]
+__all__ = ["TOKENS", "Reach", "function", "groups", "is_steady", "reach", "spread", "value", "widest"]

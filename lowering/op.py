@@ -169,6 +169,8 @@ class Op:
     of one dim, or a setting), each run with something of its own; `coupled` formals of which places belong together in
     a way that a choice of places breaks; `scored` the operand by which the dims of its formals are ranked, if not by
     what is contracted with a weight.
+
+    `verify(node, graph)` raises `SpecError` for a use that only the whole body shows to be wrong.
     """
 
     name: str
@@ -192,6 +194,7 @@ class Op:
     grouped: tuple[tuple[str, str], ...] = ()
     coupled: tuple[str, ...] = ()
     scored: str | None = None
+    verify: Callable[[Any, Any], None] | None = None
     infer_with: Callable[[OpCall], Typing] | None = None
 
     @cached_property

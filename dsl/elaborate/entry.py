@@ -26,6 +26,9 @@ from .rewriting import Rewrites, Rewriting
 from .statements import Statements
 from .values import Cell, Dim, Tensor, Waiting
 
+DEFAULT = "next_token"
+"""The objective of a model for which none is asked."""
+
 Lent = tuple[File, str | None, Mapping[str, Any]]
 """Another model for an objective: a file, the name of a model of it (or None), other values of its parameters."""
 
@@ -110,7 +113,7 @@ def elaborate(
     hooks: Any,
     model: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-    objective: str | None = "next_token",
+    objective: str | None = DEFAULT,
     settings: Mapping[str, Any] | None = None,
     lent: Mapping[str, Lent] | None = None,
 ) -> pg.Program:
@@ -176,7 +179,8 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, asked: Asked
     declaration = waiting.block
     span = found.declaration.name_span
     builder = Builder("entry")
-    tensors = _Entry(waiting, builder, machine).inputs()
+    entry = _Entry(waiting, builder, machine)
+    tensors = entry.inputs()
     names = [i.name for i in inputs_of(declaration)]
     waiting = replace(waiting, settings={n: v for n, v in waiting.settings.items() if n not in names})
     given = Given(dict(tensors), waiting.settings, waiting.spans)
@@ -190,7 +194,7 @@ def _elaborate(machine: Elaborator, found: Found, waiting: Waiting, asked: Asked
             )
     objectives: dict[str, str] = {}
     if asked.objective is not None:
-        objectives.update(_objective(machine, found, waiting, asked, tensors, builder, made))
+        objectives.update(_objective(machine, found, waiting, asked, tensors, entry, made))
     machine.finish()
     program = replace(_program(machine, found, waiting, made), objectives=objectives)
     return _with_lent(machine, program, asked) if machine.lent else program
@@ -244,24 +248,31 @@ def _unused_inits(machine: Elaborator, program: pg.Program) -> Iterator[Diagnost
 
 
 def _objective(
-    machine: Elaborator, found: Found, waiting: Waiting, asked: Asked, tensors: dict[str, Any], builder: Builder,
+    machine: Elaborator, found: Found, waiting: Waiting, asked: Asked, tensors: dict[str, Any], entry: _Entry,
     model: Elaborated,
 ) -> dict[str, str]:  # fmt: skip
-    """The objective's body, if it takes the inputs that the model has and the model gives what it asks for."""
+    """The objective's body. Inputs that the model does not have, as the labels of its data, it has for itself.
+
+    None for the objective that is tried where none was asked for, if the model takes or gives something else.
+    """
     objective = asked.objective or ""
     block = found.file.lookup(objective)
     if block is None:
         raise fail("unknown-name", f"no objective is named `{objective}`", found.declaration.name_span)
-    wanted = [i.name for i in inputs_of(Waiting(found=block).block)]
-    if any(tensors.get(name) is None for name in wanted) or "logits" not in model.variables:
+    inputs = inputs_of(Waiting(found=block).block)
+    wanted = [i.name for i in inputs]
+    if objective == DEFAULT and (tensors.get("tokens") is None or "logits" not in model.variables):
         return {}
     _check_objective(block, asked, found)
+    tensors |= {i.name: entry.input(i) for i in inputs if tensors.get(i.name) is None}
     # What the objective does not name goes straight to the models.
     more = {n: t for n, t in tensors.items() if n not in wanted}
     net = replace(waiting, settings={**waiting.settings, **more}, model="net")
     models = {"net": net, **{name: other for name, (_, other) in asked.models.items()}}
     given = Given({n: tensors[n] for n in wanted}, {**asked.settings, **models}, {})
-    made = machine.body_of(Waiting(found=block), given, Environment(found.file, builder), found.declaration.name_span)
+    made = machine.body_of(
+        Waiting(found=block), given, Environment(found.file, entry.builder), found.declaration.name_span
+    )
     return {objective: made.name}
 
 
@@ -316,9 +327,10 @@ class _Entry:
 
     def inputs(self) -> dict[str, Tensor | None]:
         """A tensor for every input; one with a default, or that a variant leaves out (`images = none`), is absent."""
-        return {statement.name: self._input(statement) for statement in inputs_of(self.waiting.block)}
+        return {statement.name: self.input(statement) for statement in inputs_of(self.waiting.block)}
 
-    def _input(self, statement: sx.Input) -> Tensor | None:
+    def input(self, statement: sx.Input) -> Tensor | None:
+        """A tensor whose dims are those of other inputs by the same names, or None where it is absent."""
         settings = self.waiting.settings
         if statement.default is not None or statement.name in settings and settings[statement.name] is None:
             return None

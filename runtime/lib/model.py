@@ -30,6 +30,8 @@ class Model(nn.Module):
     INIT: Mapping[str, tuple[Any, ...]] = {}
     keep_fp32: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("tokens",)
+    # What its objective takes, where that is something else: labels, too.
+    scored: tuple[str, ...] = ()
     # The inputs whose rows (their second dim) come with groups of tokens.
     follows: Mapping[str, Clock] = {}
     # The program and the artifact that it was made of, where it was compiled here.
@@ -61,14 +63,16 @@ class Model(nn.Module):
         """tokens, the other inputs, at -> {loss: number of scored tokens}."""
         raise NotImplementedError(f"{type(self).__name__} has no losses")
 
-    def _more(self, given: Mapping[str, Tensor], at: At) -> list[Tensor]:
+    def _more(self, given: Mapping[str, Tensor], at: At, names: tuple[str, ...] = ()) -> list[Tensor]:
         """The inputs besides tokens, in order. Raises ValueError for one that is missing, not known, or that does not
         have the rows that come with these tokens."""
-        wanted = self.inputs[1:]
+        wanted = (names or self.inputs)[1:]
         wrong = [name for name in (*wanted, *given) if (name in given) != (name in wanted)]
         if wrong:
             problem = "is not given" if wrong[0] in wanted else "is no input"
-            raise ValueError(f"{type(self).__name__}: `{wrong[0]}` {problem}; its inputs are {', '.join(self.inputs)}")
+            raise ValueError(
+                f"{type(self).__name__}: `{wrong[0]}` {problem}; its inputs are {', '.join(('tokens', *wanted))}"
+            )
         for name, clock in self.follows.items():
             have, rows = tuple(given[name].shape[:2]), on(at, clock).seq
             if have != (at.batch, rows):
@@ -106,14 +110,14 @@ class Model(nn.Module):
         """
         at = At(tokens.shape, tokens.device, None, document, valid)
         at.gathered = gathered
-        return self.losses_of(tokens, *self._more(more, at), at)
+        return self.losses_of(tokens, *self._more(more, at, self.scored), at)
 
     def counts(
         self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None, **more: Tensor
     ) -> dict[str, Tensor]:
         """{loss: number of scored tokens}: without weights, so that micro-batches can be added up first."""
         at = At(tokens.shape, tokens.device, None, document, valid)
-        return self.counts_of(tokens, *self._more(more, at), at)
+        return self.counts_of(tokens, *self._more(more, at, self.scored), at)
 
     # Other models, which an objective asks.
 

@@ -205,7 +205,7 @@ class Mask:
         query = Coordinates(queries.position[:, :, None], document[:, :, None])
         theirs = keys.document if keys.document is not None else torch.zeros_like(keys.position)
         key = Coordinates(keys.position[:, None], theirs[:, None])
-        seen = self.sees(query, key)
+        seen = torch.as_tensor(self.sees(query, key), device=keys.position.device)
         if keys.document is not None:
             seen = seen & (query.document == key.document)
         if keys.valid is not None:

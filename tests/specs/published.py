@@ -20,6 +20,10 @@ PARAMETERS = {
     "nemotron_h/nemotron_nano_9b_v2": 8_888_227_328,
     "nemotron_h/nemotron3_nano_4b": 3_973_556_832,
     "nemotron_h/nemotron3_nano_30b": 31_577_940_288,
+    # 3,682,312 a layer, and a tied embedding with a bias (section 11.2).
+    "transformer_ls/enwik8_base": 44_292_396,
+    "transformer_ls/enwik8_large": 110_574_012,
+    "transformer_ls/text8": 44_201_595,
 }
 ACTIVE = {"nemotron_h/nemotron3_nano_30b": 3_580_076_352}
 ROUNDED = {"nemotron4/nemotron4_340b": 341.03e9}

@@ -178,3 +178,99 @@ def test_the_decoding_state_is_bounded():
     paper = lower(compiled(vocab=9, hidden=8, heads=2, span=4, rank=2, segment=16)[0])
     grown = state_bytes(paper, 16_000) - state_bytes(paper, 1_600)
     assert grown == 14_400 // 16 * 2 * (2 * 2 * 4) * 2  # segments, rank, keys and values, bf16
+
+
+# --- Long Range Arena ---------------------------------------------------------------------------------
+
+
+def classifier(span, rank, heads, layers):
+    text = 'use lra from "lra.spec"\nmodel made = lra(vocab = 9, classes = 3, context = 20, span = {}, rank = {}, '
+    text = text.format(span, rank) + f"hidden = {4 * heads}, ffn = 6, layers = {layers}, heads = {heads})\n"
+    program = program_of(load_text(text, folder=shipped_folder() / "lra"), objective="classify")
+    model = instantiate(build(program)).cast(torch.float64)
+    source = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.5 * torch.randn(p.shape, generator=source, dtype=p.dtype))
+    return model
+
+
+def lra_reference(tokens: Tensor, p: dict[str, Tensor], span: int, layers: int) -> Tensor:
+    """One sequence int64[T] -> scores [classes]; the released code for Long Range Arena, its class token in the last
+    layer (`cls_last_layer`)."""
+
+    def lin(x: Tensor, name: str) -> Tensor:
+        w, b = p[f"{name}.weight"], p[f"{name}.bias"]
+        return torch.tensordot(x, w, (list(range(1, x.dim())), list(range(b.dim(), w.dim())))) + b
+
+    def ln(x: Tensor, name: str) -> Tensor:
+        return norm(x[:, None], p[f"{name}.weight"], p[f"{name}.bias"])[:, 0]
+
+    def ls(X: Tensor, at: str, cls: Tensor | None) -> Tensor:
+        n = f"{at}landmarks"
+        near, far = ((p[f"{n}.{i}.weight"], p[f"{n}.{i}.bias"]) for i in ("near", "far"))
+        Q = lin(X, f"{n}.query_of")
+        K, V = norm(lin(X, f"{n}.key_of"), *near), norm(lin(X, f"{n}.value_of"), *near)
+        P = torch.softmax(lin(X, f"{n}.say"), 0)  # over positions
+        K_c, V_c = (norm(torch.einsum("tnr,tnh->rnh", P, y), *far) for y in (K, V))
+        if cls is not None:
+            K_cls, V_cls = lin(cls, f"{n}.key_of"), lin(cls, f"{n}.value_of")
+            K_c, V_c = torch.cat((norm(K_cls, *far), K_c)), torch.cat((norm(V_cls, *far), V_c))
+        T, hd = len(X), Q.shape[-1]
+        C = []
+        for t in range(T):
+            start, beside = t // span * span, max(1, span // 2)
+            window = slice(max(0, start - beside), min(T, start + span + beside))
+            k, v = torch.cat((K_c, K[window])), torch.cat((V_c, V[window]))
+            a = torch.softmax((Q[t] * k).sum(-1) / hd**0.5, 0)
+            C.append((a[..., None] * v).sum(0))
+        C = torch.stack(C)
+        if cls is None:
+            return lin(C, f"{n}.out")
+        Q_cls = lin(cls, f"{n}.query_of")
+        k, v = torch.cat((K_cls, C)), torch.cat((V_cls, C))
+        a = torch.softmax((Q_cls * k).sum(-1) / hd**0.5, 0)
+        return lin((a[..., None] * v).sum(0, keepdim=True), f"{n}.out")
+
+    def mlp(x: Tensor, at: str) -> Tensor:
+        u = lin(x, f"{at}mlp.up")
+        return lin(u * 0.5 * (1 + torch.erf(u / 2**0.5)), f"{at}mlp.out")
+
+    X = p["word.weight"][tokens] + p["position.weight"][: len(tokens)]
+    for i in range(layers - 1):
+        at = f"layer.{i}."
+        X = X + ls(ln(X, f"{at}norm1"), at, None)
+        X = X + mlp(ln(X, f"{at}norm2"), at)
+    cls = p["summary.weight"][0]
+    cls = cls + ls(ln(X, "norm1"), "", cls)
+    cls = cls + mlp(ln(cls, "norm2"), "")
+    return lin(lin(ln(cls, "final"), "linear").relu(), "scores")[0]
+
+
+@settings(max_examples=6)
+@given(
+    span=st.integers(1, 4), rank=st.integers(1, 3), heads=st.integers(1, 2), layers=st.integers(1, 3),
+    length=st.integers(1, 9), padding=st.integers(0, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_classifier_is_the_released_one(span, rank, heads, layers, length, padding, seed):
+    """Padding behind a sequence is seen by nobody; the loss is the labels' cross entropy; every gradient."""
+    model = classifier(span, rank, heads, layers)
+    source = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 9, (2, length + padding), generator=source)
+    valid = (torch.arange(length + padding) < length).expand(2, -1)
+    label = torch.randint(0, 3, (2,), generator=source)
+    p = {name: view.detach().clone().requires_grad_() for name, _, view in model.named_logical_parameters()}
+    wanted = torch.stack([lra_reference(t[:length], p, span, layers) for t in tokens])
+    with torch.no_grad():
+        found = model(tokens, valid=valid)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    (loss,) = model.losses(tokens, valid=valid, label=label).values()
+    theirs = torch.nn.functional.cross_entropy(wanted, label, reduction="sum")
+    torch.testing.assert_close(loss, theirs, rtol=0, atol=1e-9)
+    assert model.counts(tokens, label=label) == {"ce": 2}
+    loss.backward()
+    grads = torch.autograd.grad(theirs, list(p.values()), materialize_grads=True)
+    for (name, holder, view), there in zip(model.named_logical_parameters(), grads, strict=True):
+        grad = torch.zeros_like(holder) if holder.grad is None else holder.grad
+        mine = grad.as_strided(view.shape, view.stride(), view.storage_offset())
+        torch.testing.assert_close(mine, there, rtol=0, atol=1e-8 * max(1, float(there.abs().max())), msg=name)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ....dsl import syntax as sx
 from ....dsl.diagnostics import fail
+from ...clocks import spread
 from ...op import Monoid, Op, OpCall, Setting, Typing, _match, alone_along, join_leading, mismatch
 
 
@@ -28,13 +30,19 @@ def _infer(call: OpCall) -> Typing:
                 raise mismatch(call, "k", mine[formal], bindings[formal])
         bindings["S" if i == 0 else f"S{i + 1}"] = mine["S"]
         sequences.append((bindings["Q"][0], mine["S"][0]))
+    # Rows without places of their own, as learned queries, see all and are seen by all.
+    everywhere = [mask == sx.Constant(True) for mask in call.settings["masks"]]
+    whole = {id(query): all(everywhere) for query, _ in sequences}
+    for (_, key), seen in zip(sequences, everywhere, strict=True):
+        whole[id(key)] = whole.get(id(key), True) and seen
     for dim, name in ((bindings["Q"][0], "q"), *((s[0], "k") for f, s in bindings.items() if f[0] == "S")):
-        if not dim.sequence:
+        if not dim.sequence and not whole[id(dim)]:
             raise fail(
                 "no-sequence",
                 f"`attend` runs along sequences, and `{dim.name}` is none",
                 call.span_of(name),
-                help="the last dim of an input of kind `token` is one, and what is computed from it row by row",
+                help="the last dim of an input of kind `token` is one, and what is computed from it row by row; "
+                "other dims attend and are attended to under the mask `full`",
             )
         alone_along(call, leading, dim)
     (heads,), (kv_heads,) = bindings["H"], bindings["K"]
@@ -66,6 +74,31 @@ def _infer(call: OpCall) -> Typing:
     )
 
 
+def _verify(node: Any, graph: Any) -> None:
+    """Distances of score biases stay among the places that these have. Raises `out-of-range`, `not-built-yet`."""
+    for i, (distance, mask) in enumerate(zip(node.attr("distances", ()), node.attr("masks"), strict=False)):
+        bound = node.bound("N" if i == 0 else f"N{i + 1}")
+        if not bound:
+            continue
+        query, key = (graph.dims[node.bound(f)[0]].clock for f in ("Q", "S" if i == 0 else f"S{i + 1}"))
+        places = graph.size(bound[0])
+        found = None if query is None or key is None else spread(distance, mask, query, key)
+        if found is None:
+            raise fail(
+                "not-built-yet",
+                "a bias by distance under a mask that does not bound it is not built yet",
+                node.spans[0],
+                f"the mask of source {i + 1} must bound the distance",
+            )
+        if found[0] < 0 or found[1] >= places:
+            raise fail(
+                "out-of-range",
+                f"the bias of source {i + 1} has {places} places, its distance runs from {found[0]} to {found[1]}",
+                node.spans[0],
+                f"`{bound[0]}` = {places}",
+            )
+
+
 def _flops(sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
     """Scores and weighted values, for each query and each key that it sees."""
     return 2.0 * sizes["H"] * (sizes["D"] + sizes["E"])
@@ -89,6 +122,7 @@ OPS = (
         monoid=Monoid("S", ("max", "sum", "weighted_values"), peers="masked", receiver_free=False),
         flops=_flops,
         infer_with=_infer,
+        verify=_verify,
         source="Vaswani et al. 2017, eq. 1; groups: Ainslie et al. 2023; one softmax over sources: Zhu et al. 2021",
     ),
 )
