@@ -10,7 +10,7 @@ TESTS ?= tests
 ROUNDS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak check bench clean
+.PHONY: help env demo test soak check bench bench-programs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; \
@@ -35,6 +35,9 @@ check: $(READY)  ## what needs no running: ruff and mypy
 
 bench: $(READY)  ## time Heddle and transformers on this CPU, the same weights
 	$(BIN)/python benchmarks/cpu.py
+
+bench-programs: $(READY)  ## long-short attention against full attention: losses of three seeds, time and memory
+	$(BIN)/python -m heddle.benchmarks.long_context --json benchmarks/results/long_context.json
 
 clean:  ## remove .venv, build and the caches of the tools
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

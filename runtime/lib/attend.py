@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .buffers import Cache, is_past
+from .joint import Tile, fits, joint
 from .rows import At, Coordinates, Keys, Mask
 
 
@@ -22,7 +23,7 @@ class _Same:
 
 SAME = _Same()
 # Queries are taken this many at a time where their mask bounds how far they see, or as many as they see keys.
-LEAST_TILE = 128
+LEAST_TILE = 256
 
 
 class Source(NamedTuple):
@@ -188,34 +189,54 @@ def _tile(at: At, sources: list[Source]) -> int | None:
     if not own or any(m.behind is None or m.ahead is None for m in own):
         return None
     reach = max(m.behind + m.ahead for m in own if m.behind is not None and m.ahead is not None)
-    tile = max(LEAST_TILE, reach + 1)
+    tile = max(LEAST_TILE, (reach + 1) // 4)
     return tile if at.seq > 2 * (tile + reach) else None
 
 
 def _tiled(q: Tensor, sources: list[Source], at: At, scale: float, tile: int) -> Tensor:
     """Attention of `tile` queries at a time to the keys that their masks can reach."""
-    plain = all(s.query is None and s.bias is None for s in sources)
-    whole, found = [_rows(s, at) for s in sources], []
+    whole = [_rows(s, at) for s in sources]
+    tiles = []
     for start in range(0, at.seq, tile):
         end = min(start + tile, at.seq)
-        parts = []
-        for (k, v, keys, name), source in zip(whole, sources, strict=True):
+        reached = []
+        for (k, _, keys, name), source in zip(whole, sources, strict=True):
             low, high = 0, k.shape[2]
             if source.rows is SAME:
                 low, high = max(0, start - (source.mask.behind or 0)), min(high, end + (source.mask.ahead or 0))
-            some = keys.part(slice(low, high))
-            seen = _visible(at, some, source.mask, (name, tile), start, end)
+            seen = _visible(at, keys.part(slice(low, high)), source.mask, (name, tile), start, end)
+            if source.rows is not SAME and high:
+                low, high, seen = _narrow(at, (source.mask, name, tile, start), seen)
+            reached.append((low, high, seen))
+        tiles.append(Tile(start, end, tuple(reached)))
+    plain = all(s.query is None and s.bias is None for s in sources)
+    if plain and all(fits(q, k, v) for k, v, _, _ in whole):
+        return joint(q.transpose(1, 2), scale, [(k, v) for k, v, _, _ in whole], tiles).transpose(1, 2)
+    found = []
+    for start, end, pieces in tiles:
+        parts = []
+        for (k, v, keys, _), (low, high, seen), source in zip(whole, pieces, sources, strict=True):
             mine = source._replace(
                 query=None if source.query is None else source.query[:, start:end],
                 bias=None if source.bias is None else source.bias[:, start:end],
             )
-            parts.append(_Part(k[:, :, low:high], v[:, :, low:high], _known(some), seen, mine))
-        some_q = q[:, start:end]
-        tiled = (
-            _fused(some_q, parts, scale) if plain else _scored(some_q, parts, at.keys().part(slice(start, end)), scale)
+            some = _known(keys.part(slice(low, high)))
+            parts.append(_Part(k[:, :, low:high], v[:, :, low:high], some, seen, mine))
+        here = q[:, start:end]
+        found.append(
+            _fused(here, parts, scale) if plain else _scored(here, parts, at.keys().part(slice(start, end)), scale)
         )
-        found.append(tiled)
     return torch.cat(found, 1)
+
+
+def _narrow(at: At, name: Any, seen: Tensor) -> tuple[int, int, Tensor]:
+    """The first key that some query sees, one behind the last, and what is seen of those; found once for all layers."""
+    if (name, "narrow") not in at.memo:
+        some = seen.flatten(0, 2).any(0).nonzero()
+        first, last = (int(some[0]), int(some[-1]) + 1) if len(some) else (0, 1)
+        at.memo[name, "narrow"] = first, last, seen[..., first:last]
+    found: tuple[int, int, Tensor] = at.memo[name, "narrow"]
+    return found
 
 
 def _known(keys: Keys) -> Callable[[], Keys]:

@@ -203,8 +203,14 @@ def summarise(x: Tensor, say: Tensor, rows: Groups, past: Any = None) -> Tensor:
     ps = ps.reshape(*ps.shape[:3], heads, rank)
     if rows.regular is not None and inside.shape[2] < xs.shape[2]:  # a sequence shorter than a group
         xs, ps = xs[:, :, : inside.shape[2]], ps[:, :, : inside.shape[2]]
-    # Selected, not multiplied by 0: what is no member may be anything. A group that is not there sees its rubbish as 0.
-    ps = ps.masked_fill(~(inside | ~inside.any(2, keepdim=True)), -torch.inf)
-    weight = ps.softmax(2, dtype=torch.float64 if ps.dtype == torch.float64 else torch.float32).to(xs.dtype)
-    y = torch.einsum("bswhr,bswhd->bsrhd", torch.where(inside, weight, 0), torch.where(inside, xs, 0))
+    wide = torch.float64 if ps.dtype == torch.float64 else torch.float32
+    if rows.regular is not None and rows.tokens.valid is None and not x.shape[1] % rows.regular:
+        weight = ps.softmax(2, dtype=wide).to(xs.dtype)  # whole groups side by side: nothing to leave out
+    else:
+        # Selected, not multiplied by 0: what is no member may be anything. A group that is not there sees its rubbish
+        # as 0.
+        ps = ps.masked_fill(~(inside | ~inside.any(2, keepdim=True)), -torch.inf)
+        weight = torch.where(inside, ps.softmax(2, dtype=wide).to(xs.dtype), 0)
+        xs = torch.where(inside, xs, 0)
+    y = torch.einsum("bswhr,bswhd->bsrhd", weight, xs)
     return y.reshape(len(y), y.shape[1] * rank, *behind)
