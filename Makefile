@@ -36,8 +36,9 @@ check: $(READY)  ## what needs no running: ruff and mypy
 bench: $(READY)  ## time Heddle and transformers on this CPU, the same weights
 	$(BIN)/python benchmarks/cpu.py
 
-bench-programs: $(READY)  ## long-short attention against full attention: losses of three seeds, time and memory
+bench-programs: $(READY)  ## the reference programs against what they replace: losses of three seeds, time, memory
 	$(BIN)/python -m heddle.benchmarks.long_context --json benchmarks/results/long_context.json
+	$(BIN)/python -m heddle.benchmarks.retrieval --json benchmarks/results/retrieval.json
 
 clean:  ## remove .venv, build and the caches of the tools
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ import jinja2
 
 from ..dsl.diagnostics import fail
 from ..dsl.program import TOKENS, Node
-from ..lowering.graph import Graph, GraphProgram
+from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..lowering.passes.stream import streaming_errors
 from . import layout, names
 from .writer import Class, Line, Writer
@@ -40,6 +40,7 @@ def emit_module(program: GraphProgram, version: str) -> str:
     inputs = tuple(v.name for v in program.model.body.inputs)
     model.input_names = "" if inputs == ("tokens",) else repr(inputs)
     model.follows = _follows(program, masks)
+    model.vocab = _vocab(program.model)
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
     classes = [c for c in classes if c is not model] + [model]
@@ -56,6 +57,19 @@ def emit_module(program: GraphProgram, version: str) -> str:
         used=_grouped,
         layout=layout,
     )
+
+
+def _vocab(graph: Graph) -> int | None:
+    """How many tokens there are: the least of the dims that the first input names places of."""
+    first = graph.body.inputs[0].name if graph.body.inputs else None
+    found = [
+        graph.size(node.bound(formal)[0])
+        for node in graph.nodes
+        if node.op not in STRUCTURE and first in node.operands
+        for formal in op_of(node).index
+        if len(node.bound(formal)) == 1
+    ]
+    return min((size for size in found if size is not None), default=None)
 
 
 def _follows(program: GraphProgram, masks: dict[str, tuple[str, str]]) -> str:

@@ -55,6 +55,7 @@ class Class:
     counts: list[Line] = field(default_factory=list)
     count_result: str = ""
     scored_names: str = ""
+    vocab: int | None = None
     objective_inputs: list[str] = field(default_factory=list)
 
 

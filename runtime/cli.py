@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ..dsl.diagnostics import SpecError
+from .index_commands import app as index_commands
 
 app = typer.Typer(
     name="heddle",
@@ -31,6 +32,9 @@ Spec = Annotated[
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="another value for a parameter of the model")
+]
+Give = Annotated[
+    list[str] | None, typer.Option("--give", metavar="INPUT=INDEX", help="what gives an input of the model its rows")
 ]
 Json = Annotated[bool, typer.Option("--json", help="plain data for tools")]
 Format = Annotated[str, typer.Option("--format", metavar="text|json", help="how diagnostics are printed")]
@@ -253,6 +257,7 @@ def train(
     seed: Annotated[int, typer.Option()] = 0,
     save_every: Annotated[int, typer.Option(min=1)] = 200,
     eval_every: Annotated[int, typer.Option(min=0)] = 0,
+    give: Give = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the latest checkpoint, bit for bit")] = False,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
@@ -279,12 +284,13 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[int | None, typer.Option()] = None,
+    give: Give = None,
     format: Format = "text",  # noqa: A002
 ) -> None:
     """Continue a prompt; the text is printed as it is produced."""
     from .running import generate_text
 
-    generate_text(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+    generate_text(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed, give)
 
 
 @command
@@ -307,6 +313,9 @@ def prune(
 
     made = prune_folder(folder, spec, overrides(set), out, data, samples, seq, batch, depth, kept(keep), scores)
     typer.echo(str(made))
+
+
+app.add_typer(index_commands, name="index")
 
 
 @app.command(name="import")

@@ -17,14 +17,16 @@ from .data import Packed, open_corpus, open_tokenizer, split
 from .errors import UserError
 from .folder import load as load_folder
 from .folder import read_spec, write_spec
+from .lib import Model
 from .paths import split_entry
+from .retrieval import Feed, Index, Looked
 from .train import Report, TrainConfig, train
 from .train.checkpoint import latest
 
 
 def train_model(
     spec: str, overrides: dict[str, Any], data: list[Path], out: Path, tokenizer: str, held_out: float, resume: bool,
-    **settings: Any,
+    give: list[str] | None = None, **settings: Any,
 ) -> Report:  # fmt: skip
     """Compile a model, train it on text, and leave in `out` all that `heddle generate` and `--resume` need."""
     path, name = split_entry(spec)
@@ -41,6 +43,8 @@ def train_model(
     model = instantiate(build(program), seed=config.seed)
     rows = Packed(kept, config.seq, config.seed)
     others = Packed(held, config.seq) if held is not None and len(held.tokens) >= config.seq else None
+    feeds = feeds_of(model, give, tokenizer)
+    _check_inputs(model, feeds)
     # A run that is there keeps its spec, also where `train` refuses to go on with it.
     if latest(out / "checkpoints") is None:
         try:
@@ -49,7 +53,35 @@ def train_model(
             (out / "tokenizer.txt").write_text(tokenizer + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError("cannot-write", f"cannot write to `{out}`: {error.strerror}") from None
+    for name, feed in feeds.items():
+        rows.given[name] = Looked(feed, rows, out / "retrieved" / name)
+        if others is not None:
+            others.given[name] = Looked(feed, others, out / "retrieved" / f"{name}-held-out")
     return train(model, rows, config, out, others, resume)
+
+
+def feeds_of(model: Model, give: list[str] | None, tokenizer: str) -> dict[str, Feed]:
+    """`["neighbors=index"]` as what gives these inputs. Raises UserError: bad-override, and what opening an index
+    raises."""
+    found = {}
+    for pair in give or []:
+        name, equals, folder = pair.partition("=")
+        if not equals or not folder.strip():
+            raise UserError("bad-override", f"`--give {pair}` is not NAME=INDEX", help="for example --give near=index")
+        index = Index(Path(folder.strip()))
+        found[name.strip()] = Feed(model, name.strip(), index, tokenizer, open_tokenizer(tokenizer))
+    return found
+
+
+def _check_inputs(model: Model, feeds: dict[str, Feed]) -> None:
+    """Raises UserError `no-data` for an input that nothing gives."""
+    missing = [n for n in model.inputs if n != "tokens" and n not in feeds]
+    if missing:
+        raise UserError(
+            "no-data",
+            f"nothing gives the input `{missing[0]}` of {type(model).__name__}",
+            help=f"an index of text does: --give {missing[0]}=INDEX; without it: --set {missing[0]}=none",
+        )
 
 
 def _vocab(program: Any) -> int | None:
@@ -58,17 +90,20 @@ def _vocab(program: Any) -> int | None:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a model folder: the one it was trained with, its tokenizer.json, else bytes."""
+    """The tokenizer of a model folder."""
+    return open_tokenizer(tokenizer_name(folder))
+
+
+def tokenizer_name(folder: Path) -> str:
+    """The word for the tokenizer of a model folder: the one it was trained with, its tokenizer.json, else bytes."""
     if (folder / "tokenizer.txt").is_file():
-        return open_tokenizer((folder / "tokenizer.txt").read_text(encoding="utf-8").strip())
-    if (folder / "tokenizer.json").is_file():
-        return open_tokenizer(folder / "tokenizer.json")
-    return open_tokenizer("bytes")
+        return (folder / "tokenizer.txt").read_text(encoding="utf-8").strip()
+    return str(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else "bytes"
 
 
 def generate_text(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
-    seed: int | None,
+    seed: int | None, give: list[str] | None = None,
 ) -> str:  # fmt: skip
     """Continue a prompt, printing as it goes; gives the whole text. Raises `SpecError`
     `not-causal`, UserError `bad-prompt`."""
@@ -76,10 +111,12 @@ def generate_text(
     if model.late:
         require_causal(lower(program_of(*read_spec(folder))))
     words = tokenizer_of(folder)
+    feeds = feeds_of(model, give, tokenizer_name(folder))
+    _check_inputs(model, feeds)
     ids = torch.from_numpy(words.encode(prompt).astype("int64"))[None]
     shown = _Printer(words, ids[0].tolist())
     try:
-        made = model.generate(ids, max_new_tokens, temperature, top_k, top_p, seed, on_token=shown)
+        made = model.generate(ids, max_new_tokens, temperature, top_k, top_p, seed, on_token=shown, given=feeds)
     except ValueError as error:
         raise UserError("bad-prompt", str(error)) from None
     shown.finish()

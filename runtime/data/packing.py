@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from .sources import Corpus
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens int64[batch, seq]; document int64[batch, seq]: which document of its row a token belongs to."""
+    """tokens int64[batch, seq]; document int64[batch, seq]: which document of its row a token belongs to; rows: their
+    numbers in the data."""
 
     tokens: Tensor
     document: Tensor
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,14 @@ class Cursor:
     """The position in the data: rows that were given out so far, since the beginning of training."""
 
     row: int = 0
+
+
+class Source(Protocol):
+    """What a model takes of each batch besides its tokens. `identity` says of what it is."""
+
+    identity: str
+
+    def __call__(self, batch: Batch) -> Tensor: ...
 
 
 class Packed:
@@ -36,6 +47,7 @@ class Packed:
 
     def __init__(self, corpus: Corpus, seq: int, seed: int = 0):
         self.corpus, self.seq, self.seed = corpus, seq, seed
+        self.given: dict[str, Source] = {}
         self.num_rows = len(corpus.tokens) // seq
         if not self.num_rows:
             raise UserError(
@@ -61,4 +73,9 @@ class Packed:
         index = np.array(chosen)[:, None] * self.seq + np.arange(self.seq)
         document = np.searchsorted(self.corpus.ends, index, side="right")
         document -= document[:, :1]
-        return Batch(torch.from_numpy(self.corpus.tokens[index].astype(np.int64)), torch.from_numpy(document))
+        tokens = torch.from_numpy(self.corpus.tokens[index].astype(np.int64))
+        return Batch(tokens, torch.from_numpy(document), tuple(chosen))
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What a model takes of a batch besides tokens and documents, by name."""
+        return {name: given(batch) for name, given in self.given.items()}

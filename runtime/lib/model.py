@@ -14,7 +14,7 @@ from .buffers import STATELESS, Slots
 from .clocks import Clock, on
 from .gathered import Gathered
 from .initial import initialise
-from .linear import Embed, named_logical_parameters, spec_paths
+from .linear import named_logical_parameters, spec_paths
 from .rows import At
 from .sample import check_sampling, choose
 from .stream import Stream
@@ -30,6 +30,8 @@ class Model(nn.Module):
     INIT: Mapping[str, tuple[Any, ...]] = {}
     keep_fp32: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("tokens",)
+    # One more than the largest token, where a table of the model says it.
+    vocab: int | None = None
     # What its objective takes, where that is something else: labels, too.
     scored: tuple[str, ...] = ()
     # The inputs whose rows (their second dim) come with groups of tokens.
@@ -255,10 +257,9 @@ class Model(nn.Module):
             raise ValueError(f"generate: the prompt {list(tokens.shape)} is empty, it must hold at least one token")
         if max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens is {max_new_tokens}, must be at least 0")
-        vocab = min((m.vocab for m in self.modules() if isinstance(m, Embed)), default=None)
         low, high = int(tokens.min()), int(tokens.max())
-        if vocab is not None and (low < 0 or high >= vocab):
-            raise ValueError(f"generate: token {low if low < 0 else high} is outside the vocabulary of {vocab}")
+        if self.vocab is not None and (low < 0 or high >= self.vocab):
+            raise ValueError(f"generate: token {low if low < 0 else high} is outside the vocabulary of {self.vocab}")
 
     # Weights.
 

@@ -126,7 +126,9 @@ class _Run:
         """What must agree for a run to go on as if it had never stopped."""
         c = self.config
         tokens = hashlib.sha256(self.data.corpus.tokens.tobytes()).hexdigest()
-        return {"data": tokens, "batch": c.batch * c.accumulate, "seq": c.seq, "seed": c.seed, "dtype": c.dtype}
+        given = {name: source.identity for name, source in self.data.given.items()}
+        run = {"data": tokens, "batch": c.batch * c.accumulate, "seq": c.seq, "seed": c.seed, "dtype": c.dtype}
+        return {**run, "inputs": given} if given else run
 
     def save(self) -> Path:
         weights = self.model.state_dict()
@@ -192,12 +194,13 @@ class _Run:
     def _gradient(self, batches: list[Batch], gathered: Gathered | None = None) -> Tensor:
         """Losses over all micro-batches, each sum divided by the count of all: as if they were one batch."""
         counts: dict[str, Tensor] = {}
+        more = {id(batch): self.data.inputs(batch) for batch in batches}
         for batch in batches:
-            for name, count in self.model.counts(batch.tokens, batch.document).items():
+            for name, count in self.model.counts(batch.tokens, batch.document, **more[id(batch)]).items():
                 counts[name] = counts.get(name, torch.zeros((), dtype=torch.int64)) + count
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            sums = self.model.losses(batch.tokens, batch.document, gathered=gathered)
+            sums = self.model.losses(batch.tokens, batch.document, gathered=gathered, **more[id(batch)])
             loss = torch.stack([s / counts[n].clamp(min=1) for n, s in sums.items()]).sum()
             loss.backward()
             self.optimizer.gather()
@@ -224,7 +227,9 @@ def evaluate(model: Model, data: Packed, batch: int, rows: int | None = None) ->
     total, scored = 0.0, 0
     for start in range(0, count, batch):
         piece = data.rows(list(range(start, min(start + batch, count))))
-        sums, counts = model.losses(piece.tokens, piece.document), model.counts(piece.tokens, piece.document)
+        more: dict[str, Any] = dict(data.inputs(piece))
+        sums = model.losses(piece.tokens, piece.document, **more)
+        counts = model.counts(piece.tokens, piece.document, **more)
         total += sum(float(v) for v in sums.values())
         scored += sum(int(counts[name]) for name in sums)
     model.train(was_training)
