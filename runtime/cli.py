@@ -258,18 +258,26 @@ def train(
     save_every: Annotated[int, typer.Option(min=1)] = 200,
     eval_every: Annotated[int, typer.Option(min=0)] = 0,
     give: Give = None,
+    objective: Annotated[str, typer.Option(help="the block that trains it")] = "next_token",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="a parameter of the objective: temperature=2")
+    ] = None,
+    lend: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="a model that the objective asks: teacher=FOLDER")
+    ] = None,
+    start: Annotated[Path | None, typer.Option(metavar="FOLDER", help="the weights to begin with")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the latest checkpoint, bit for bit")] = False,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
     """Train a model on text; Ctrl-C saves first, --resume goes on."""
-    settings = {k: v for k, v in locals().items() if k not in ("spec", "set", "format")}
+    settings = {k: v for k, v in locals().items() if k not in ("spec", "set", "format", "option")}
     from pydantic import ValidationError
 
     from .running import train_model
 
     try:
-        train_model(spec, overrides(set), **settings)
+        train_model(spec, overrides(set), option=overrides(option), **settings)
     except ValidationError as error:
         first = error.errors()[0]
         raise typer.BadParameter(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None

@@ -70,9 +70,6 @@ def weights_file(folder: Path) -> Path:
 
 def load(folder: str | Path, dtype: torch.dtype | str | None = None) -> Model:
     """Open a model folder: compile its spec and load its weights. Raises `SpecError`, `UserError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file as load_tensors
-
     from .compile import DTYPES
 
     folder = Path(folder)
@@ -80,15 +77,26 @@ def load(folder: str | Path, dtype: torch.dtype | str | None = None) -> Model:
         raise UserError("no-such-file", f"there is no folder `{folder}`")
     file, model, overrides = read_spec(folder)
     made = instantiate(build(program_of(file, model, overrides)), seed=None)
+    take_weights(made, folder)
+    if dtype is not None:
+        made.cast(DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    return made.eval()
+
+
+def take_weights(model: Model, folder: Path) -> None:
+    """Load the weights of a model folder. Raises UserError: no-such-file, no-weights, damaged-weights,
+    weights-do-not-fit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file as load_tensors
+
+    if not folder.is_dir():
+        raise UserError("no-such-file", f"there is no folder `{folder}`")
     path = weights_file(folder)
     try:
         state = load_tensors(path)
     except (SafetensorError, OSError) as error:
         raise UserError("damaged-weights", f"`{path}` cannot be read: {error}") from None
-    _fill(made, state, path)
-    if dtype is not None:
-        made.cast(DTYPES[dtype] if isinstance(dtype, str) else dtype)
-    return made.eval()
+    _fill(model, state, path)
 
 
 def _fill(model: Model, state: dict[str, torch.Tensor], path: Path) -> None:

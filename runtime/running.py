@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..dsl.elaborate import DEFAULT
 from ..dsl.load import load
 from ..lowering.passes.stream import require_causal
 from ..lowering.pipeline import lower
@@ -16,22 +17,31 @@ from .compile import build, instantiate
 from .data import Packed, open_corpus, open_tokenizer, split
 from .errors import UserError
 from .folder import load as load_folder
-from .folder import read_spec, write_spec
+from .folder import read_spec, take_weights, weights_file, write_spec
 from .lib import Model
 from .paths import split_entry
 from .retrieval import Feed, Index, Looked
+from .retrieval.index import checksum, tokenizer_identity
 from .train import Report, TrainConfig, train
 from .train.checkpoint import latest
 
 
 def train_model(
     spec: str, overrides: dict[str, Any], data: list[Path], out: Path, tokenizer: str, held_out: float, resume: bool,
-    give: list[str] | None = None, **settings: Any,
+    give: list[str] | None = None, objective: str = DEFAULT, option: dict[str, Any] | None = None,
+    lend: list[str] | None = None, start: Path | None = None, **settings: Any,
 ) -> Report:  # fmt: skip
-    """Compile a model, train it on text, and leave in `out` all that `heddle generate` and `--resume` need."""
+    """Compile a model, train it on text, and leave in `out` all that `heddle generate` and `--resume` need.
+
+    `objective` is the block that trains it, `option` values of its parameters, `lend` those that are models
+    (`["teacher=FOLDER"]`); the held-out loss is that of next tokens whatever trains. `start` is a folder with the
+    weights to begin with.
+    """
     path, name = split_entry(spec)
     file = load(path)
-    program = program_of(file, name, overrides)
+    folders = lent_folders(lend, tokenizer)
+    lent = {n: read_spec(folder) for n, folder in folders.items()}
+    program = program_of(file, name, overrides, objective, option, lent)
     if not program.objectives:
         raise UserError(
             "no-objective", f"`{program.name}` has no `tokens` and `logits`, so next tokens cannot train it"
@@ -41,6 +51,11 @@ def train_model(
     corpus = open_corpus(data, words, vocab=_vocab(program))
     kept, held = split(corpus, held_out) if held_out > 0 else (corpus, None)
     model = instantiate(build(program), seed=config.seed)
+    if start is not None:
+        take_weights(model, start)
+    model.lend(**{n: load_folder(folder) for n, folder in folders.items()})
+    plain = program_of(file, name, overrides) if objective != DEFAULT else program
+    judge = instantiate(build(plain), seed=None) if plain is not program and plain.objectives else None
     rows = Packed(kept, config.seq, config.seed)
     others = Packed(held, config.seq) if held is not None and len(held.tokens) >= config.seq else None
     feeds = feeds_of(model, give, tokenizer)
@@ -57,7 +72,27 @@ def train_model(
         rows.given[name] = Looked(feed, rows, out / "retrieved" / name)
         if others is not None:
             others.given[name] = Looked(feed, others, out / "retrieved" / f"{name}-held-out")
-    return train(model, rows, config, out, others, resume)
+    about: dict[str, Any] = {"objective": [objective, option or {}]} if objective != DEFAULT else {}
+    about |= {n: checksum(weights_file(folder)) for n, folder in folders.items()}
+    return train(model, rows, config, out, others, resume, judge=judge, about=about)
+
+
+def lent_folders(lend: list[str] | None, tokenizer: str) -> dict[str, Path]:
+    """`["teacher=FOLDER"]` as folders. Raises UserError: bad-override, no-such-file, bad-tokenizer."""
+    found = {}
+    for pair in lend or []:
+        name, equals, text = pair.partition("=")
+        folder = Path(text.strip())
+        if not equals or not text.strip():
+            example = "for example --lend teacher=runs/big"
+            raise UserError("bad-override", f"`--lend {pair}` is not NAME=FOLDER", help=example)
+        if not folder.is_dir():
+            raise UserError("no-such-file", f"there is no folder `{folder}`")
+        mine, theirs = (tokenizer_identity(t) for t in (tokenizer, tokenizer_name(folder)))
+        if mine != theirs:
+            raise UserError("bad-tokenizer", f"`{folder}` reads tokens of {theirs}, this run has {mine}")
+        found[name.strip()] = folder
+    return found
 
 
 def feeds_of(model: Model, give: list[str] | None, tokenizer: str) -> dict[str, Feed]:

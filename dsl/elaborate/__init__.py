@@ -1,5 +1,5 @@
 """From checked syntax to an elaborated program: names get values, dims unify, sizes are computed, loops unroll."""
 
-from .entry import Lent, elaborate, entries, is_complete
+from .entry import DEFAULT, Lent, elaborate, entries, is_complete
 
-__all__ = ["Lent", "elaborate", "entries", "is_complete"]
+__all__ = ["DEFAULT", "Lent", "elaborate", "entries", "is_complete"]

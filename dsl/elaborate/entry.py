@@ -258,7 +258,13 @@ def _objective(
     objective = asked.objective or ""
     block = found.file.lookup(objective)
     if block is None:
-        raise fail("unknown-name", f"no objective is named `{objective}`", found.declaration.name_span)
+        known = [*standard_index(), *found.file.declared]
+        raise fail(
+            "unknown-name",
+            f"no objective is named `{objective}`",
+            found.declaration.name_span or NOWHERE,
+            help=did_you_mean(objective, known, "a block"),
+        )
     inputs = inputs_of(Waiting(found=block).block)
     wanted = [i.name for i in inputs]
     if objective == DEFAULT and (tensors.get("tokens") is None or "logits" not in model.variables):

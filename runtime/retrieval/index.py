@@ -115,7 +115,7 @@ def build_index(
         faiss.write_index(made, str(partial / "faiss.index.part"))
         os.replace(partial / "faiss.index.part", partial / "faiss.index")
         files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name not in ("plan.json", "manifest.json"))
-        sums = {p.relative_to(partial).as_posix(): _checksum(p) for p in files}
+        sums = {p.relative_to(partial).as_posix(): checksum(p) for p in files}
         (partial / "manifest.json").write_text(json.dumps({**plan, "files": sums}, indent=1) + "\n", encoding="utf-8")
         (partial / "plan.json").unlink()
         os.replace(partial, out)
@@ -126,7 +126,7 @@ def build_index(
 
 def tokenizer_identity(name: str) -> str:
     """`bytes`, or the checksum of the file."""
-    return name if name == "bytes" else f"sha256:{_checksum(Path(name))}"
+    return name if name == "bytes" else f"sha256:{checksum(Path(name))}"
 
 
 def _factory(chunks: int) -> str:
@@ -180,7 +180,8 @@ def _trained(faiss: Any, vectors: np.ndarray, factory: str) -> Any:
     return made
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -228,7 +229,7 @@ class Index:
             raise UserError("bad-index", f"`{path}` is of the format {manifest.get('format')}, this reads {FORMAT}")
         for name, wanted in sums.items():
             file = self.folder / name
-            if not file.is_file() or _checksum(file) != wanted:
+            if not file.is_file() or checksum(file) != wanted:
                 what = "has another content than when it was built" if file.is_file() else "is missing"
                 raise UserError("bad-index", f"`{file}` {what}", help="build the index again")
         return manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,18 @@ class Report:
 
 def train(
     model: Model, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None = None,
-    resume: bool = False, console: Console | None = None,
+    resume: bool = False, console: Console | None = None, judge: Model | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Report:  # fmt: skip
     """Train a model in place. `out` gets `log.jsonl`, `board/` and `checkpoints/`.
+
+    `judge` is what the held-out loss is of, if not the model itself: one with the same tensors and another objective.
+    `about` is what else must be the same for a run to be resumed.
 
     `resume` goes on from the newest whole checkpoint, bit for bit: weights, moments, data position. Ctrl-C and SIGTERM
     save first. Raises UserError: already-there, nothing-to-resume, other-run, not-finite, cannot-write.
     """
-    run = _Run(model, data, config, out, held_out, console)
+    run = _Run(model, data, config, out, held_out, console, judge, about)
     run.open(resume)
     with Stop() as stop:
         try:
@@ -58,14 +63,17 @@ def train(
 class _Run:
     def __init__(
         self, model: Model, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None,
-        console: Console | None,
+        console: Console | None, judge: Model | None, about: Mapping[str, Any] | None,
     ):  # fmt: skip
         self.model, self.data, self.config, self.out, self.held_out = model, data, config, out, held_out
-        self.console = console
+        self.console, self.about = console, dict(about or {})
         self.folder = out / "checkpoints"
         self.step, self.cursor = 0, Cursor()
         model.cast(DTYPES[config.dtype])
         self.optimizer = Optimizer(model, config)
+        self.judge = judge or model
+        if judge is not None:
+            judge.load_state_dict(model.state_dict(), assign=True)
 
     # --- beginning and end ------------------------------------------------------------------------
 
@@ -128,7 +136,7 @@ class _Run:
         tokens = hashlib.sha256(self.data.corpus.tokens.tobytes()).hexdigest()
         given = {name: source.identity for name, source in self.data.given.items()}
         run = {"data": tokens, "batch": c.batch * c.accumulate, "seq": c.seq, "seed": c.seed, "dtype": c.dtype}
-        return {**run, "inputs": given} if given else run
+        return {**run, **({"inputs": given} if given else {}), **self.about}
 
     def save(self) -> Path:
         weights = self.model.state_dict()
@@ -210,7 +218,7 @@ class _Run:
     def _evaluate(self) -> float | None:
         if self.held_out is None:
             return None
-        loss = evaluate(self.model, self.held_out, self.config.batch, self.config.eval_rows)
+        loss = evaluate(self.judge, self.held_out, self.config.batch, self.config.eval_rows)
         record = {"step": self.step, "held_out": loss}
         self.log.write(record)
         self.board.write(record)
