@@ -39,6 +39,7 @@ bench: $(READY)  ## time Heddle and transformers on this CPU, the same weights
 bench-programs: $(READY)  ## the reference programs against what they replace: losses of three seeds, time, memory
 	$(BIN)/python -m heddle.benchmarks.long_context --json benchmarks/results/long_context.json
 	$(BIN)/python -m heddle.benchmarks.retrieval --json benchmarks/results/retrieval.json
+	$(BIN)/python -m heddle.benchmarks.compression --json benchmarks/results/compression.json
 
 clean:  ## remove .venv, build and the caches of the tools
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -92,15 +92,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return app.command()(run)
 
 
-def overrides(pairs: list[str] | None) -> dict[str, Any]:
-    """`["hidden=256", 'pattern="M*-"']` as values. Raises UserError `bad-override`."""
+def overrides(pairs: list[str] | None, dotted: bool = False) -> dict[str, Any]:
+    """`["hidden=256", 'pattern="M*-"']` as values; `dotted` names have parts. Raises UserError `bad-override`."""
     from ..dsl.elaborate.constants import constant
     from .errors import UserError
 
     found = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")
-        if not equals or not name.strip().isidentifier() or not text.strip():
+        words = name.strip().replace(".", "_") if dotted else name.strip()
+        if not equals or not words.isidentifier() or not text.strip():
             raise UserError("bad-override", f"`--set {pair}` is not NAME=VALUE", help="for example --set hidden=256")
         try:
             found[name.strip()] = constant(name.strip(), text.strip())
@@ -299,6 +300,36 @@ def generate(
     from .running import generate_text
 
     generate_text(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed, give)
+
+
+@command
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="FILE[:RECIPE]", help="a file, and one of its recipes (the last)")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="where each result gets a folder of its name")],
+    data: Annotated[list[Path] | None, typer.Option(help="text: what the recipe calls `data`")] = None,
+    set: Annotated[  # noqa: A002
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a parameter, or `step.argument=value`")
+    ] = None,
+    tokenizer: Annotated[str, typer.Option(help="`bytes`, or a tokenizer.json")] = "bytes",
+    held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="share of the files kept for evaluation")] = 0.05,
+    plan: Annotated[bool, typer.Option("--plan", help="print the steps and run nothing")] = False,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Run a recipe: every result is a folder, made once; a stopped run goes on where it was."""
+    from ..dsl.load import load
+    from .errors import UserError
+    from .paths import split_entry
+    from .recipes import planned, run_recipe
+    from .recipes.show import lines
+
+    path, name = split_entry(recipe)
+    file, settings = load(path), overrides(set, dotted=True)
+    if plan:
+        typer.echo("\n".join(lines(planned(file, name, settings))))
+        return
+    if not data:
+        raise UserError("no-data", "a recipe reads `data`", help="--data names files or folders of text")
+    run_recipe(file, name, data, out, settings, tokenizer, held_out, typer.echo)
 
 
 @command

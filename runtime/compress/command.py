@@ -46,7 +46,9 @@ def prune_folder(
     teacher = load_folder(folder)
     by = Scores.load(scores) if scores is not None else None
     if by is None and data:
-        by = measured(teacher, data, folder, samples, seq, batch, depth)
+        vocab = teacher.program.arguments.get("vocab")
+        corpus = open_corpus(data, tokenizer_of(folder), vocab=vocab if isinstance(vocab, int) else None)
+        by = measured(teacher, Packed(corpus, seq), samples, batch, depth)
     weights = prune(teacher.program, teacher.state_dict(), student, by, keep)
     with new_folder(out) as partial:
         write_spec(partial, file, student.name, overrides)
@@ -58,14 +60,14 @@ def prune_folder(
     return out
 
 
-def measured(teacher: Model, data: list[Path], folder: Path, samples: int, seq: int, batch: int, depth: str) -> Scores:
-    """Scores of dims, and of layers where the model has a residual loop."""
-    vocab = teacher.program.arguments.get("vocab")
-    corpus = open_corpus(data, tokenizer_of(folder), vocab=vocab if isinstance(vocab, int) else None)
-    rows = Packed(corpus, seq)
+def measured(
+    teacher: Model, rows: Packed, samples: int, at_once: int, depth: str, batch: str = "l2", seq: str = "mean"
+) -> Scores:
+    """Scores of dims, and of layers where the model has a residual loop, on the first rows of some data. `batch` and
+    `seq` are `importance`'s."""
     count = min(samples, rows.num_rows)
-    batches = [_batch(rows, range(i, min(i + batch, count))) for i in range(0, count, batch)]
-    found = importance(teacher, batches)
+    batches = [_batch(rows, range(i, min(i + at_once, count))) for i in range(0, count, at_once)]
+    found = importance(teacher, batches, batch=batch, seq=seq)
     if any(loop.is_residual for loop in Dims(teacher.program).loops.values()):
         found = found.with_layers(layer_importance(teacher, batches, depth))
     return found

@@ -85,7 +85,8 @@ class Scores:
         tensors = {f"site.{i}": s.values.contiguous() for i, s in enumerate(self.sites)}
         tensors |= {f"layers.{name}": v.contiguous() for name, v in self.layers.items()}
         sites = [{"name": s.name, "dims": list(s.dims)} for s in self.sites]
-        about = {"format": FORMAT, "sites": json.dumps(sites), "about": json.dumps(dict(self.about), sort_keys=True)}
+        # One entry: several are written in any order.
+        about = {FORMAT: json.dumps({"sites": sites, "about": dict(self.about)}, sort_keys=True)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
@@ -107,14 +108,15 @@ class Scores:
             with safe_open(str(path), "pt") as file:
                 about = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (it is no mapping)
-            if about.get("format") != FORMAT:
+            if FORMAT not in about:
                 raise UserError("damaged-weights", f"`{path}` holds no scores")
+            known = json.loads(about[FORMAT])
             sites = tuple(
                 Site(s["name"], tuple(s["dims"]), tensors[f"site.{i}"])
-                for i, s in enumerate(json.loads(about["sites"]))
+                for i, s in enumerate(known["sites"])
             )
             layers = {k.removeprefix("layers."): v for k, v in tensors.items() if k.startswith("layers.")}
-            return cls(sites, layers, json.loads(about["about"]))
+            return cls(sites, layers, known["about"])
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise UserError("damaged-weights", f"`{path}` cannot be read: {error}") from None
 

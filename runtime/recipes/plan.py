@@ -1,0 +1,307 @@
+"""What a recipe will do, worked out and checked before anything runs: its steps, in order, with all arguments.
+
+A recipe is a function over models and data. A call of a step at the right side of `name = ...` fills the folder `name`;
+one inside of another call fills a folder behind a dot (`wide.by`), one of a list a numbered one (`tuned.0`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...dsl import syntax as sx
+from ...dsl.arithmetic import is_number
+from ...dsl.diagnostics import Label, SpecError, did_you_mean, fail
+from ...dsl.elaborate import DEFAULT, Lent
+from ...dsl.load import File
+from ...dsl.source import Span
+from ..check import program_of
+from ..compress import Plan as Cut
+from ..compress import Scores
+from ..compress.dims import Dims
+from .values import Data, Made, Objective, Schedule, Spec, Step, kind_of
+
+REQUIRED = object()
+STEPS: dict[str, dict[str, Any]] = {
+    "load": {"model": REQUIRED, "folder": REQUIRED, "map": None},
+    "importance": {"model": REQUIRED, "data": REQUIRED, "samples": 1024, "batch": "l2", "seq": "mean", "length": 512,
+                   "rows": 8, "depth": "bi"},
+    "prune": {"model": REQUIRED, "to": REQUIRED, "by": None, "keep": None},
+    "train": {"model": REQUIRED, "data": REQUIRED, "objective": None, "tokens": None, "steps": None, "lr": 1e-3,
+              "batch": 8, "seq": 512, "seed": 0, "weight_decay": 0.1, "clip": 1.0, "dtype": "fp32"},
+    "report": {"models": REQUIRED, "data": REQUIRED, "seq": 512, "rows": 64},
+}  # fmt: skip
+"""The steps that exist, with their parameters and defaults."""
+WORDS = frozenset(
+    ("l2", "mean", "var", "bi", "perplexity", "kl", "mse", "hidden_mse", "huggingface", "fp32", "bf16", "fp64")
+)
+SCHEDULES = {"cosine": "cosine", "wsd": "wsd", "constant": "constant"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a recipe, and the names of what it returns."""
+
+    name: str
+    steps: tuple[Step, ...]
+    returned: tuple[str, ...]
+
+
+def planned(file: File, recipe: str | None = None, settings: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a recipe of a file (the last, if none is named).
+
+    `settings` are parameters of the recipe by name, and arguments of its steps as `step.argument`.
+    Raises `SpecError`: unknown-name, nothing-declared, missing-argument, no-such-parameter, wrong-type, and what the
+    models of the recipe are wrong in: a student that is no part of its teacher, a vocabulary that is another.
+    """
+    names = [n for n, d in file.declared.items() if isinstance(d, sx.Function) and d.keyword == "recipe"]
+    if not names:
+        raise fail("nothing-declared", f"`{file.source.name}` declares no recipe", Span(file.source, 0, 0),
+                   help="a recipe starts with `recipe NAME(data):`")  # fmt: skip
+    name = recipe or names[-1]
+    if name not in names:
+        raise fail("unknown-name", f"`{file.source.name}` has no recipe named `{name}`", Span(file.source, 0, 0),
+                   help=did_you_mean(name, names, "a recipe"))  # fmt: skip
+    declaration = file.declared[name]
+    assert isinstance(declaration, sx.Function)
+    return _Planner(file, declaration, dict(settings or {})).plan()
+
+
+class _Planner:
+    def __init__(self, file: File, recipe: sx.Function, settings: dict[str, Any]):
+        self.file, self.recipe = file, recipe
+        self.over = {tuple(k.rsplit(".", 1)): v for k, v in settings.items() if "." in k}
+        self.used: set[tuple[str, ...]] = set()
+        self.names: dict[str, Any] = {}
+        self.steps: list[Step] = []
+        given = {k: v for k, v in settings.items() if "." not in k}
+        for parameter in recipe.parameters:
+            if parameter.name == "data":
+                self.names["data"] = Data()
+            elif parameter.name in given:
+                self.names[parameter.name] = given.pop(parameter.name)
+            elif parameter.default is not None:
+                self.names[parameter.name] = self.value(parameter.default, parameter.name)
+            else:
+                raise fail("missing-argument", f"the recipe needs `{parameter.name}`", recipe.name_span,
+                           help=f"--set {parameter.name}=VALUE gives it")  # fmt: skip
+        if given:
+            self._no_parameter(next(iter(given)), [p.name for p in recipe.parameters], f"`{recipe.name}`")
+
+    def plan(self) -> Plan:
+        returned: list[Any] = []
+        for statement in self.recipe.body:
+            match statement:
+                case sx.Assign(names=(name,), values=(expr,)):
+                    if name in self.names:
+                        raise fail("bound-twice", f"`{name}` is bound already", statement.span)
+                    self.names[name] = self.value(expr, name)
+                case sx.Return(values=values):
+                    returned = [self.value(v, "result") for v in values]
+                case _:
+                    raise fail("not-built-yet", "a recipe is made of `name = step(...)` and `return`", statement.span)
+        for at in self.over.keys() - self.used:
+            steps = [s.name for s in self.steps]
+            if at[0] not in steps:
+                raise fail("unknown-name", f"`{self.recipe.name}` has no step `{at[0]}`", self.recipe.name_span,
+                           help=did_you_mean(at[0], steps, "a step"))  # fmt: skip
+            step = next(s for s in self.steps if s.name == at[0])
+            self._no_parameter(at[1], list(STEPS[step.kind]), f"the step `{step.kind}` of `{at[0]}`")
+        flat = [x for r in returned for x in (r if isinstance(r, list) else [r])]
+        return Plan(self.recipe.name, tuple(self.steps), tuple(m.step for m in flat if isinstance(m, Made)))
+
+    def _no_parameter(self, name: str, known: list[str], whose: str) -> None:
+        raise fail("no-such-parameter", f"{whose} has no parameter `{name}`", self.recipe.name_span,
+                   help=did_you_mean(name, known, "a parameter"))  # fmt: skip
+
+    # --- expressions ------------------------------------------------------------------------------
+
+    def value(self, expr: sx.Expr, at: str) -> Any:
+        """The value of an expression; a step that it calls fills the folder `at`."""
+        match expr:
+            case sx.Number(value=number):
+                return int(number) if float(number).is_integer() else number
+            case sx.String(value=text):
+                return text
+            case sx.Constant(value=constant):
+                return constant
+            case sx.Unary(operator="-", value=inner):
+                return -self.value(inner, at)
+            case sx.Name(id=name):
+                return self._named(name, expr.span)
+            case sx.ListOf(items=items):
+                found: list[Any] = []
+                for i, item in enumerate(items):
+                    one = self.value(item.value, f"{at}.{i}")
+                    found.extend(one if isinstance(item.value, sx.Range) else [one])
+                return found
+            case sx.Range(first=first, last=last, step=step):
+                by = 1 if step is None else self.value(step, at)
+                return list(range(self.value(first, at), self.value(last, at) + 1, by))
+            case sx.Table(pairs=pairs):
+                return {pair.key: self.value(pair.value, at) for pair in pairs}
+            case sx.Comprehension(names=(name,), source=source, body=body, condition=None):
+                made = []
+                for i, item in enumerate(self.value(source, at)):
+                    before = dict(self.names)
+                    self.names[name] = item
+                    made.append(self.value(body, f"{at}.{i}"))
+                    self.names = before
+                return made
+            case sx.Call(function=sx.Name(id=name)):
+                return self._call(name, expr, at)
+        raise fail("not-built-yet", "this is not built yet in recipes", expr.span)
+
+    def _named(self, name: str, span: Span) -> Any:
+        if name in self.names:
+            return self.names[name]
+        found = self.file.lookup(name)
+        if found is not None and getattr(found.declaration, "keyword", None) == "model":
+            return Spec(found.file, name, program_of(found.file, name))
+        if name in WORDS:
+            return name
+        known = [*self.names, *self.file.declared, *STEPS, *WORDS]
+        raise fail("unknown-name", f"nothing is named `{name}` here", span, help=did_you_mean(name, known, "something"))
+
+    def _call(self, name: str, call: sx.Call, at: str) -> Any:
+        if name in SCHEDULES:
+            return self._schedule(name, call, at)
+        if name not in STEPS:
+            raise fail("unknown-name", f"there is no step `{name}`", call.function.span,
+                       help=did_you_mean(name, [*STEPS, *SCHEDULES], "a step"))  # fmt: skip
+        slots = STEPS[name]
+        given: dict[str, Any] = {}
+        spans: dict[str, Span] = {}
+        for place, argument in enumerate(call.arguments):
+            key = argument.name or (list(slots)[place] if place < len(slots) else "")
+            if key not in slots:
+                raise fail("no-such-parameter", f"the step `{name}` has no parameter `{key or place}`", argument.span,
+                           help=did_you_mean(key, slots, "a parameter"))  # fmt: skip
+            if key in given:
+                raise fail("duplicate-argument", f"`{key}` is given twice", argument.span)
+            spans[key] = argument.value.span
+            given[key] = (
+                self._objective(argument.value, at) if key == "objective" else self.value(argument.value, f"{at}.{key}")
+            )
+        for step, key in list(self.over):
+            if step == at and key in slots:
+                given[key] = self.over[step, key]
+                self.used.add((step, key))
+        missing = [k for k, default in slots.items() if default is REQUIRED and k not in given]
+        if missing:
+            raise fail("missing-argument", f"the step `{name}` needs `{missing[0]}`", call.span)
+        arguments = {k: given.get(k, default) for k, default in slots.items()}
+        check = _Checked(name, arguments, spans, call.span)
+        made = Made(at, {"importance": "scores", "report": "report"}.get(name, "model"), check.spec())
+        self.steps.append(Step(at, name, arguments, made, call.span))
+        return made
+
+    def _schedule(self, name: str, call: sx.Call, at: str) -> Schedule:
+        values: dict[str, Any] = {"lr": None, "min_lr": None, "warmup": 50}
+        for place, argument in enumerate(call.arguments):
+            key = argument.name or (list(values)[place] if place < len(values) else "")
+            if key not in values:
+                raise fail("no-such-parameter", f"`{name}` has no parameter `{key or place}`", argument.span,
+                           help=did_you_mean(key, values, "a parameter"))  # fmt: skip
+            values[key] = self.value(argument.value, at)
+        if values["lr"] is None:
+            raise fail("missing-argument", f"`{name}` needs a learning rate", call.span)
+        least = values["lr"] if values["min_lr"] is None else values["min_lr"]
+        return Schedule(SCHEDULES[name], values["lr"], least, int(values["warmup"]))
+
+    def _objective(self, expr: sx.Expr, at: str) -> Objective:
+        """`distil(it, teacher)`: the block by name, its models and its other parameters."""
+        if isinstance(expr, sx.Name):
+            return Objective(expr.id, {}, {})
+        if not isinstance(expr, sx.Call) or not isinstance(expr.function, sx.Name):
+            raise fail("wrong-type", "an objective is a call of a block: `distil(it, teacher)`", expr.span)
+        found = self.file.lookup(expr.function.id)
+        if found is None or not isinstance(found.declaration, sx.Function):
+            raise fail("unknown-name", f"no objective is named `{expr.function.id}`", expr.function.span)
+        slots = [p.name for p in found.declaration.parameters]
+        options: dict[str, Any] = {}
+        for place, argument in enumerate(expr.arguments):
+            key = argument.name or (slots[place] if place < len(slots) else "")
+            if isinstance(argument.value, sx.Name) and argument.value.id == "it":
+                continue  # the model that is trained
+            options[key] = self.value(argument.value, f"{at}.{key}")
+        lent = {k: v for k, v in options.items() if isinstance(v, Made)}
+        return Objective(expr.function.id, {k: v for k, v in options.items() if k not in lent}, lent)
+
+
+class _Checked:
+    """Arguments of a step, checked as far as they can be before it runs."""
+
+    def __init__(self, kind: str, arguments: dict[str, Any], spans: Mapping[str, Span], span: Span):
+        self.kind, self.arguments, self.spans, self.span = kind, arguments, spans, span
+        wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "data": (lambda v: isinstance(v, Data), "data"),
+            "to": (lambda v: isinstance(v, Spec), "a model of a spec"),
+            "by": (lambda v: v is None or isinstance(v, Made) and v.kind == "scores", "scores"),
+            "keep": (lambda v: v is None or isinstance(v, dict), "a table"),
+            "lr": (lambda v: isinstance(v, Schedule) or is_number(v), "a learning rate or a schedule"),
+            "folder": (lambda v: isinstance(v, str), "the path of a folder"),
+            "models": (lambda v: isinstance(v, (list, Made)), "models"),
+        }
+        for name in ("samples", "batch", "seq", "seed", "length", "rows", "steps", "tokens", "clip", "weight_decay"):
+            if not (kind == "importance" and name in ("batch", "seq")):
+                wanted[name] = (lambda v: v is None or is_number(v), "a number")
+        model = (lambda v: isinstance(v, Spec), "a model of a spec") if kind == "load" else (
+            (lambda v: _is_model(v) or isinstance(v, Spec), "a model") if kind == "train" else
+            (_is_model, "a model with weights"))  # fmt: skip
+        wanted["model"] = model
+        for name, value in arguments.items():
+            holds, what = wanted.get(name, (lambda v: True, ""))
+            if not holds(value):
+                raise fail("wrong-type", f"`{name}` of `{kind}` must be {what}, this is {kind_of(value)}",
+                           spans.get(name, span))  # fmt: skip
+
+    def spec(self) -> Spec | None:
+        """The spec of the model that the step makes; what is wrong with it raises."""
+        model = self.arguments.get("model")
+        mine = model if isinstance(model, Spec) else model.spec if isinstance(model, Made) else None
+        if self.kind == "prune":
+            return self._pruned(mine)
+        if self.kind == "train" and mine is not None:
+            objective = objective_of(self.arguments)
+            lent = {n: m.spec for n, m in objective.lent.items() if m.spec is not None}
+            _at(self.span, lambda: trained_program(mine, objective, lent))
+            if self.arguments["tokens"] is None and self.arguments["steps"] is None:
+                raise fail("missing-argument", "`train` needs `tokens` or `steps`", self.span)
+        return mine if self.kind in ("load", "train") else None
+
+    def _pruned(self, teacher: Spec | None) -> Spec:
+        to = self.arguments["to"]
+        assert isinstance(to, Spec) and teacher is not None
+        by = None
+        if self.arguments["by"] is not None:  # any scores show whether the cut is one
+            dims = Dims(teacher.program)
+            loops = {loop.name: [1.0] * len(loop.kinds) for loop in dims.loops.values()}
+            by = Scores.of({d: [1.0] * n for d, n in dims.sizes.items() if d in dims.carried}, loops)
+        _at(self.span, lambda: Cut(teacher.program, to.program, by, self.arguments["keep"] or {}))
+        return to
+
+
+def objective_of(arguments: Mapping[str, Any]) -> Objective:
+    """What trains in a step `train`."""
+    return arguments["objective"] or Objective(DEFAULT, {}, {})
+
+
+def trained_program(spec: Spec, objective: Objective, lent: Mapping[str, Spec]) -> Any:
+    """The program of a model with what trains it."""
+    others: dict[str, Lent] = {n: (s.file, s.name, {}) for n, s in lent.items()}
+    return program_of(spec.file, spec.name, None, objective.name, dict(objective.options), others)
+
+
+def _at(span: Span, check: Callable[[], Any]) -> None:
+    """Run a check; what it finds says which step of the recipe asked for it."""
+    try:
+        check()
+    except SpecError as error:
+        here = Label(span, "this step asks for it")
+        raise SpecError([replace(d, secondary=(*d.secondary, here)) for d in error.diagnostics]) from None
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, Made) and value.kind == "model"

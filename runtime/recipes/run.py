@@ -1,0 +1,229 @@
+"""Running a recipe: each step fills its folder once; what is there and of the same arguments is used again.
+
+A folder is known by its key: a hash of the step, its arguments, the keys of what it reads, the models' source and the
+data. A changed argument changes the keys of that step and of all behind it, and of no other. Training goes on where it
+was stopped; every other step appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from ...dsl.elaborate import DEFAULT
+from ...dsl.load import File
+from ..compile import build, instantiate
+from ..compress import Scores, prune
+from ..compress.command import measured
+from ..data import Packed, open_corpus, open_tokenizer, split
+from ..errors import UserError
+from ..folder import load as load_folder
+from ..folder import take_weights, write_spec
+from ..huggingface import import_folder
+from ..train import TrainConfig, evaluate, train
+from ..train.checkpoint import latest
+from .plan import Plan, objective_of, planned, trained_program
+from .values import Data, Made, Objective, Schedule, Spec, Step
+
+VERSION = "1"
+"""Of the steps: a step that does something else than before gets another one, so that folders are made again."""
+DONE = "step.json"
+Say = Callable[[str], None]
+
+
+def run_recipe(
+    file: File, recipe: str | None, data: Sequence[Path], out: Path, settings: Mapping[str, Any] | None = None,
+    tokenizer: str = "bytes", held_out: float = 0.05, say: Say = print,
+) -> Plan:  # fmt: skip
+    """Run what is not there yet of a recipe, into folders of `out`.
+
+    Raises `SpecError`, UserError: what planning and the steps raise; nothing is written for a plan that is wrong.
+    """
+    plan = planned(file, recipe, settings)
+    runner = Runner(plan, data, out, tokenizer, held_out, say)
+    for step in plan.steps:
+        runner.run(step)
+    return plan
+
+
+class Runner:
+    """The folders of a plan."""
+
+    def __init__(self, plan: Plan, data: Sequence[Path], out: Path, tokenizer: str, held_out: float, say: Say) -> None:
+        self.plan, self.out, self.tokenizer, self.say = plan, out, tokenizer, say
+        self.data = [Path(p) for p in data]
+        self.words = open_tokenizer(tokenizer)
+        self.held_out = held_out
+        self.kept, self.held = split(open_corpus(self.data, self.words), held_out)
+        self.keys: dict[str, str] = {}
+        for step in plan.steps:
+            self.keys[step.name] = self._key(step)
+
+    def folder(self, made: Made | Step) -> Path:
+        return self.out / (made.step if isinstance(made, Made) else made.name)
+
+    def is_done(self, step: Step) -> bool:
+        """Whether the folder of a step is there, whole, and of these arguments."""
+        try:
+            known = json.loads((self.folder(step) / DONE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(known, dict) and known.get("key") == self.keys[step.name]
+
+    # --- keys -------------------------------------------------------------------------------------
+
+    def _key(self, step: Step) -> str:
+        about = {"version": VERSION, "kind": step.kind, "tokenizer": self.tokenizer,
+                 "arguments": {k: self._mark(v) for k, v in step.arguments.items()}}  # fmt: skip
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def _mark(self, value: Any) -> Any:
+        """An argument as data that say what it is of."""
+        match value:
+            case Made(step=name):
+                return ["made", self.keys[name]]
+            case Spec(program=program):
+                return ["spec", hashlib.sha256(build(program).source.encode()).hexdigest()]
+            case Data():
+                text = hashlib.sha256(self.kept.tokens.tobytes() + self.kept.ends.tobytes())
+                text.update(self.held.tokens.tobytes())
+                return ["data", text.hexdigest()]
+            case Schedule():
+                return ["schedule", value.kind, value.lr, value.min_lr, value.warmup]
+            case Objective():
+                return ["objective", value.name, {k: self._mark(v) for k, v in {**value.options, **value.lent}.items()}]
+            case list() | tuple():
+                return [self._mark(v) for v in value]
+            case dict():
+                return {str(k): self._mark(v) for k, v in value.items()}
+        return value
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def run(self, step: Step) -> None:
+        """Fill the folder of a step, if it is not there."""
+        if self.is_done(step):
+            self.say(f"{step.name}: there already")
+            return
+        self.say(f"{step.name}: {step.kind}")
+        folder = self.folder(step)
+        if step.kind == "train":
+            self._train(step, folder)
+        else:
+            partial = folder.with_name(folder.name + ".part")
+            for old in (partial, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            getattr(self, f"_{step.kind}")(step, partial)
+            self._mark_done(step, partial)
+            os.replace(partial, folder)
+
+    def _mark_done(self, step: Step, folder: Path) -> None:
+        record = {"step": step.kind, "key": self.keys[step.name]}
+        part = folder / f"{DONE}.part"
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, folder / DONE)
+
+    def _load(self, step: Step, folder: Path) -> None:
+        """A model folder, a run, or a folder of Hugging Face, as weights of the spec."""
+        spec, source = step.arguments["model"], Path(step.arguments["folder"])
+        model = instantiate(build(spec.program), seed=None)
+        if (source / "config.json").is_file() and not (source / "model.json").is_file():
+            import_folder(source, folder)
+            take_weights(model, folder)
+        else:
+            take_weights(model, source)
+            folder.mkdir()
+            self._write_model(folder, spec, model.state_dict())
+
+    def _write_model(self, folder: Path, spec: Spec, weights: Mapping[str, Any]) -> None:
+        write_spec(folder, spec.file, spec.name)
+        (folder / "tokenizer.txt").write_text(self.tokenizer + "\n", encoding="utf-8")
+        save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+    def _importance(self, step: Step, folder: Path) -> None:
+        a = step.arguments
+        model = load_folder(self.folder(a["model"]))
+        rows = Packed(self.kept, int(a["length"]))
+        found = measured(model, rows, int(a["samples"]), int(a["rows"]), a["depth"], batch=a["batch"], seq=a["seq"])
+        folder.mkdir()
+        found.save(folder / "scores.safetensors")
+
+    def _prune(self, step: Step, folder: Path) -> None:
+        a = step.arguments
+        teacher = load_folder(self.folder(a["model"]))
+        by = None if a["by"] is None else Scores.load(self.folder(a["by"]) / "scores.safetensors")
+        weights = prune(teacher.program, teacher.state_dict(), a["to"].program, by, a["keep"])
+        folder.mkdir()
+        self._write_model(folder, a["to"], weights)
+
+    def _train(self, step: Step, folder: Path) -> None:
+        """A run folder; one that was stopped goes on, if it is of these arguments."""
+        a, begun = step.arguments, folder / "begun.json"
+        objective = objective_of(a)
+        lent = {n: m.spec for n, m in objective.lent.items() if m.spec is not None}
+        spec = a["model"] if isinstance(a["model"], Spec) else a["model"].spec
+        key = {"key": self.keys[step.name]}
+        if not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != key:
+            shutil.rmtree(folder, ignore_errors=True)
+        model = instantiate(build(trained_program(spec, objective, lent)), seed=int(a["seed"]))
+        if isinstance(a["model"], Made):
+            take_weights(model, self.folder(a["model"]))
+        model.lend(**{n: load_folder(self.folder(m)) for n, m in objective.lent.items()})
+        config = _config(a)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_spec(folder, spec.file, spec.name)
+        (folder / "tokenizer.txt").write_text(self.tokenizer + "\n", encoding="utf-8")
+        begun.write_text(json.dumps(key) + "\n", encoding="utf-8")
+        rows = Packed(self.kept, config.seq, config.seed)
+        held = Packed(self.held, config.seq) if len(self.held.tokens) >= config.seq else None
+        judge = instantiate(build(spec.program), seed=None) if objective.name != DEFAULT else None
+        resume = latest(folder / "checkpoints") is not None
+        report = train(model, rows, config, folder, held, resume, judge=judge)
+        if report.stopped:
+            raise KeyboardInterrupt
+        self._mark_done(step, folder)
+
+    def _report(self, step: Step, folder: Path) -> None:
+        """Parameters and held-out loss of models, as a table and as JSON."""
+        a = step.arguments
+        models = a["models"] if isinstance(a["models"], list) else [a["models"]]
+        held = Packed(self.held, int(a["seq"]))
+        rows = []
+        for made in models:
+            model = load_folder(self.folder(made))
+            loss = evaluate(model, held, 4, rows=int(a["rows"]))
+            count = made.spec.program.num_parameters()
+            rows.append({"model": made.step, "parameters": count, "held_out": loss})
+        folder.mkdir()
+        (folder / "report.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        lines = [f"{'model':24}{'parameters':>16}{'held-out loss':>16}"]
+        lines += [f"{r['model']:24}{r['parameters']:>16,}{r['held_out']:>16.4f}" for r in rows]
+        (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for line in lines:
+            self.say(line)
+
+
+def _config(a: Mapping[str, Any]) -> TrainConfig:
+    """Settings of training, of a step's arguments."""
+    batch, seq = int(a["batch"]), int(a["seq"])
+    steps = int(a["steps"]) if a["steps"] is not None else math.ceil(a["tokens"] / (batch * seq))
+    rate = a["lr"]
+    if not isinstance(rate, Schedule):
+        rate = Schedule("constant", rate, rate, 0)
+    try:
+        return TrainConfig.model_validate({
+            "steps": steps, "batch": batch, "seq": seq, "lr": rate.lr, "min_lr": rate.min_lr, "schedule": rate.kind,
+            "warmup": rate.warmup, "weight_decay": a["weight_decay"], "clip": a["clip"], "dtype": a["dtype"],
+            "seed": int(a["seed"]),
+        })  # fmt: skip
+    except ValueError as error:
+        raise UserError("unknown-setting", f"settings of training: {str(error).splitlines()[-2].strip()}") from None
