@@ -69,18 +69,22 @@ def test_the_wheel_runs_the_readme_without_the_tree(wheel: Path, tmp_path: Path)
     """Checks, compiles and runs the specs that README shows, from an unpacked wheel."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    spec = tmp_path / "my.spec"
-    spec.write_text(readme_spec())
-    variant = tmp_path / "tuned.spec"
-    variant.write_text(readme_spec(1))
+    names = [str(tmp_path / f"{n}.spec") for n in ("my", "tuned", "reader", "shrink")]
+    for place, name in enumerate(names):
+        Path(name).write_text(readme_spec(place))
     code = (
         "import sys, heddle, torch\n"
         f"assert heddle.__file__.startswith({str(tmp_path / 'site')!r}), heddle.__file__\n"
-        f"for spec in ({str(spec)!r}, {str(variant)!r}):\n"
-        "    logits = heddle.compile(spec)(torch.zeros(1, 5, dtype=torch.long))\n"
-        "    assert logits.shape[:2] == (1, 5) and logits.isfinite().all(), logits\n"
+        f"names, more = {names!r}, [{{}}, {{}}, {{'neighbors': torch.zeros(1, 1, 2, 128, dtype=torch.long)}}]\n"
+        "for spec, given in zip(names, more):\n"
+        "    logits = heddle.compile(spec)(torch.zeros(1, 70, dtype=torch.long), **given)\n"
+        "    assert logits.shape[:2] == (1, 70) and logits.isfinite().all(), logits\n"
+        "from heddle.dsl.load import load\n"
+        "from heddle.runtime.recipes import planned\n"
+        "from pathlib import Path\n"
+        "assert planned(load(Path(names[3]))).returned == ('student',)\n"
         "from heddle.runtime.cli import main\n"
-        f"sys.argv = ['heddle', 'check', {str(spec)!r}, {str(variant)!r}]\n"
+        "sys.argv = ['heddle', 'check', *names]\n"
         "sys.exit(main())\n"
     )
     run = subprocess.run(
@@ -94,9 +98,9 @@ def test_the_wheel_runs_the_readme_without_the_tree(wheel: Path, tmp_path: Path)
 
 
 def readme_spec(place: int = 0) -> str:
-    """A spec in README: the model, or its variant."""
-    model, variant = re.findall(r"^```spec\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return variant if place else model
+    """A spec in README: a model, its variant, one that retrieves, a recipe."""
+    found: list[str] = re.findall(r"^```spec\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return found[place]
 
 
 def test_the_readme_shows_the_error_that_is_printed(tmp_path: Path) -> None:

@@ -111,10 +111,7 @@ class Scores:
             if FORMAT not in about:
                 raise UserError("damaged-weights", f"`{path}` holds no scores")
             known = json.loads(about[FORMAT])
-            sites = tuple(
-                Site(s["name"], tuple(s["dims"]), tensors[f"site.{i}"])
-                for i, s in enumerate(known["sites"])
-            )
+            sites = tuple(Site(s["name"], tuple(s["dims"]), tensors[f"site.{i}"]) for i, s in enumerate(known["sites"]))
             layers = {k.removeprefix("layers."): v for k, v in tensors.items() if k.startswith("layers.")}
             return cls(sites, layers, known["about"])
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:

@@ -213,9 +213,7 @@ def test_a_wrong_recipe_is_a_diagnostic_and_nothing_is_written(line, tmp_path):
     with pytest.raises(SpecError) as caught:
         run_recipe(file, None, [tmp_path / "a.txt"], tmp_path / "out", held_out=0)
     found = caught.value.diagnostics[0]
-    shown = (
-        f"{found.message} {found.help} {' '.join(label.text for label in (found.primary, *found.secondary))}"
-    )
+    shown = f"{found.message} {found.help} {' '.join(label.text for label in (found.primary, *found.secondary))}"
     assert found.code == code and word in shown
     assert not (tmp_path / "out").exists()
 
