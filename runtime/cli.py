@@ -206,6 +206,26 @@ def show(
 
 
 @command
+def diff(
+    first: Spec,
+    second: Spec,
+    set: Set = None,  # noqa: A002
+    length: Annotated[int, typer.Option(help="tokens of a sequence, for operations and state", min=1)] = 4096,
+    json: Json = False,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Two models side by side: sizes, settings, and whose weights fit whom. `--set` changes the second."""
+    from .diff import difference
+    from .tables import print_difference
+
+    data = difference(program_at(first), program_at(second, set), length)
+    if json:
+        _echo_json(data)
+    else:
+        print_difference(data)
+
+
+@command
 def explain(
     what: Annotated[str, typer.Argument(metavar="CODE | SPEC[:MODEL]", help="an error code, or a spec")],
     after: Annotated[str | None, typer.Option(metavar="PASS", help="print the graphs behind this pass")] = None,

@@ -16,6 +16,40 @@ def amount(number: float) -> str:
     return f"{number:.0f}"
 
 
+def print_difference(data: dict[str, Any]) -> None:
+    """The tables of `heddle diff`."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("", *(f"{n} ({f})" for n, f in zip(data["models"], data["families"], strict=True)), ""):
+        table.add_column(title, justify="right" if title else "left")
+    for name, (a, b) in data["figures"].items():
+        known = a is not None and b is not None and a
+        shown = ["cannot stream" if x is None else f"{x:,}" if name == "parameters" else amount(x) for x in (a, b)]
+        table.add_row(name.replace("_", " "), *shown, f"{b / a:.3f}x" if known else "")
+    console.print(table)
+    for title, what in (("settings", "settings"), ("dims of weights", "dims"), ("parameters by block", "blocks")):
+        if data[what]:
+            table = Table(box=None, pad_edge=False)
+            for column in (title, *data["models"]):
+                table.add_column(column, justify="left" if column == title else "right", overflow="fold")
+            for name, pair in data[what].items():
+                table.add_row(name, *("-" if x is None else f"{x:,}" if isinstance(x, int) else str(x) for x in pair))
+            console.print()
+            console.print(table)
+    weights = data["weights"]
+    console.print(f"\nweights: {weights['same']} have the same path and shape", end="")
+    for key, words in (("other_shape", "another shape"), ("only_first", "only in the first"),
+                       ("only_second", "only in the second")):  # fmt: skip
+        if weights[key]["count"]:
+            console.print(
+                f", {weights[key]['count']} {words} ({', '.join(list(weights[key]['examples'])[:4])})", end=""
+            )
+    second, first = reversed(data["models"])
+    fits = f"`{second}` is a cut of `{first}`: `heddle prune` makes its weights" if data["is_part"] else (
+        f"`{second}` is no cut of `{first}`: {data['why_not']}")  # fmt: skip
+    console.print(f"\n{fits}")
+
+
 def print_summary(data: dict[str, Any]) -> None:
     """The table of `heddle show`."""
     console = Console(highlight=False)
