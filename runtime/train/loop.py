@@ -63,7 +63,7 @@ def train(
 class _Run:
     def __init__(
         self, model: Model, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None,
-        console: Console | None, judge: Model | None, about: Mapping[str, Any] | None,
+        console: Console | None, judge: Model | None = None, about: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         self.model, self.data, self.config, self.out, self.held_out = model, data, config, out, held_out
         self.console, self.about = console, dict(about or {})

@@ -117,6 +117,7 @@ class Block(nn.Module):
 
 
 class Tiny(lib.Model):
+    vocab = VOCAB
     keep_fp32 = ("*.A_log", "*.D", "*.dt_bias", "*norm.weight")
 
     def __init__(self, kinds=KINDS):
