@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -40,7 +41,7 @@ def emit_module(program: GraphProgram, version: str) -> str:
     inputs = tuple(v.name for v in program.model.body.inputs)
     model.input_names = "" if inputs == ("tokens",) else repr(inputs)
     model.follows = _follows(program, masks)
-    model.vocab = _vocab(program.model)
+    model.vocab = _vocab(program)
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
     classes = [c for c in classes if c is not model] + [model]
@@ -56,20 +57,58 @@ def emit_module(program: GraphProgram, version: str) -> str:
         source=_source_name(program),
         used=_grouped,
         layout=layout,
+        mesh=None if program.laid is None else {a.name: a.size for a in program.laid.mesh.atoms},
+        stored=_stored(program),
+        partial=_partial(program),
+        rows=_rows(program),
     )
 
 
-def _vocab(graph: Graph) -> int | None:
-    """How many tokens there are: the least of the dims that the first input names places of."""
+def _stored(program: GraphProgram) -> list[tuple[str, str]]:
+    """How each weight lies on the mesh, by path; iterations are one line where all agree."""
+    if program.laid is None:
+        return []
+    return _by_pattern(
+        (p.path, p.name, repr((stored.splits, stored.sync)))
+        for p in program.program.parameters()
+        for stored in [program.laid.weights[p.body][p.weight.name]]
+    )
+
+
+def _rows(program: GraphProgram) -> tuple[str, ...]:
+    """The axes over which the rows of a batch are split."""
+    inputs = program.model.body.inputs
+    return program.model.dims[inputs[0].type.dims[0]].axes if inputs and inputs[0].type.dims else ()
+
+
+def _partial(program: GraphProgram) -> dict[str, tuple[str, ...]]:
+    """The axes over which each loss is a sum of parts."""
+    found: dict[str, tuple[str, ...]] = {}
+    for sums in program.laid.sums.values() if program.laid is not None else ():
+        for name, axes in sums.items():
+            kind, _, label = name.partition(":")
+            if kind == "loss":
+                found[label] = axes
+    return found
+
+
+def _vocab(program: GraphProgram) -> int | None:
+    """How many tokens there are: the least of the dims that the first input names places of, on all ranks."""
+    graph = program.model
     first = graph.body.inputs[0].name if graph.body.inputs else None
     found = [
-        graph.size(node.bound(formal)[0])
+        _whole_size(graph, node.bound(formal)[0], program)
         for node in graph.nodes
         if node.op not in STRUCTURE and first in node.operands
         for formal in op_of(node).index
         if len(node.bound(formal)) == 1
     ]
     return min((size for size in found if size is not None), default=None)
+
+
+def _whole_size(graph: Graph, dim: str, program: GraphProgram) -> int | None:
+    size, axes = graph.size(dim), graph.dims[dim].axes
+    return size if size is None or not axes else size * program.laid.mesh.size(axes)
 
 
 def _follows(program: GraphProgram, masks: dict[str, tuple[str, str]]) -> str:
@@ -168,15 +207,20 @@ def _pattern(path: tuple[str | int, ...]) -> str:
 
 def _init_table(program: GraphProgram) -> list[tuple[str, str]]:
     """Initial values by path; iterations are one line where all agree."""
+    return _by_pattern((p.path, p.name, _init_text(p.init)) for p in program.program.parameters())
+
+
+def _by_pattern(entries: Iterable[tuple[tuple[str | int, ...], str, str]]) -> list[tuple[str, str]]:
+    """(path, name, text) of every weight as (pattern, text)."""
     groups: dict[str, dict[str, list[str]]] = {}
-    for p in program.program.parameters():
-        groups.setdefault(_pattern(p.path), {}).setdefault(_init_text(p.init), []).append(p.name)
+    for path, name, text in entries:
+        groups.setdefault(_pattern(path), {}).setdefault(text, []).append(name)
     table = []
-    for pattern, by_init in groups.items():
-        if len(by_init) == 1:
-            table.append((pattern, next(iter(by_init))))
+    for pattern, by_text in groups.items():
+        if len(by_text) == 1:
+            table.append((pattern, next(iter(by_text))))
         else:
-            table.extend((name, text) for text, members in by_init.items() for name in members)
+            table.extend((name, text) for text, members in by_text.items() for name in members)
     return table
 
 

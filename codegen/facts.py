@@ -26,7 +26,7 @@ class Use:
     @property
     def own(self) -> str | None:
         """The submodule that owns this op's weights, or None if they belong elsewhere."""
-        owner = owner_of(self.graph, self.node)
+        owner = self.writer.owner(self.node)
         return None if owner is None else f"self.{names.attribute(owner)}"
 
     @property
@@ -59,6 +59,17 @@ class Use:
 
     def weight_sizes(self, weight: str | None) -> tuple[int, ...]:
         return self.dim_sizes(self.graph.values[weight or ""].type.dims)
+
+    def is_cut(self, formal: str) -> bool:
+        """Whether a dim of a formal is one rank's part."""
+        return any(self.graph.dims[d].axes for d in self.node.bound(formal))
+
+    def start(self, formal: str) -> str:
+        """Where this rank's part of a formal's dim begins."""
+        (dim,) = self.node.bound(formal)
+        axes, size = self.graph.dims[dim].axes, self.graph.size(dim)
+        named = ", ".join(f'"{a}"' for a in axes)
+        return f"{size} * at.mesh.place({named})" if axes else "0"
 
     def result_width(self, formal: str) -> int:
         return len(self.node.bound(formal))

@@ -77,6 +77,11 @@ class Writer:
         self._inline = inline
         self._names = self._variables()
 
+    def owner(self, node: Node) -> str | None:
+        """The module that owns a node's weights and computes it. On a mesh none does: weights are where they are
+        stored, which need not be where they are read, so each use names them."""
+        return None if self.program.laid is not None else owner_of(self.graph, node)
+
     # --- names ------------------------------------------------------------------------------------
 
     def _variables(self) -> dict[str, str]:
@@ -272,7 +277,7 @@ class Writer:
                     lines.append(Line(f"self.{names.attribute(name)} = {self._instance(name)}", spec))
                 done.add(name)
                 continue
-            owner = owner_of(self.graph, node)
+            owner = self.owner(node)
             if owner is not None and owner not in done:
                 done.add(owner)
                 made = part(node.op, "cpu").construct(Use(self.graph, node, self))
@@ -314,7 +319,7 @@ class Writer:
 
     def _unread(self) -> dict[str, list[Weight]]:
         """Weights whose own op went because nobody reads its result, by owner: they still belong to the checkpoint."""
-        own = [n for n in self.graph.nodes if n.op not in STRUCTURE and owner_of(self.graph, n) is not None]
+        own = [n for n in self.graph.nodes if n.op not in STRUCTURE and self.owner(n) is not None]
         made = {operand for node in own for operand in node.operands}
         found: dict[str, list[Weight]] = {}
         for weight in self.graph.body.weights:

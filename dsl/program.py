@@ -43,7 +43,8 @@ class Dim:
     """A dim of a body. `size` is None where the data decide. `sequence` dims carry position and document; their
     coordinates also vary along `lead`. `factors` says of a compound dim which dims it is made of (outer first).
 
-    `clock` says how the rows of a sequence follow the stream; None is a sequence that is there as a whole."""
+    `clock` says how the rows of a sequence follow the stream; None is a sequence that is there as a whole. `axes` are
+    the mesh axes that it is split over (outer first): it is one rank's part of the dim `whole`."""
 
     name: str
     size: int | None
@@ -51,6 +52,8 @@ class Dim:
     lead: tuple[str, ...] = ()
     factors: tuple[str, ...] = ()
     clock: Clock | None = None
+    axes: tuple[str, ...] = ()
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class Parameter:
     """A weight of the whole model, with its path from the root.
 
     `path` has names and iteration numbers; `kinds` says for each segment what it stands for (a block, an op or None);
-    `dims` are (name, size) as the owning body knows them.
+    `dims` are (name, size) as the owning body, whose name is `body`, knows them.
     """
 
     path: tuple[str | int, ...]
@@ -213,6 +216,7 @@ class Parameter:
     kinds: tuple[str | None, ...]
     init: Init
     weight: Weight
+    body: str = ""
 
     @property
     def name(self) -> str:
@@ -285,12 +289,12 @@ class Program:
             dims = tuple((d, sizes[d]) for d in weight.dims)
             if owner == WRAPPED:
                 init = place.as_kind(weight.op).init(weight)
-                yield Parameter((*path, part), dims, (*kinds[:-1], weight.op, None), init, weight)
+                yield Parameter((*path, part), dims, (*kinds[:-1], weight.op, None), init, weight, body.name)
             elif owner:
                 init = selecting.at(owner, weight.op).init(weight)
-                yield Parameter((*names, owner, part), dims, (*classes, weight.op, None), init, weight)
+                yield Parameter((*names, owner, part), dims, (*classes, weight.op, None), init, weight, body.name)
             else:
-                yield Parameter((*names, part), dims, (*classes, None), selecting.init(weight), weight)
+                yield Parameter((*names, part), dims, (*classes, None), selecting.init(weight), weight, body.name)
         for instance in (i for i in body.instances if i.owned):
             for i, which in enumerate((0,) if instance.schedule is None else instance.schedule):
                 callee = self.bodies[instance.bodies[which]]

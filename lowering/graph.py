@@ -14,6 +14,7 @@ from typing import Any
 import networkx as nx
 
 from ..dsl.diagnostics import InternalError
+from ..dsl.layout import Layout
 from ..dsl.program import Body, Clock, Dim, Instance, Node, Program, Value
 from .op import Op
 from .ops import table
@@ -157,7 +158,10 @@ class State:
 
 @dataclass(frozen=True)
 class GraphProgram:
-    """Graphs of all distinct blocks of a program. `facts` are what passes have established so far."""
+    """Graphs of all distinct blocks of a program. `facts` are what passes have established so far.
+
+    `layout` says how it is to lie on a mesh, if on more than one device; `laid` (a `placement.laid.Laid`) how it does.
+    """
 
     program: Program
     graphs: dict[str, Graph]
@@ -165,6 +169,8 @@ class GraphProgram:
     states: dict[str, tuple[State, ...]] = field(default_factory=dict)
     roots: tuple[str, ...] = ()
     history: tuple[tuple[str, int], ...] = ()
+    layout: Layout | None = None
+    laid: Any = None
 
     @property
     def model(self) -> Graph:

@@ -170,6 +170,9 @@ class Op:
     a way that a choice of places breaks; `scored` the operand by which the dims of its formals are ranked, if not by
     what is contracted with a weight.
 
+    What a cut over ranks must know: `rigid` formals are needed whole; `offset` those of `index` that can be told where
+    a rank's part begins; `lift(node, add)` takes a use with a statistic apart into uses that contract.
+
     `verify(node, graph)` raises `SpecError` for a use that only the whole body shows to be wrong.
     """
 
@@ -194,6 +197,9 @@ class Op:
     grouped: tuple[tuple[str, str], ...] = ()
     coupled: tuple[str, ...] = ()
     scored: str | None = None
+    rigid: tuple[str, ...] = ()
+    offset: tuple[str, ...] = ()
+    lift: Callable[[Any, Any], str] | None = None
     verify: Callable[[Any, Any], None] | None = None
     infer_with: Callable[[OpCall], Typing] | None = None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ..dsl.layout import Layout
 from ..dsl.program import Program
 from .build import build
 from .graph import GraphProgram
@@ -11,6 +14,7 @@ from .passes.fuse_parallel import fuse_parallel
 from .passes.hoist import hoist
 from .passes.infer_types import infer_types
 from .passes.settle import settle
+from .passes.shard import shard
 from .passes.stream import stream
 
 PASSES: tuple[Pass, ...] = (
@@ -18,6 +22,7 @@ PASSES: tuple[Pass, ...] = (
     drop_dead,  # before fusion, which must not see readers that are not there
     settle,  # before fusion, which may join what runs at different times
     hoist,  # before fusion, which must not mix constants with data
+    shard,  # before fusion, whose products must be of parts that lie alike; identity without a layout
     fuse_parallel,  # before state, which belongs to the fused op
     stream,  # last: state of what is really computed
 )
@@ -35,12 +40,15 @@ def check_order(passes: tuple[Pass, ...] = PASSES) -> None:
 check_order()
 
 
-def lower(program: Program, until: str | None = None) -> GraphProgram:
-    """Run the passes, verify behind each; stop behind the pass named `until`. Raises KeyError for an unknown name."""
+def lower(program: Program, until: str | None = None, layout: Layout | None = None) -> GraphProgram:
+    """Run the passes, verify behind each; stop behind the pass named `until`. Raises KeyError for an unknown name.
+
+    With a layout the graphs are those of one rank of its mesh.
+    """
     names = [p.name for p in PASSES]
     if until is not None and until not in ("build", *names):
         raise KeyError(until)
-    graphs = build(program)
+    graphs = replace(build(program), layout=layout)
     if until == "build":
         return graphs
     for step in PASSES:

@@ -18,6 +18,7 @@ import torch
 
 from .. import __version__
 from ..codegen.emit import digest, emit_module
+from ..dsl.layout import Layout
 from ..dsl.load import load
 from ..dsl.program import Program
 from ..lowering.graph import GraphProgram
@@ -25,6 +26,7 @@ from ..lowering.pipeline import lower
 from .check import proved
 from .errors import UserError
 from .lib import Model
+from .lib.mesh import Mesh
 from .paths import split_entry
 
 TARGETS = ("cpu",)
@@ -44,11 +46,14 @@ class Artifact:
         return self.lowered.program
 
 
-def build(program: Program, target: str = "cpu") -> Artifact:
-    """Lower a program and write its source. Raises UserError `unknown-target`."""
+def build(program: Program, target: str = "cpu", layout: Layout | None = None) -> Artifact:
+    """Lower a program and write its source; with a layout, that of one rank of its mesh (all ranks run the same).
+
+    Raises UserError `unknown-target`; `SpecError` for a layout that cannot be.
+    """
     if target not in TARGETS:
         raise UserError("unknown-target", f"no target is named `{target}`", help=f"targets: {', '.join(TARGETS)}")
-    lowered = lower(program)
+    lowered = lower(program, layout=layout)
     source = emit_module(lowered, __version__)
     return Artifact(f"{program.name}-{digest(source)}", source, lowered)
 
@@ -101,12 +106,15 @@ def module_class(source: str, name: str) -> type[Model]:
 
 
 def instantiate(
-    artifact: Artifact, seed: int | None = 0, dtype: torch.dtype | None = None, device: str | None = None
-) -> Model:
-    """A module of the artifact, filled from the spec's initial values (`seed` None leaves it unfilled)."""
+    artifact: Artifact, seed: int | None = 0, dtype: torch.dtype | None = None, device: str | None = None,
+    mesh: Mesh | None = None,
+) -> Model:  # fmt: skip
+    """A module of the artifact, filled from the spec's initial values (`seed` None leaves it unfilled). `mesh` says
+    which rank's part it is, where it was built with a layout."""
     kind = module_class(artifact.source, f"{artifact.name}/model.py")
     with torch.device(device or "cpu"):
         model = kind()
+    model.mesh = mesh
     if seed is not None and device != "meta":
         model.initialise(seed)
     if dtype is not None:

@@ -13,7 +13,7 @@ from . import each_graph, lowering_pass
 Attrs = tuple[tuple[str, Any], ...]
 
 
-@lowering_pass(requires={"hoisted"}, ensures={"stacked"})
+@lowering_pass(requires={"placed"}, ensures={"stacked"})
 def fuse_parallel(program: GraphProgram) -> GraphProgram:
     """Replace parallel linears by one product, then equal channelwise ops on its parts by one op.
 
@@ -23,6 +23,8 @@ def fuse_parallel(program: GraphProgram) -> GraphProgram:
     Why here: behind dead code (a part that nobody reads would be computed), before state is derived (one state for the
     parts of one op). Only weights that this block owns and uses once: a tied weight must stay a tensor of its own.
     """
+    if program.layout is not None:  # parts that lie on the mesh alike or not are products of their own
+        return program
     return each_graph(program, lambda g: _fuse_epilogues(_stack_channelwise(_fuse_linears(g))))
 
 

@@ -7,10 +7,19 @@ from .conv import Conv, ParallelConv, causal_conv
 from .experts import route, top_k
 from .gathered import Gathered
 from .initial import initialise
-from .linear import Embed, Linear, Parallel, Weights, embed, empty, named_logical_parameters
-from .loss import cross_entropy, known
+from .linear import Embed, Linear, Parallel, Weights, embed, embed_part, empty, linear, named_logical_parameters
+from .loss import cross_entropy, known, nll, picked, sum_exp
 from .model import Model
-from .norm import LayerNorm, RmsNorm, layer_norm, rms_norm
+from .norm import (
+    LayerNorm,
+    RmsNorm,
+    centred_rows,
+    centred_squares,
+    group_squares,
+    layer_norm,
+    rms_norm,
+    scaled_rows,
+)
 from .pointwise import relu2, rotate, silu_mul
 from .rows import At, Coordinates, Mask, count_rows, next_token, reduce_rows, take_row
 from .ssd import ssd
@@ -37,23 +46,32 @@ __all__ = [
     "Weights",
     "attend",
     "causal_conv",
+    "centred_rows",
+    "centred_squares",
     "count_rows",
     "cross_entropy",
     "embed",
+    "embed_part",
     "empty",
+    "group_squares",
     "initialise",
     "known",
     "layer_norm",
+    "linear",
     "named_logical_parameters",
     "next_token",
+    "nll",
     "on",
+    "picked",
     "reduce_rows",
     "relu2",
     "rms_norm",
     "rotate",
     "route",
+    "scaled_rows",
     "silu_mul",
     "ssd",
+    "sum_exp",
     "summarise",
     "take_row",
     "top_k",

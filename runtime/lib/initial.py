@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .laid import entry, part, whole_shape
 from .linear import named_logical_parameters
 
 
@@ -68,11 +69,17 @@ def initialise(module: nn.Module, table: Mapping[str, tuple[Any, ...]], seed: in
     unknown = sorted(set(table) - set(entries.values()))
     if missing or unknown:
         raise ValueError(f"initialise: no entry for {missing}, no parameter for {unknown}")
+    stored, mesh = getattr(module, "stored", None), getattr(module, "mesh", None)
     for path, view in views.items():
         kind, *values = table[entries[path]]
-        view.copy_(draw(kind, tuple(values), view.shape, generator(seed, path)))
+        if not stored:
+            view.copy_(draw(kind, tuple(values), view.shape, generator(seed, path)))
+            continue
+        splits, _ = entry(stored, path)  # a rank draws the whole, and keeps its part: layouts do not change a draw
+        drawn = draw(kind, tuple(values), torch.Size(whole_shape(view.shape, splits, mesh)), generator(seed, path))
+        view.copy_(part(drawn, splits, mesh))
 
 
 def _entry(path: str, table: Mapping[str, Any]) -> str:
     """The key of the table that a path falls under."""
-    return path if path in table else ".".join("*" if part.isdigit() else part for part in path.split("."))
+    return path if path in table else ".".join("*" if word.isdigit() else word for word in path.split("."))

@@ -38,17 +38,21 @@ class Linear(nn.Module):
         self.ins, self.outs = tuple(ins), tuple(outs)
         self.weight = empty(*self.outs, *self.ins)
         self.bias = empty(*self.outs) if bias else None
-        self.rows, self.columns = prod(self.outs), prod(self.ins)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias = self.bias
-        if len(self.ins) > 1:
-            x = x.flatten(-len(self.ins))
-        if len(self.ins) + len(self.outs) > 2:
-            weight = weight.view(self.rows, self.columns)
-        (y,) = product(x, weight, None if bias is None else bias.view(-1), [self.rows])
-        return y.view(*x.shape[:-1], *self.outs) if len(self.outs) > 1 else y
+        return linear(x, self.weight, self.bias, len(self.ins))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ins: int = 1) -> Tensor:
+    """x[..., *ins], weight[*outs, *ins], bias[*outs] -> [..., *outs]; `ins` is how many dims go."""
+    outs = weight.shape[: weight.dim() - ins]
+    if ins > 1:
+        x = x.flatten(-ins)
+    rows = prod(outs)
+    if weight.dim() > 2:
+        weight = weight.reshape(rows, -1)
+    (y,) = product(x, weight, None if bias is None else bias.reshape(-1), [rows])
+    return y.view(*x.shape[:-1], *outs) if len(outs) > 1 else y
 
 
 class Fused(nn.Module):
@@ -177,6 +181,14 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() > 2:
         return F.embedding(tokens, weight.flatten(1)).unflatten(-1, weight.shape[1:])
     return F.embedding(tokens, weight)
+
+
+def embed_part(tokens: Tensor, weight: Tensor, start: int) -> Tensor:
+    """Rows of a table of which rows start, start + 1, .. are here; tokens of other rows give 0."""
+    row = tokens - start
+    here = (row >= 0) & (row < len(weight))
+    found = embed(torch.where(here, row, 0), weight)
+    return torch.where(here.reshape(*here.shape, *[1] * (weight.dim() - 1)), found, 0)
 
 
 def named_logical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:

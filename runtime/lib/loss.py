@@ -79,3 +79,24 @@ class _CrossEntropy(torch.autograd.Function):
             if room.dtype != out.dtype:
                 out[part] = room
         return out, None
+
+
+# --- in parts of the vocabulary ---------------------------------------------------------------------
+
+
+def sum_exp(logits: Tensor, most: Tensor) -> Tensor:
+    """The sum of exp(logits - most) over the columns that are here; logits [..., V], most [...] -> [...]."""
+    return (wide(logits) - wide(most)[..., None]).exp().sum(-1)
+
+
+def picked(logits: Tensor, target: Tensor, start: int) -> Tensor:
+    """The target's logit where it is among columns start, start + 1, ..; else 0. logits [..., V] -> [...]."""
+    column = target - start
+    here = (column >= 0) & (column < logits.shape[-1])
+    found = logits.gather(-1, torch.where(here, column, 0)[..., None])[..., 0]
+    return torch.where(here, wide(found), 0)
+
+
+def nll(total: Tensor, target: Tensor, found: Tensor, most: Tensor) -> Tensor:
+    """Sum of log(total) + most - found over rows whose target is known (not -1); 0-d."""
+    return torch.where(target >= 0, total.log() + wide(most) - found, 0).sum()

@@ -15,6 +15,7 @@ from .clocks import Clock, on
 from .gathered import Gathered
 from .initial import initialise
 from .linear import named_logical_parameters, spec_paths
+from .mesh import Mesh
 from .rows import At
 from .sample import check_sampling, choose
 from .stream import Stream
@@ -41,6 +42,13 @@ class Model(nn.Module):
     artifact: Any = None
     # Models that the objective asks, by name; a dict, so that they are no modules of this one.
     lent: Mapping[str, Model] = MappingProxyType({})
+    # Where this rank stands, in a module that was laid out over several; `axes` are those of its mesh, `stored` says
+    # how each weight lies on it, `rows` over which axes a batch is split, `partial` over which a loss is a sum.
+    mesh: Mesh | None = None
+    axes: Mapping[str, int] = MappingProxyType({})
+    stored: Mapping[str, Any] = MappingProxyType({})
+    rows: tuple[str, ...] = ()
+    partial: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     # Why the model cannot be decoded token by token, where it cannot.
     late: str | None = None
 
@@ -84,6 +92,13 @@ class Model(nn.Module):
                 )
         return [given[name] for name in wanted]
 
+    def _at(self, tokens: Tensor, position: Tensor | None, document: Tensor | None, valid: Tensor | None) -> At:
+        at = At(tokens.shape, tokens.device, position, document, valid)
+        at.mesh = self.mesh
+        if self.axes and self.mesh is None:
+            raise RuntimeError(f"{type(self).__name__} is one rank's part of a model: give it its `mesh` first")
+        return at
+
     # Whole documents.
 
     def forward(
@@ -95,7 +110,7 @@ class Model(nn.Module):
         **more: Tensor,
     ) -> Tensor:
         """tokens int64[batch, seq] -> logits [batch, seq, vocab]; document, position, valid as in `At`."""
-        at = At(tokens.shape, tokens.device, position, document, valid)
+        at = self._at(tokens, position, document, valid)
         return self.run(tokens, *self._more(more, at), at, STATELESS)
 
     def losses(
@@ -110,7 +125,7 @@ class Model(nn.Module):
 
         With `gathered`, as a training step asks, the losses that blocks state beside the objective are there, too.
         """
-        at = At(tokens.shape, tokens.device, None, document, valid)
+        at = self._at(tokens, None, document, valid)
         at.gathered = gathered
         return self.losses_of(tokens, *self._more(more, at, self.scored), at)
 
@@ -118,7 +133,7 @@ class Model(nn.Module):
         self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None, **more: Tensor
     ) -> dict[str, Tensor]:
         """{loss: number of scored tokens}: without weights, so that micro-batches can be added up first."""
-        at = At(tokens.shape, tokens.device, None, document, valid)
+        at = self._at(tokens, None, document, valid)
         return self.counts_of(tokens, *self._more(more, at, self.scored), at)
 
     # Other models, which an objective asks.

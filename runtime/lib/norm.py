@@ -116,3 +116,41 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 def _like(weight: Tensor | None, x: Tensor) -> Tensor | None:
     return None if weight is None else weight.to(x.dtype)
+
+
+# --- in parts: what ranks sum together, and what each does with the sum -----------------------------
+
+
+def group_squares(x: Tensor, dims: int, groups: int) -> Tensor:
+    """Sums of squares of x[..., *over] in each of `groups` equal runs of its last `dims` dims; -> [..., groups]."""
+    wx = wide(x).flatten(-dims) if dims > 1 else wide(x)
+    return (wx * wx).unflatten(-1, (groups, -1)).sum(-1)
+
+
+def scaled_rows(x: Tensor, weight: Tensor, squares: Tensor, count: int, eps: float) -> Tensor:
+    """x[..., *over] * weight / sqrt(squares / count + eps), squares [..., groups] of the run that a place is in."""
+    scale = (squares / count + eps).rsqrt()
+    dims, groups = weight.dim(), squares.shape[-1]
+    if dims > 1 or groups > 1:
+        y = (wide(x).flatten(-dims).unflatten(-1, (groups, -1)) * scale[..., None]).view(x.shape)
+    else:
+        y = wide(x) * scale
+    return (y * weight).to(x.dtype)
+
+
+def centred_squares(x: Tensor, total: Tensor, dims: int, count: int) -> Tensor:
+    """Sums over the last `dims` dims of (x - total / count)^2; -> [...]."""
+    over = tuple(range(-dims, 0))
+    centred = wide(x) - (wide(total) / count).reshape(*total.shape, *[1] * dims)
+    return (centred * centred).sum(over)
+
+
+def centred_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor, squares: Tensor, count: int, eps: float,
+    zero_centred: bool,
+) -> Tensor:  # fmt: skip
+    """(x - total / count) / sqrt(squares / count + eps) * weight + bias, the sums over all ranks' parts of a row."""
+    ones = [1] * weight.dim()
+    mean, scale = (wide(total) / count).reshape(*total.shape, *ones), (squares / count + eps).rsqrt()
+    y = (wide(x) - mean) * scale.reshape(*scale.shape, *ones) * (weight + 1 if zero_centred else weight)
+    return (y if bias is None else y + bias).to(x.dtype)

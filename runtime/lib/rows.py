@@ -59,6 +59,7 @@ class At:
     valid:    bool [batch, seq]; rows that are False are padding: they see and change nothing.
     starts:   bool [batch, seq], rows that start a document; None where only row 0 of each batch row does.
     step:     the stream's `Step`, in prefill and decode only.
+    mesh: where this rank stands among others, in a module that is laid out over several.
     gathered: takes what blocks state beside their results, in training; None where nobody asked. `losses` are theirs.
     """
 
@@ -77,6 +78,7 @@ class At:
         self.first = 0
         self.memo: dict[Any, Any] = {}
         self.gathered: Gathered | None = None
+        self.mesh: Any = None
         self.losses: dict[str, Tensor] = {}
         self._position = None if position is None else position.expand(batch, seq)
         if document is not None:

@@ -39,6 +39,7 @@ OPS = (
         operand_kinds=dict.fromkeys(("x", "y"), ("real", "token", "index", "mask", "coordinate")),
         linear=(("x", "y"),),
         flops=lambda sizes, attrs: 0.0,
+        rigid=("A", "B", "C"),
         source="ours",
     ),
 )

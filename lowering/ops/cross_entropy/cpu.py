@@ -1,4 +1,4 @@
-"""CPU code of cross entropy."""
+"""CPU code of cross entropy, whole or in parts of the vocabulary."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from typing import Any
 
 
 def emit(use: Any) -> str:
-    """The sum over places whose target is known."""
-    return f"lib.cross_entropy({', '.join(use.args)})"
+    """The sum over places whose target is known, or a part of its state."""
+    args = use.args
+    match use.op:
+        case "row_max":
+            return f"{use.wrap(args[0])}.detach().amax(-1)"
+        case "picked":
+            return f"lib.{use.op}({', '.join(args)}, {use.start('V')})"
+    return f"lib.{use.op}({', '.join(args)})"
 
 
 def count(use: Any) -> str:

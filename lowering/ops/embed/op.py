@@ -27,6 +27,7 @@ OPS = (
         operand_kinds={"ids": ("token", "index", "coordinate")},
         linear=(("weight",),),
         index=("V",),
+        offset=("V",),
         flops=lambda sizes, attrs: 0.0,
         source="ours",
     ),

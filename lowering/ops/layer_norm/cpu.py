@@ -1,4 +1,4 @@
-"""CPU code of layer norms."""
+"""CPU code of layer norms, whole or from sums that ranks made together."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def construct(use: Any) -> str:
 
 def emit(use: Any) -> str:
     """The call."""
+    if use.op == "centred_squares":
+        return f"lib.centred_squares({', '.join(use.args)}, dims={len(use.bound('D'))}, count={use.attr('count')})"
+    if use.op == "centred_rows":
+        settings = f"count={use.attr('count')}, eps={use.attr('eps')!r}, zero_centred={use.attr('zero_centred')}"
+        return f"lib.centred_rows({', '.join(map(str, use.args))}, {settings})"
     if use.own:
         return f"{use.own}({use.args[0]})"
     x, weight, bias = use.args

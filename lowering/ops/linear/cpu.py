@@ -30,10 +30,5 @@ def emit(use: Any) -> str:
     if use.own:
         return f"{use.own}({use.args[0]})"
     x, weight, bias = use.args
-    ins, outs = use.sizes("K"), use.sizes("N")
-    x = f"{x}.flatten(-{len(ins)})" if len(ins) > 1 else x
-    if len(ins) + len(outs) > 2:
-        weight = f"{weight}.flatten(0, {len(outs) - 1}).flatten(1)"
-    bias = "" if bias is None else f", {bias}.flatten()"
-    tail = f".unflatten(-1, {outs})" if len(outs) > 1 else ""
-    return f"F.linear({x}, {weight}{bias}){tail}"
+    ins = f", ins={len(use.sizes('K'))}" if len(use.sizes("K")) != 1 else ""
+    return f"lib.linear({x}, {weight}{'' if bias is None else f', {bias}'}{ins})"

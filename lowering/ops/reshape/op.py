@@ -41,6 +41,7 @@ OPS = (
         operand_kinds={"x": ("real", "token", "index", "mask", "coordinate")},
         linear=(("x",),),
         flops=lambda sizes, attrs: 0.0,
+        rigid=("A", "B"),
         source="ours",
     ),
 )

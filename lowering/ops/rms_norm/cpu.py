@@ -1,4 +1,4 @@
-"""CPU code of root mean square norms."""
+"""CPU code of root mean square norms, whole or from squares that ranks summed together."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ def construct(use: Any) -> str:
 
 def emit(use: Any) -> str:
     """The call."""
+    if use.op == "group_squares":
+        return f"lib.group_squares({use.args[0]}, dims={len(use.bound('D'))}, groups={use.sizes('G')[0]})"
+    if use.op == "scaled_rows":
+        return f"lib.scaled_rows({', '.join(use.args)}, count={use.attr('count')}, eps={use.attr('eps')!r})"
     if use.own:
         return f"{use.own}({use.args[0]})"
     return f"lib.rms_norm({use.args[0]}, {use.args[1]}, {use.attr('eps')!r}, groups={use.attr('groups')})"

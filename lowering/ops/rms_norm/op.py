@@ -6,7 +6,8 @@ from typing import Any
 
 from ....dsl.diagnostics import fail
 from ....dsl.program import Init
-from ...op import Monoid, Op, OpCall, Setting, WeightRule
+from ...op import Monoid, Op, OpCall, Setting, Typing, WeightRule
+from .lift import lift
 
 
 def over_dims(call: OpCall) -> tuple[Any, ...]:
@@ -32,6 +33,20 @@ def _bind(call: OpCall) -> dict[str, tuple[Any, ...]]:
     return {"D": over}
 
 
+def _squares(call: OpCall) -> Typing:
+    """Leading dims and one for the runs of `over`."""
+    x, over, into = call.tensors["x"], call.settings["over"], call.settings["into"]
+    lead = tuple(d for d in x.dims if not any(d is e for e in over))
+    return Typing({"D": tuple(over), "G": tuple(into)}, (x,), (("real", (*lead, *into)),))
+
+
+def _scaled(call: OpCall) -> Typing:
+    x, weight, squares = (call.tensors.get(name) for name in ("x", "weight", "s"))
+    assert x is not None
+    bound = {"D": tuple(call.settings["over"]), "G": tuple(call.settings["into"])}
+    return Typing(bound, (x, weight, squares), (("real", tuple(x.dims)),))
+
+
 OPS = (
     Op(
         name="rms_norm",
@@ -46,8 +61,35 @@ OPS = (
         bind=_bind,
         linear=(("weight",),),
         grouped=(("D", "groups"),),
+        lift=lift,
         monoid=Monoid("D", ("count", "sum_of_squares"), peers="all", receiver_free=True),
         flops=lambda sizes, attrs: 4.0 * sizes["D"],
         source="Zhang and Sennrich 2019, eq. 4; groups: Dao and Gu 2024 (Mamba-2), gated RMSNorm",
+    ),    Op(
+        name="group_squares",
+        text="x[*, D+] -> s[*, G]",
+        meaning="the sum of squares of each of equal runs of some dims; made by the compiler",
+        settings=(Setting("over", "dims", meaning="the dims of the statistic"), Setting("into", "dims")),
+        infer_with=_squares,
+        grouped=(("D", "G"),),
+        monoid=Monoid("D", ("sum",), peers="all", receiver_free=True),
+        flops=lambda sizes, attrs: 2.0 * sizes["D"],
+        source="ours: the state of the norm's monoid",
+    ),
+    Op(
+        name="scaled_rows",
+        text="x[*, D], weight[D], s[*, G] -> y[*, D]",
+        meaning="x / sqrt(s / count + eps) * weight, s of the run that a place is in; made by the compiler",
+        settings=(
+            Setting("over", "dims"),
+            Setting("into", "dims"),
+            Setting("eps", "number", 1e-5),
+            Setting("count", "whole", 1, "places of a run on all ranks"),
+        ),
+        infer_with=_scaled,
+        grouped=(("D", "G"),),
+        linear=(("weight",),),
+        flops=lambda sizes, attrs: 2.0 * sizes["D"],
+        source="ours: the last step of the norm's monoid",
     ),
 )

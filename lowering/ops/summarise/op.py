@@ -60,6 +60,7 @@ OPS = (
         monoid=Monoid("S", ("max", "sum", "weighted_values"), peers="group", receiver_free=True),
         flops=_flops,
         infer_with=_infer,
+        rigid=("R", "P"),
         source="Zhu et al. 2021 (Long-Short Transformer), eq. 3: dynamic projection",
     ),
 )

@@ -43,6 +43,7 @@ OPS = (
         index=("S",),
         monoid=Monoid("S", ("row",), peers="all", receiver_free=True),
         flops=lambda sizes, attrs: 0.0,
+        rigid=("S",),
         source="ours",
     ),
 )

@@ -31,6 +31,7 @@ OPS = (
         infer_with=_infer,
         monoid=Monoid("E", ("values", "places"), peers="all", receiver_free=True),
         flops=lambda sizes, attrs: float(sizes["E"]),
+        rigid=("E",),
         source="Shazeer et al. 2017, eq. 5 (KeepTopK)",
     ),
 )

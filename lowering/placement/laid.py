@@ -1,0 +1,35 @@
+"""What the shard pass decided: plain data for the emitter, the proof and the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .types import I, Mesh, Place, R
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a weight is stored on each rank: for each of its dims the factors that split it, and over which factors its
+    gradient is a sum that is still to be made, once a step."""
+
+    splits: tuple[tuple[str, ...], ...]
+    sync: tuple[str, ...] = ()
+
+    def place(self, mesh: Mesh) -> Place:
+        """The type of the weight: split, R where its gradient is a deferred sum, else I."""
+        held = {a for atoms in self.splits for a in atoms}
+        letters = tuple((a, R if a in self.sync else I) for a in mesh.names() if a not in held)
+        return Place(self.splits, letters)
+
+
+@dataclass(frozen=True)
+class Laid:
+    """`places[graph][value]`: where each value is; `weights[graph][weight]` how each is stored.
+
+    `sums[graph][name]` are the factors over which what a block states (`loss:lm`, `sum:load`, `mean:name`) is partial.
+    """
+
+    mesh: Mesh
+    places: dict[str, dict[str, Place]] = field(default_factory=dict)
+    weights: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    sums: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
