@@ -395,7 +395,7 @@ class _Walk:
         """What the coordinates of a sequence vary along: a rank knows those of its rows only."""
         if not op_of(node).coordinates or any(o is not None for o in node.operands):
             return ()
-        return tuple(x for r in node.results for d in r.type.dims for x in self.whole(d).lead)
+        return tuple(x for r in node.results for d in r.type.dims for x in self.whole(d).lead if x in r.type.dims)
 
     def _block_is_r(self, atom: str) -> bool:
         """Whether values that only weights make are R here: inside a block that splits something on this factor."""
@@ -628,7 +628,7 @@ class _Walk:
         values = [o for o in node.operands if o is not None]
         repeats = len(self.graph.schedule_of(node)) > 1
         carried = len(node.results) if repeats else 0
-        start = tuple(self._carried(name) for name in values)
+        start = tuple(self._carried(name, i < carried) for i, name in enumerate(values))
         brought: list[str] = []
         outputs: tuple[Place, ...] = ()
         for body in self.graph.bodies_of(node):
@@ -644,15 +644,15 @@ class _Walk:
                 raise InternalError(f"{node.name}: iterations of one loop lie differently")
         self._structural(node, brought, outputs)
 
-    def _carried(self, name: str) -> Place:
-        """Where a value of the residual stream is between iterations."""
+    def _carried(self, name: str, is_carried: bool) -> Place:
+        """Where a value of the residual stream is between iterations; what all of them read stays R where it is."""
         place = want = self.places[name]
         if self.values[name].type.kind != "real":
             return place
         is_constant = not self._carries(name)
         for atom in self.order:
             at = place.on(atom)
-            if is_constant and not isinstance(at, int):
+            if is_constant and not isinstance(at, int) or at == R and not is_carried:
                 continue
             if not isinstance(at, int) or atom not in self.mine.get(self.values[name].type.dims[at], ()):
                 want = want.put(atom, self._outside_place(name, atom), self.order)
