@@ -64,12 +64,21 @@ class Use:
         """Whether a dim of a formal is one rank's part."""
         return any(self.graph.dims[d].axes for d in self.node.bound(formal))
 
+    def group(self) -> str:
+        """The ranks that tell each other something in this use."""
+        return f"at.mesh[{_quoted(self.attr('axes'))}]"
+
+    def rows_of(self, place: int) -> str:
+        """The coordinates of the rows of an operand's sequence that are here."""
+        dims = (self.graph.dims[d] for d in self.operand_dims(place))
+        axes = next((d.axes for d in dims if d.sequence and d.clock == TOKENS), ())
+        return f"at.part({_quoted(axes)})" if axes else "at"
+
     def start(self, formal: str) -> str:
         """Where this rank's part of a formal's dim begins."""
         (dim,) = self.node.bound(formal)
         axes, size = self.graph.dims[dim].axes, self.graph.size(dim)
-        named = ", ".join(f'"{a}"' for a in axes)
-        return f"{size} * at.mesh.place({named})" if axes else "0"
+        return f"{size} * at.mesh.place({_quoted(axes)})" if axes else "0"
 
     def result_width(self, formal: str) -> int:
         return len(self.node.bound(formal))
@@ -85,9 +94,9 @@ class Use:
     def at(self, dim: str, times: int | None = None) -> str:
         """The coordinates of the rows of a sequence; None for one that is there as a whole. `times` replaces how many
         rows a group has."""
-        clock = self.graph.dims[dim].clock
+        clock, axes = self.graph.dims[dim].clock, self.graph.dims[dim].axes
         if clock is None or clock == TOKENS:
-            return "None" if clock is None else "at"
+            return "None" if clock is None else f"at.part({_quoted(axes)})" if axes else "at"
         times = clock.times if times is None else times
         return f"lib.on(at, {self.writer.clock(clock)}{'' if times == 1 else f', {times}'})"
 
@@ -133,6 +142,10 @@ class Use:
         """The argument of the op that was written in place of an operand."""
         node = self.graph.producers[self.operands[operand] or ""]
         return self.writer.expression(node.operands[0] or "")
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return ", ".join(f'"{n}"' for n in names)
 
 
 def _outside_brackets(text: str) -> str:

@@ -171,7 +171,9 @@ class Op:
     what is contracted with a weight.
 
     What a cut over ranks must know: `rigid` formals are needed whole; `offset` those of `index` that can be told where
-    a rank's part begins; `lift(node, add)` takes a use with a statistic apart into uses that contract.
+    a rank's part begins; `lift(node, graph)` takes a use with a statistic, a window or a scan apart into uses that can be
+    cut. Of those: `hands_over` says that the result is each rank's own, `handed` names operands that are each rank's
+    own, `meets` that ranks tell each other something in it.
 
     `verify(node, graph)` raises `SpecError` for a use that only the whole body shows to be wrong.
     """
@@ -200,6 +202,9 @@ class Op:
     rigid: tuple[str, ...] = ()
     offset: tuple[str, ...] = ()
     lift: Callable[[Any, Any], str] | None = None
+    hands_over: bool = False
+    handed: tuple[str, ...] = ()
+    meets: bool = False
     verify: Callable[[Any, Any], None] | None = None
     infer_with: Callable[[OpCall], Typing] | None = None
 

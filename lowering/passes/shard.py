@@ -12,7 +12,7 @@ from ..afterwards import parts
 from ..graph import STRUCTURE, Graph, GraphProgram, op_of, renamed_attrs
 from ..placement.assign import Assignment, assign, local_size
 from ..placement.laid import Laid, Stored
-from ..placement.types import I, M, Mesh, N, P, Place, R, Step, everywhere, steps
+from ..placement.types import I, M, Mesh, N, P, Place, R, Step, V, everywhere, steps
 from ..placement.uses import Cut, cut_of, slots
 from . import lowering_pass
 
@@ -367,6 +367,9 @@ class _Walk:
             if self._passes(node, atom, letters):
                 chosen.letters[atom] = P
                 continue
+            if any(x == V for x in letters.values()) and op.meets:
+                chosen.letters[atom] = V
+                continue
             split_already = any(x == "S" for o, x in letters.items() if o not in self.weights)
             partial = any(x == P for x in letters.values())
             if is_free and not split_already and not partial:
@@ -405,7 +408,7 @@ class _Walk:
         """Whether a gradient may flow through a value."""
         place = self.places[name]
         return self.values[name].type.kind in ("real", "loss") and any(
-            x in (R, I, P) for _, x in place.letters
+            x in (R, I, P, V) for _, x in place.letters
         ) or self.values[name].type.kind in ("real", "loss") and self._all_split(name)
 
     def _all_split(self, name: str) -> bool:
@@ -458,7 +461,7 @@ class _Walk:
                 continue
             slot = named[i]
             assert slot is not None
-            operands.append(self._operand(i, name, slot, chosen, node.spans))
+            operands.append(self._operand(i, name, slot, chosen, node))
         result_places = tuple(self._result(r, chosen, node) for r in node.results)
         swap = {d: self._cut_name(d, chosen) for d in self._dims_of(node)}
         attrs = renamed_attrs(node, lambda d: swap.get(d, d))
@@ -467,6 +470,10 @@ class _Walk:
             if cut.parts:
                 parts_of[cut.parts] = parts_of.get(cut.parts, 1) * self.mesh.size([atom])
         attrs = tuple((k, v // parts_of[k] if k in parts_of else v) for k, v in attrs)
+        if op_of(node).meets:
+            met = tuple(a for a in self.order if a in chosen.cuts and chosen.cuts[a].kind == "own"
+                        or chosen.letters.get(a) == V)  # fmt: skip
+            attrs = (*attrs, ("axes", met))
         bindings = tuple((f, tuple(self._bound(f, d, chosen, node) for d in ds)) for f, ds in node.bindings)
         self._add(replace(node, operands=tuple(operands), attrs=attrs, bindings=bindings), result_places)
 
@@ -488,7 +495,7 @@ class _Walk:
             atoms = ()
         return self.local(dim, atoms)
 
-    def _operand(self, i: int, name: str, slot: Any, chosen: _Chosen, spans: tuple[Any, ...]) -> str:
+    def _operand(self, i: int, name: str, slot: Any, chosen: _Chosen, node: Node) -> str:
         role, dims = slot
         here = self.places[name]
         want = here
@@ -499,8 +506,8 @@ class _Walk:
             target: str | int
             if cut is not None:
                 at = next((j for j, (d, _) in enumerate(dims) if d in cut.dims and (i, d) not in cut.whole), None)
-                mate = role in cut.mates
-                target = at if at is not None else P if mate else R if carries else N
+                mate, own = role in cut.mates, role in op_of(node).handed
+                target = at if at is not None else P if mate else V if own else R if carries else N
             else:
                 letter = chosen.letters[atom]
                 target = letter if letter != P else P if here.letter(atom) == P else R if carries else N
@@ -515,7 +522,7 @@ class _Walk:
             want = want.put(atom, target, self.order)
         if is_weight and self.loose:
             return name
-        return self.bring(name, want, spans)
+        return self.bring(name, want, node.spans)
 
     def _result(self, r: Value, chosen: _Chosen, node: Node) -> Place:
         place = everywhere(len(r.type.dims), N, self.order)
@@ -529,7 +536,8 @@ class _Walk:
                 place = place.put(atom, N if no_grad and letter in (R, I) else letter, self.order)
                 continue
             at = next((j for j, d in enumerate(r.type.dims) if d in cut.dims), None)
-            place = place.put(atom, at if at is not None else M if cut.kind == "most" else P, self.order)
+            letter = M if cut.kind == "most" else V if cut.kind == "own" else P
+            place = place.put(atom, at if at is not None else letter, self.order)
         return place
 
     # --- structure --------------------------------------------------------------------------------
@@ -723,7 +731,15 @@ class _Growing:
         name: str | None = None, bindings: tuple[tuple[str, tuple[str, ...]], ...] = (), **attrs: Any,
     ) -> str:  # fmt: skip
         """Add one use; gives the name of its result (`name`, or a fresh one)."""
-        walk = self._walk
-        result = Value(walk.fresh(op) if name is None else name, Type(kind, dims))
-        walk._op(Node((result,), op, operands, tuple(attrs.items()), bindings, like.spans))
+        result = Value(self._walk.fresh(op) if name is None else name, Type(kind, dims))
+        self._walk._op(Node((result,), op, operands, tuple(attrs.items()), bindings, like.spans))
         return result.name
+
+    def add_all(
+        self, op: str, operands: tuple[str | None, ...], results: dict[str, tuple[str, ...]], like: Node,
+        bindings: tuple[tuple[str, tuple[str, ...]], ...] = (), **attrs: Any,
+    ) -> tuple[str, ...]:  # fmt: skip
+        """Add one use with several results, each with its dims."""
+        made = tuple(Value(self._walk.fresh(n), Type("real", dims)) for n, dims in results.items())
+        self._walk._op(Node(made, op, operands, tuple(attrs.items()), bindings, like.spans))
+        return tuple(v.name for v in made)

@@ -1,12 +1,13 @@
-"""Placement types: on each axis of a mesh a value is split along a dim, or one of five letters.
+"""Placement types: on each axis of a mesh a value is split along a dim, or one of six letters.
 
     R  replicated: each rank has the value; the gradient of each is a part of the whole gradient (P)
     I  invariant: each rank has the value, and each has the whole gradient
     P  partial: the value is the sum over ranks; each rank has the whole gradient (R)
     M  partial: the value is the largest over ranks; no gradient
+    V  varying: each rank has a value of its own, which others may be told (the state that a scan hands over)
     N  replicated, and no gradient flows
 
-The first three, and what becomes of their gradients, are those of `spmd_types` (Meta, 2026).
+R, I, P and V, and what becomes of their gradients, are those of `spmd_types` (Meta, 2026).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from itertools import groupby
 
 from ...dsl.diagnostics import InternalError
 
-R, I, P, M, N = "R", "I", "P", "M", "N"  # noqa: E741 (the letters of the literature)
-LETTERS = (R, I, P, M, N)
+R, I, P, M, V, N = "R", "I", "P", "M", "V", "N"  # noqa: E741 (the letters of the literature)
+LETTERS = (R, I, P, M, V, N)
 
 
 @dataclass(frozen=True)

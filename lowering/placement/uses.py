@@ -21,8 +21,8 @@ class Cut:
     """One way to compute a use in parts: `dims` are cut together wherever a slot of `cut` has them; operands of `mates`
     lack them and must be partial sums like the result; `parts` a setting that counts groups, which becomes smaller.
 
-    kind: "parallel" (the result is cut), "sum" (the result is partial), "most" (the largest over ranks), "lift" (the
-    op must be taken apart first).
+    kind: "parallel" (the result is cut), "sum" (the result is partial), "most" (the largest over ranks), "own" (each
+    rank has a result of its own), "lift" (the op must be taken apart first).
     """
 
     dims: tuple[str, ...]
@@ -76,13 +76,15 @@ def cut_of(node: Node, graph: Graph, dim: str, together: Any) -> Cut | None:
     result = any(dim in r.type.dims for r in node.results)
     if formals == {None}:
         if result:
-            return Cut((dim,), "parallel") if not _runs_along(op, graph, dim) else None
+            return Cut((dim,), "parallel")
         return Cut((dim,), "sum") if node.results[0].type.kind == "loss" else None
     roles = {f: op.signature.role(f) for f in formals if f is not None}
     whole = frozenset((i, dim) for i, _, f in where if f is not None and roles[f] == "attend")
     cut = {f for f in roles if roles[f] != "attend"}
-    if not cut or {roles[f] for f in cut} - {"parallel", "contract", "reduce"}:
+    if not cut or {roles[f] for f in cut} - {"parallel", "contract", "reduce", "window", "scan"}:
         return None
+    if any(roles[f] in ("window", "scan") for f in cut):
+        return Cut((dim,), "lift") if op.lift is not None else None
     if any(roles[f] == "reduce" for f in cut):
         if (parts := _parts(op, node, dim, together)) is not None:
             return Cut((dim,), "parallel", parts=parts)
@@ -97,11 +99,6 @@ def cut_of(node: Node, graph: Graph, dim: str, together: Any) -> Cut | None:
     if any(roles[f] == "contract" for f in cut):
         return _contracted(op, node, joint, {name for _, name, _ in where})
     return None
-
-
-def _runs_along(op: Op, graph: Graph, dim: str) -> bool:
-    """Whether an op reads positions of a sequence that it is cut along."""
-    return op.coordinates and graph.dims[dim].sequence
 
 
 def _parts(op: Op, node: Node, dim: str, together: Any) -> str | None:
@@ -129,6 +126,8 @@ def _joint(op: Op, node: Node, graph: Graph, dim: str, together: Any) -> tuple[s
 
 def _contracted(op: Op, node: Node, dims: tuple[str, ...], names: set[str]) -> Cut | None:
     """A contracted dim leaves a partial sum where the op is linear in what has it, or is itself a sum."""
+    if op.hands_over:
+        return Cut(dims, "own")
     if op.monoid is not None and op.monoid.state == ("max",):
         return Cut(dims, "most")
     is_sum = op.monoid is not None and (op.monoid.state == ("sum",) or node.results[0].type.kind == "loss")

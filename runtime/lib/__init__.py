@@ -3,7 +3,7 @@
 from .attend import Source, attend
 from .buffers import STATELESS, Slots
 from .clocks import Clock, on, summarise
-from .conv import Conv, ParallelConv, causal_conv
+from .conv import Conv, ParallelConv, causal_conv, conv_behind, rows_before
 from .experts import route, top_k
 from .gathered import Gathered
 from .initial import initialise
@@ -22,7 +22,7 @@ from .norm import (
 )
 from .pointwise import relu2, rotate, silu_mul
 from .rows import At, Coordinates, Mask, count_rows, next_token, reduce_rows, take_row
-from .ssd import ssd
+from .ssd import ssd, ssd_before, ssd_behind, ssd_leave
 from .stream import Stream
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "causal_conv",
     "centred_rows",
     "centred_squares",
+    "conv_behind",
     "count_rows",
     "cross_entropy",
     "embed",
@@ -68,9 +69,13 @@ __all__ = [
     "rms_norm",
     "rotate",
     "route",
+    "rows_before",
     "scaled_rows",
     "silu_mul",
     "ssd",
+    "ssd_before",
+    "ssd_behind",
+    "ssd_leave",
     "sum_exp",
     "summarise",
     "take_row",

@@ -20,8 +20,10 @@ from torch.autograd.function import once_differentiable
 from .buffers import is_past
 from .linear import Fused
 from .norm import wide
+from .mesh import Group
 from .product import autocast
 from .rows import At
+from .spmd import R, V, all_gather
 
 # Numbers of one block of rows: a few such blocks fit the second-level cache.
 BLOCK = 1 << 17
@@ -209,3 +211,31 @@ class _Conv(torch.autograd.Function):
                 grad_x[i, s:e] = out
         grad_bias = None if bias is None else bias_sums.sum(0).to(bias.dtype)
         return grad_x, sums.sum(1).to(weight.dtype), grad_bias, None, None, None
+
+
+# --- of a sequence that ranks share -----------------------------------------------------------------
+
+
+def rows_before(x: Tensor, count: int, group: Group) -> Tensor:
+    """The last `count` rows of the ranks before this one, zeros where there are none: x [B, T, ...] -> [B, count, ...]."""
+    tail = x[:, max(0, x.shape[1] - count) :]
+    tails = all_gather(tail, group, src=V, dst=R).view(group.size, *tail.shape)
+    # A slice of all of them, on every rank: so that each takes part in the backward of the gather.
+    joined = torch.cat((x.new_zeros(x.shape[0], count, *x.shape[2:]), *tails), 1)
+    return joined.narrow(1, group.rank * tail.shape[1], count)
+
+
+def conv_behind(
+    x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None, at: At, act: str | None = None
+) -> Tensor:
+    """`causal_conv` of x [B, T, *channels] behind the rows before [B, taps - 1, *channels]; weight [*channels, taps]."""
+    taps, channels = weight.shape[-1], x.shape[2:]
+    if at.valid is not None:
+        x = torch.where(at.valid.reshape(*at.valid.shape, *[1] * len(channels)), x, 0)
+    joined = torch.cat((before, x), 1).flatten(2)
+    # How many rows of its document stand before a row: those of the halo are read by rows here, and give nothing.
+    since = F.pad(at.since, (taps - 1, 0), value=taps)
+    flat_bias = None if bias is None else bias.flatten()
+    joined, flat, flat_bias = autocast(joined, weight.flatten(0, -2).T, flat_bias)
+    (y,) = _Conv.apply(joined, flat, flat_bias, since, act, [joined.shape[2]])
+    return y[:, taps - 1 :].unflatten(-1, channels)

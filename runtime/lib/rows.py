@@ -147,6 +147,28 @@ class At:
         """bool [batch, seq]: `valid`, also where all rows are."""
         return self.valid if self.valid is not None else torch.ones_like(self.position, dtype=torch.bool)
 
+    def part(self, *axes: str) -> At:
+        """The rows of this rank, where the sequence is split over axes of the mesh."""
+        if ("part", axes) not in self.memo:
+            group = self.mesh[axes]
+            if self.seq % group.size:
+                raise ValueError(f"{self.seq} tokens a row do not divide over the {group.size} ranks of {axes}")
+            size = self.seq // group.size
+            here = slice(group.rank * size, group.rank * size + size)
+            made = At((self.batch, size), self.device)
+            made.mesh, made.plain = self.mesh, False
+            made._position = self.position[:, here]
+            made.document, made.valid = (x if x is None else x[:, here] for x in (self.document, self.valid))
+            first = torch.zeros(self.batch, size, dtype=torch.bool, device=self.position.device)
+            if self.starts is not None:
+                made.starts = self.starts[:, here]
+            else:
+                first[:, 0] = not group.rank
+                made.starts = first
+            made.memo["since"] = self.since[:, here]
+            self.memo["part", axes] = made
+        return self.memo["part", axes]
+
     def quiet(self) -> At:
         """These coordinates for another model, whose losses and sums nobody asks for."""
         other = copy(self)

@@ -18,8 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from .buffers import Scan, is_past
 from .chunks import Rows, run
+from .mesh import Group
 from .norm import wide
 from .rows import At
+from .spmd import R, V, all_gather
 
 
 def ssd(
@@ -236,3 +238,60 @@ def _replay(u: Tensor, dt: Tensor, b: Tensor, at: At, past: Scan) -> tuple[Tenso
     starts = old["start"][..., 0] & live
     u, b = (old[name].to(x.dtype).unflatten(-1, x.shape[2:]) for name, x in (("u", u), ("b", b)))
     return u, dt, b, starts, fold
+
+
+# --- of a sequence that ranks share -----------------------------------------------------------------
+
+
+def _logs(dt: Tensor, A_log: Tensor, dt_bias: Tensor, at: At) -> tuple[Tensor, Tensor]:
+    """softplus(dt + dt_bias) and the logarithms of decays, [B, T, H]; padding decays nothing."""
+    if at.valid is not None:
+        dt = torch.where(at.valid[:, :, None], dt, -torch.inf)
+    soft = F.softplus(wide(dt) + dt_bias)
+    return soft, -soft * wide(A_log).exp()
+
+
+def ssd_leave(u: Tensor, dt: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, at: At) -> tuple[Tensor, Tensor]:
+    """By what these rows let an earlier state decay, [B, H], and the state that they leave, [B, H, P, N].
+
+    u [B, T, H, P], dt [B, T, H], b [B, T, G, N]. A document that starts here ends what was before it.
+    """
+    soft, logs = _logs(dt, A_log, dt_bias, at)
+    if at.valid is not None:
+        u, b = (torch.where(at.valid[:, :, None, None], x, 0) for x in (u, b))
+    segment = at.segment
+    total = logs.cumsum(1)
+    decay = torch.where(segment[:, -1:] == 0, total[:, -1].exp(), 0)
+    last = (segment == segment[:, -1:])[..., None]
+    weight = torch.where(last, soft * (total[:, -1:] - total).exp(), 0)
+    x = (wide(u) * weight[..., None]).unflatten(2, (b.shape[2], -1))
+    return decay, torch.einsum("btgep,btgn->bgepn", x, wide(b)).flatten(1, 2)
+
+
+def ssd_before(decay: Tensor, state: Tensor, group: Group) -> Tensor:
+    """The state that enters a rank's rows: what the ranks before it leave, each decayed by those between.
+
+    decay [B, H], state [B, H, P, N] of this rank's rows -> [B, H, P, N].
+    """
+    shape = (group.size, *state.shape)
+    decays = all_gather(decay, group, src=V, dst=R).view(group.size, *decay.shape)
+    states = all_gather(state, group, src=V, dst=R).view(shape)
+    entering = torch.zeros_like(states[0])
+    for rank in range(group.size):  # all of them, so that each rank takes part in the backward of the gathers
+        further = decays[rank][..., None, None] * entering + states[rank]
+        entering = further if rank < group.rank else torch.where(further.new_zeros((), dtype=torch.bool), further, entering)
+    return entering
+
+
+def ssd_behind(
+    y: Tensor, dt: Tensor, c: Tensor, A_log: Tensor, dt_bias: Tensor, enter: Tensor, at: At
+) -> Tensor:
+    """y [B, T, H, P] of rows by themselves, and what a state that enters [B, H, P, N] adds to those of its document."""
+    _, logs = _logs(dt, A_log, dt_bias, at)
+    scale = torch.where((at.segment == 0)[..., None], logs.cumsum(1).exp(), 0)
+    held = enter.unflatten(1, (c.shape[2], -1))
+    read = torch.einsum("btgn,bgepn->btgep", wide(c), held).flatten(2, 3)
+    added = read * scale[..., None]
+    if at.valid is not None:
+        added = torch.where(at.valid[:, :, None, None], added, 0)
+    return y + added.to(y.dtype)

@@ -19,9 +19,15 @@ def construct(use: Any) -> str:
 
 def emit(use: Any) -> str:
     """The call; `past` are the rows before a step."""
+    if use.op == "rows_before":
+        return f"lib.rows_before({use.args[0]}, {use.attr('count')}, {use.group()})"
     act = f', act="{use.attr("act")}"' if use.attr("act") else ""
     if use.own:
         return f"{use.own}({use.args[0]}, at, past={use.past}{act})"
+    if use.op == "conv_behind":
+        x, before, weight, bias = use.args
+        bias = "None" if bias is None else bias
+        return f"lib.conv_behind({x}, {before}, {weight}, {bias}, {use.rows_of(0)}{act})"
     flat = f"{use.args[0]}.flatten(2)"
     bias = "None" if use.args[2] is None else f"{use.args[2]}.flatten()"
     weight = f"{use.args[1]}.flatten(0, -2)"

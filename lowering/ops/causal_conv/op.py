@@ -7,6 +7,7 @@ from typing import Any
 
 from ....dsl.program import Init
 from ...op import Monoid, Op, OpCall, Setting, Typing, WeightRule
+from .lift import lift
 
 
 def _bind(call: OpCall) -> dict[str, tuple[Any, ...]]:
@@ -28,6 +29,22 @@ def _infer_stacked(call: OpCall) -> Typing:
     return Typing({"S": (x.dims[-2],), "C": (x.dims[-1],)}, (), results)
 
 
+def _before(call: OpCall) -> Typing:
+    x, into = call.tensors["x"], call.settings["into"]
+    at = call.sequence("x")
+    dims = tuple(x.dims)
+    bound = {"S": (dims[at],), "B": tuple(into), "C": dims[at + 1 :]}
+    return Typing(bound, (x,), (("real", (*dims[:at], *into, *dims[at + 1 :])),))
+
+
+def _behind(call: OpCall) -> Typing:
+    x, before, weight, bias = (call.tensors.get(n) for n in ("x", "before", "weight", "bias"))
+    assert x is not None and before is not None and weight is not None
+    at, dims = call.sequence("x"), tuple(x.dims)
+    bound = {"S": (dims[at],), "B": (before.dims[at],), "C": dims[at + 1 :], "J": (weight.dims[-1],)}
+    return Typing(bound, (x, before, weight, bias), (("real", dims),))
+
+
 _ACT = Setting("act", "text", None, "an activation of the result; set by the compiler")
 OPS = (
     Op(
@@ -44,6 +61,7 @@ OPS = (
         linear=(("x", "bias"), ("weight", "bias")),
         index=("J",),
         coordinates=True,
+        lift=lift,
         monoid=Monoid("S", ("rows",), peers="neighbours", receiver_free=False),
         flops=lambda sizes, attrs: 2.0 * sizes["C"] * sizes["J"],
         source="Gu and Dao 2023 (Mamba), section 3.4; weights start like torch's Conv1d",
@@ -64,5 +82,28 @@ OPS = (
         per_weight=2.0,
         epilogues=("silu",),
         source="ours: the conv1d over x, B and C together that the families ship, derived",
+    ),    Op(
+        name="rows_before",
+        text="x[*, S+, C] -> r[*, B, C]",
+        meaning="the last rows of the ranks before this one, zero where there are none; made by the compiler",
+        settings=(Setting("into", "dims"), Setting("count", "whole", 1, "how many rows"), Setting("axes", "text", ())),
+        infer_with=_before,
+        linear=(("x",),),
+        hands_over=True,
+        meets=True,
+        flops=lambda sizes, attrs: 0.0,
+        source="ours: the halo of a window",
+    ),
+    Op(
+        name="conv_behind",
+        text="x[*, S, C], before[*, B, C], weight[C, J+], bias?[C] -> y[*, S, C]",
+        meaning="the convolution of rows that others stand before; made by the compiler",
+        settings=(Setting("taps", "whole"), _ACT),
+        infer_with=_behind,
+        index=("J",),
+        handed=("before",),
+        coordinates=True,
+        flops=lambda sizes, attrs: 2.0 * sizes["C"] * sizes["J"],
+        source="ours: causal_conv behind a halo",
     ),
 )

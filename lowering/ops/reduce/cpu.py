@@ -17,21 +17,22 @@ def emit(use: Any) -> str:
     x = use.wrap(use.args[0])
     if use.graph.values[use.operands[0]].type.kind == "mask" and how != "count":
         x = f"{x}.float()"
+    at = use.rows_of(0)
     if len(use.operands) > 1:
-        return f'lib.reduce_rows({x}, "{how}", {dims}, at, {rows or ()}, where={use.args[1]})'
+        return f'lib.reduce_rows({x}, "{how}", {dims}, {at}, {rows or ()}, where={use.args[1]})'
     if rows is not None:
-        return f'lib.reduce_rows({x}, "{how}", {dims}, at, {rows})'
+        return f'lib.reduce_rows({x}, "{how}", {dims}, {at}, {rows})'
     return f"{x}.{CALLS[how]}({shown})" + ".float()" * (how == "count")
 
 
 def count(use: Any) -> str:
     """The number of places of a loss: valid rows, or batch rows, times the static dims."""
     if len(use.operands) > 1:
-        return f"lib.count_rows({use.args[1]}, at, {_rows(use) or ()})"
+        return f"lib.count_rows({use.args[1]}, {use.rows_of(1)}, {_rows(use) or ()})"
     static = 1
     for d in use.bound("D"):
         static *= use.graph.size(d) or 1
-    rows = "at.count()" if _rows(use) is not None else "at.batch"
+    rows = f"{use.rows_of(0)}.count()" if _rows(use) is not None else "at.batch"
     return rows if static == 1 else f"{static} * {rows}"
 
 

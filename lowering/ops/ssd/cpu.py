@@ -13,6 +13,13 @@ def construct(use: Any) -> str:
 
 def emit(use: Any) -> str:
     """The call; `past` is the state before a step."""
+    match use.op:
+        case "ssd_before":
+            return f"lib.ssd_before({use.args[0]}, {use.args[1]}, {use.group()})"
+        case "ssd_leave" | "ssd_behind":
+            return f"lib.{use.op}({', '.join(use.args)}, {use.rows_of(0)})"
+        case "ssd_inside":
+            return f"lib.ssd({', '.join(use.args)}, {use.rows_of(0)}, chunk={use.attr('chunk')})"
     u, dt, b, c, a_log, d, dt_bias = use.args
     weights = f"{a_log}, {d}, {dt_bias}"
     return f"lib.ssd({u}, {dt}, {b}, {c}, {weights}, at, chunk={use.attr('chunk')}, past={use.past})"
