@@ -133,7 +133,14 @@ def _contracted(op: Op, node: Node, dims: tuple[str, ...], names: set[str]) -> C
     is_sum = op.monoid is not None and (op.monoid.state == ("sum",) or node.results[0].type.kind == "loss")
     if is_sum:
         return Cut(dims, "sum")
+    if op.monoid is not None and len(op.monoid.state) > 1 and op.monoid.formal in _marked(op):
+        return None  # a mean of parts is no part of the mean
     groups = [g for g in op.linear if names & set(g)]
     if not names <= {name for g in groups for name in g}:
         return None
     return Cut(dims, "sum", mates=frozenset(name for g in groups for name in g) - names)
+
+
+def _marked(op: Op) -> set[str]:
+    """The formals that an op contracts."""
+    return {f.name for o in op.signature.operands for f in o.formals if f.role == "contract"}

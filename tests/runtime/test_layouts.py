@@ -1,0 +1,94 @@
+"""Any layout equals one device: loss, every gradient, the norm, and the weights after three steps, in fp64 to 1e-10."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from heddle.dsl.layout import layout_of
+from heddle.dsl.load import load_text, shipped_folder
+from heddle.runtime.check import program_of
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from .laid_out import Batch, alone, difference, on_mesh, start
+
+BOUND = 1e-10
+TWINS = [
+    "llama/tiny.spec", "mistral/tiny.spec", "nemotron4/tiny.spec", "nemotron_h/tiny.spec", "nemotron_h/tiny_moe.spec",
+    "transformer_ls/tiny.spec", "transformer_ls/tiny_released.spec", "retro/tiny.spec",
+]  # fmt: skip
+MESHES = [
+    dict(data=d, context=c, tensor=t) for d in (1, 2) for c in (1, 2, 4) for t in (1, 2, 4) if 1 < d * c * t <= 8
+]  # fmt: skip
+DIMS = ("vocab", "heads", "kv_heads", "groups", "ffn")
+
+
+def text_of(mesh: dict[str, int], dims: list[str], between: bool, retro: bool) -> str:
+    """A layout in the language."""
+    lines = [f"    mesh {', '.join(f'{a} = {n}' for a, n in mesh.items())}"]
+    if dims:
+        lines.append(f"    shard {', '.join(f'{d}?' for d in dims)} over tensor")
+    if not retro:
+        lines.append("    shard seq over context")
+    if between:
+        lines.append("    shard seq over tensor between blocks")
+    lines.append("    shard batch over data")
+    return "\n\nlayout drawn:\n" + "\n".join(lines) + "\n"
+
+
+@st.composite
+def layouts(draw: Any, meshes: Any = MESHES) -> tuple[dict[str, int], list[str], bool]:
+    """A mesh, dims over its tensor axis (heads bring what they share), and whether the residual stream is split, too."""
+    mesh = draw(st.sampled_from(list(meshes)))
+    dims = [d for d in DIMS if draw(st.booleans())]
+    if "heads" in dims:
+        dims = [d for d in DIMS if d in dims or d in ("kv_heads", "groups")]
+    elif "kv_heads" in dims or "groups" in dims:
+        dims = [d for d in dims if d not in ("kv_heads", "groups")]
+    return mesh, dims, draw(st.booleans())
+
+
+def batch_of(mesh: dict[str, int], seq: int, seed: int, vocab: int, retro: bool, packed: bool, padded: bool) -> Batch:
+    source = torch.Generator().manual_seed(seed)
+    rows = 2 * mesh["data"]
+    tokens = torch.randint(0, vocab, (rows, seq), generator=source)
+    document = (torch.rand(rows, seq, generator=source) < 0.2).cumsum(1) if packed and not retro else None
+    valid = (torch.arange(seq) < torch.randint(1, seq + 1, (rows, 1), generator=source)) if padded and not retro else None
+    more = {"neighbors": torch.randint(0, vocab, (rows, seq // 4, 2, 8), generator=source)} if retro else {}
+    return Batch(tokens, document, valid, more)
+
+
+def check(file: str, drawn: Any, seq: int, seed: int, packed: bool, padded: bool, steps: int = 3) -> None:
+    mesh, dims, between = drawn
+    retro = file.startswith("retro")
+    if retro:  # its encoder reads a chunk of the decoder's states, which nothing cuts
+        mesh = {**mesh, "context": 1}
+    path = shipped_folder() / file
+    text = path.read_text(encoding="utf-8") + text_of(mesh, dims, between, retro)
+    loaded = load_text(text, folder=path.parent)
+    program, layout = program_of(loaded), layout_of(loaded)
+    model = start(program, seed)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    batch = batch_of(mesh, seq, seed, model.vocab or 8, retro, packed, padded)
+    one = alone(model, batch, steps)
+    ranks, _ = on_mesh(program, layout, state, batch, steps=steps)
+    far = difference(one, ranks)
+    worst = sorted((k for k in far if not far[k] < BOUND), key=far.__getitem__)[-3:]
+    assert not worst, f"{file} on {mesh}, {dims} over tensor, between = {between}: {[(k, far[k]) for k in worst]}"
+
+
+# A case takes a second: it is found, not made small.
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+@given(
+    file=st.sampled_from(TWINS), drawn=layouts(), seed=st.integers(0, 2**16), seq=st.sampled_from([8, 16, 24]),
+    packed=st.booleans(), padded=st.booleans(),
+)  # fmt: skip
+def test_any_layout_equals_one_device(file: str, drawn: Any, seed: int, seq: int, packed: bool, padded: bool) -> None:
+    check(file, drawn, seq, seed, packed, padded)
+
+
+@pytest.mark.parametrize("file", TWINS)
+def test_every_family_on_all_axes_at_once(file: str) -> None:
+    check(file, (dict(data=2, context=2, tensor=2), list(DIMS), True), 16, 1, True, True)
