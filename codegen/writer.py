@@ -206,6 +206,13 @@ class Writer:
 
     def call(self, node: Node) -> str:
         """The right side of a node's statement."""
+        return self.again(node, self._call(node))
+
+    def again(self, node: Node, text: str) -> str:
+        """A call, in a form that the backward pass can make again where it was asked to."""
+        return f"lib.recompute(lambda: {text}, at)" if node.attr("recompute") else text
+
+    def _call(self, node: Node) -> str:
         if node.op == "call":
             inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
             instance = self.graph.instance(node.attr("instance"))
@@ -254,15 +261,21 @@ class Writer:
         part_ = node.attr("part")
         if part_ is not None and part_[1] - part_[0] == 1:  # what it gives may be more than what it is given
             call = f"self.{name}[{part_[0]}]({', '.join(operands)}, at, state.{name}[{part_[0]}]{lent})"
-            return [Line(f"{', '.join(results)} = {call}", spec)]
+            return [Line(f"{', '.join(results)} = {self.again(node, call)}", spec)]
         if part_ is not None:
             some = f"[{part_[0]}:{part_[1]}]"
             lines.append(Line(f"for {variable}, kept in zip(self.{name}{some}, state.{name}{some}):", spec))
-            lines.append(Line(f"    {', '.join(results)} = {variable}({', '.join(given)}, at, kept{lent})", spec))
+            lines.append(Line(f"    {', '.join(results)} = {self._iteration(node, variable, given, lent)}", spec))
             return lines
         lines.append(Line(f"for {variable}, kept in zip(self.{name}, state.{name}):", spec))
-        lines.append(Line(f"    {', '.join(results)} = {variable}({', '.join(given)}, at, kept{lent})", spec))
+        lines.append(Line(f"    {', '.join(results)} = {self._iteration(node, variable, given, lent)}", spec))
         return lines
+
+    def _iteration(self, node: Node, variable: str, given: list[str], lent: str) -> str:
+        """The call of one iteration; what is made again remembers what it was given, not the variable of the loop."""
+        if not node.attr("recompute"):
+            return f"{variable}({', '.join(given)}, at, kept{lent})"
+        return f"lib.recompute({variable}, at, {', '.join(given)}, at, kept{lent})"
 
     def construct(self) -> list[Line]:
         """Submodules in order of first use. Raises `SpecError` `not-built-yet` for a name that no module can have."""

@@ -13,6 +13,7 @@ from .passes.drop_dead import drop_dead
 from .passes.fuse_parallel import fuse_parallel
 from .passes.hoist import hoist
 from .passes.infer_types import infer_types
+from .passes.mark_recompute import mark_recompute
 from .passes.settle import settle
 from .passes.shard import shard
 from .passes.stream import stream
@@ -23,6 +24,7 @@ PASSES: tuple[Pass, ...] = (
     settle,  # before fusion, which may join what runs at different times
     hoist,  # before fusion, which must not mix constants with data
     shard,  # before fusion, whose products must be of parts that lie alike; identity without a layout
+    mark_recompute,  # behind placement: a collective inside is made again, too
     fuse_parallel,  # before state, which belongs to the fused op
     stream,  # last: state of what is really computed
 )

@@ -13,7 +13,7 @@ from . import each_graph, lowering_pass
 Attrs = tuple[tuple[str, Any], ...]
 
 
-@lowering_pass(requires={"placed"}, ensures={"stacked"})
+@lowering_pass(requires={"placed", "recomputed"}, ensures={"stacked"})
 def fuse_parallel(program: GraphProgram) -> GraphProgram:
     """Replace parallel linears by one product, then equal channelwise ops on its parts by one op.
 

@@ -74,8 +74,24 @@ class _Sharder:
                 held = {a for atoms in splits for a in atoms}
                 wanted = self.wants.get(graph.name, {}).get(weight.name, {})
                 sync = tuple(a for a in self.order if a not in held and wanted.get(a, set()) & {R, P, "S"})
-                own[weight.name] = Stored(_distinct(splits), sync if weight.trained else ())
+                stored = Stored(_distinct(splits), sync if weight.trained else ())
+                sizes = tuple(graph.size(d) or 0 for d in weight.dims)
+                own[weight.name] = self._spread(stored, sizes) if weight.trained else stored
         return found
+
+    def _spread(self, stored: Stored, sizes: tuple[int, ...]) -> Stored:
+        """Full sharding: over the axes that split parameters where they are stored, the first dim that they divide
+        is split, one that is whole if there is one, else further inside. A weight with no such dim stays whole, with a gradient that is a sum."""
+        splits, sync = list(stored.splits), stored.sync
+        for axis in self.program.layout.stored_over("parameters") if self.program.layout else ():
+            for atom in (a for a in self.mesh.names(axis) if a in sync):
+                sizes_here = [n // self.mesh.size(held) for n, held in zip(sizes, splits, strict=True)]
+                fits = [i for i, n in enumerate(sizes_here) if n and n % self.mesh.size([atom]) == 0]
+                if fits:
+                    at = max(fits, key=lambda i: (not splits[i], -i))
+                    splits[at] = (*splits[at], atom)
+                    sync = tuple(a for a in sync if a != atom)
+        return Stored(tuple(splits), sync)
 
     def splits_on(self, name: str, atom: str) -> bool:
         """Whether a graph, or one that it calls, splits anything over a factor of the mesh."""

@@ -21,6 +21,7 @@ from .norm import (
     scaled_rows,
 )
 from .pointwise import relu2, rotate, silu_mul
+from .recompute import recompute
 from .rows import At, Coordinates, Mask, count_rows, next_token, reduce_rows, take_row
 from .ssd import ssd, ssd_before, ssd_behind, ssd_leave
 from .stream import Stream
@@ -64,6 +65,7 @@ __all__ = [
     "nll",
     "on",
     "picked",
+    "recompute",
     "reduce_rows",
     "relu2",
     "rms_norm",

@@ -1,0 +1,36 @@
+"""What is computed again in the backward pass in place of being kept (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .gathered import Gathered
+from .rows import At
+
+
+def recompute(run: Callable[..., Any], at: At, *given: Any) -> Any:
+    """run(*given), of which the backward pass keeps nothing but what went in.
+
+    What blocks state beside their results counts the first time only.
+    """
+    if not torch.is_grad_enabled():
+        return run(*given)
+    ran = [False]
+
+    def once(*inputs: Any) -> Any:
+        if not ran[0]:
+            ran[0] = True
+            return run(*inputs)
+        stated = at.gathered, at.losses
+        at.gathered, at.losses = None if stated[0] is None else Gathered(), {}
+        try:
+            return run(*inputs)
+        finally:
+            at.gathered, at.losses = stated
+
+    # Random numbers are counted, not drawn from a state: there is none to keep.
+    return checkpoint(once, *given, use_reentrant=False, preserve_rng_state=False)
