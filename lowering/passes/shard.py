@@ -9,7 +9,7 @@ from typing import Any
 from ...dsl.diagnostics import InternalError
 from ...dsl.program import Dim, Node, Type, Value
 from ..afterwards import parts
-from ..graph import STRUCTURE, Graph, GraphProgram, op_of, renamed_attrs
+from ..graph import Graph, GraphProgram, op_of, renamed_attrs
 from ..placement.assign import Assignment, assign, local_size
 from ..placement.laid import Laid, Stored
 from ..placement.types import I, M, Mesh, N, P, Place, R, Step, V, everywhere, steps

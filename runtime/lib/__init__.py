@@ -1,5 +1,6 @@
 """What generated code may use: torch and the standard library, nothing of the compiler."""
 
+from . import spmd
 from .attend import Source, attend
 from .buffers import STATELESS, Slots
 from .clocks import Clock, on, summarise
@@ -9,6 +10,7 @@ from .gathered import Gathered
 from .initial import initialise
 from .linear import Embed, Linear, Parallel, Weights, embed, embed_part, empty, linear, named_logical_parameters
 from .loss import cross_entropy, known, nll, picked, sum_exp
+from .mesh import Mesh
 from .model import Model
 from .norm import (
     LayerNorm,
@@ -37,6 +39,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Mask",
+    "Mesh",
     "Model",
     "Parallel",
     "ParallelConv",
@@ -74,6 +77,7 @@ __all__ = [
     "rows_before",
     "scaled_rows",
     "silu_mul",
+    "spmd",
     "ssd",
     "ssd_before",
     "ssd_behind",

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from .buffers import is_past
 from .linear import Fused
-from .norm import wide
 from .mesh import Group
+from .norm import wide
 from .product import autocast
 from .rows import At
 from .spmd import R, V, all_gather

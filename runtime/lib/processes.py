@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from math import prod
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ class Processes(Mesh):
     """
 
     def __init__(self, axes: dict[str, int], groups: Iterable[str | Axes], timeout: float = 1800.0) -> None:
+        if dist.get_world_size() != prod(axes.values()):
+            raise ValueError(f"a mesh {axes} has {prod(axes.values())} ranks, and there are {dist.get_world_size()}")
         super().__init__(axes, dist.get_rank())
-        if dist.get_world_size() != self.size(*axes):
-            raise ValueError(f"a mesh {self.axes} has {self.size(*axes)} ranks, and there are {dist.get_world_size()}")
         for group in groups:
             key = (group,) if isinstance(group, str) else group
             self.check(key)

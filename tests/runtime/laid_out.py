@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from heddle.dsl.layout import Layout
 from heddle.dsl.program import Program
 from heddle.runtime.compile import build, instantiate, module_class
@@ -13,7 +15,6 @@ from heddle.runtime.lib import Gathered
 from heddle.runtime.lib.laid import global_counts, gradient_norm, laid_parameters, part, sync_gradients, take_whole
 from heddle.runtime.lib.simulated import simulate
 from heddle.runtime.lib.spmd import I, P, all_reduce
-from torch import Tensor
 
 
 @dataclass

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
 from heddle.dsl.layout import layout_of
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.runtime.check import program_of
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from .laid_out import Batch, alone, difference, on_mesh, start
 
