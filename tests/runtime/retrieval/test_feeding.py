@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -81,6 +82,39 @@ def test_what_was_looked_up_is_used_again_and_other_data_is_not(work, model, tmp
     assert other.identity != first.identity and (tmp_path / "ids.npy").stat().st_mtime_ns != before
 
 
+@pytest.mark.parametrize("name", ["ids.npy", "starts.npy", "of.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_damaged_rows_are_looked_up_again(work, model, tmp_path, name, how):
+    feed = Feed(model, "neighbors", Index(work / "index"), "bytes", WORDS)
+    data = Packed(open_corpus([work / "texts"], WORDS), 20)
+    whole = Looked(feed, data, tmp_path)(data.rows([0, 1]))
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / name).unlink() if how == "gone" else (tmp_path / name).write_bytes(
+        content if how == "flipped" else content[:-9]
+    )
+    assert torch.equal(Looked(feed, data, tmp_path)(data.rows([0, 1])), whole)
+
+
+def test_a_look_up_that_is_killed_is_not_taken_for_another(work, model, tmp_path, monkeypatch):
+    """Rows of other data begin to overwrite what is there: the first data's rows are looked up again."""
+    feed = Feed(model, "neighbors", Index(work / "index"), "bytes", WORDS)
+    data = Packed(open_corpus([work / "texts"], WORDS), 20)
+    whole = Looked(feed, data, tmp_path)(data.rows([0, 1]))
+    real, left = os.replace, [1]
+
+    def replace(*names):
+        real(*names)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        Looked(feed, Packed(data.corpus, 24), tmp_path)
+    assert torch.equal(Looked(feed, data, tmp_path)(data.rows([0, 1])), whole)
+
+
 @settings(max_examples=8, deadline=None)
 @given(prompt=st.integers(1, 14), new=st.integers(1, 10), batch=st.integers(1, 2), seed=st.integers(0, 99))
 def test_retrieval_on_the_fly_is_a_full_pass(work, model, prompt, new, batch, seed):
@@ -92,6 +126,13 @@ def test_retrieval_on_the_fly_is_a_full_pass(work, model, prompt, new, batch, se
     with torch.no_grad():
         logits = model(seen, neighbors=feed(seen, range(seen.shape[1] // 4)))
     assert torch.equal(logits[:, prompt - 1 :].argmax(-1), made[:, prompt:])
+    for piece in (1, 3, seen.shape[1]):  # token by token, in pieces, at once
+        stream, found = model.stream(batch, seen.shape[1]), []
+        for start in range(0, seen.shape[1], piece):
+            end = min(start + piece, seen.shape[1])
+            rows = feed(seen[:, :end], range(start // 4, end // 4))
+            found.append(model.prefill(seen[:, start:end], stream, neighbors=rows))
+        torch.testing.assert_close(torch.cat(found, 1), logits, rtol=0, atol=1e-12)
 
 
 def test_training_reads_it_and_resumes(work, tmp_path, monkeypatch):
