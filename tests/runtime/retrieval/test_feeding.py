@@ -18,7 +18,7 @@ from heddle.runtime.data import Packed, open_corpus, open_tokenizer
 from heddle.runtime.errors import UserError
 from heddle.runtime.lib.clocks import on
 from heddle.runtime.lib.rows import At
-from heddle.runtime.retrieval import Feed, Index, Looked, build_index
+from heddle.runtime.retrieval import Asked, Feed, Index, Looked, build_index
 from heddle.runtime.retrieval.index import hashes_of
 
 from .test_index import TEXTS, written
@@ -171,6 +171,61 @@ def test_training_reads_it_and_resumes(work, tmp_path, monkeypatch):
         assert not (tmp_path / "other").exists()
     alone = run("--steps", "1", "-o", "alone", "--set", "neighbors=none", options=common)
     assert alone.exit_code == 0, alone.output
+
+
+@settings(max_examples=12, deadline=None)
+@given(question=st.text("abdehlnoprtw ", min_size=1, max_size=11), passages=st.integers(0, 3))
+def test_asked_with_passages_the_answer_follows_on_whole_chunks(work, model, question, passages):
+    """The nearest passages stand before the question, the next are the neighbours of every chunk; the padding is on the
+    left. Generating is a full pass with these neighbours."""
+    index = Index(work / "index")
+    feed = Feed(model, "neighbors", index, "bytes", WORDS)
+    ids = WORDS.encode(question)
+    asked = Asked(feed, ids, passages)
+    found, _ = index.search(index.embed(ids[None], WORDS), passages + 2)
+    text = b""
+    for chunk in found[0, :passages]:
+        document, start, _ = index.chunks[chunk]
+        text += bytes(np.asarray(index.tokens[start : min(start + 8, index.ends[document])]).tolist())
+    whole = bytes(asked.prompt[0].tolist())
+    assert whole == b"\0" * asked.padding + text + question.encode() and len(whole) % 4 == 0 and asked.padding < 4
+    made = model.generate(asked.prompt, 6, given={"neighbors": asked})
+    seen = made[:, :-1]
+    near = index.text(found[:, passages:], 8)
+    rows = torch.from_numpy(near)[:, None].expand(1, seen.shape[1] // 4, 2, 8)
+    with torch.no_grad():
+        logits = model(seen, neighbors=rows)
+    assert torch.equal(logits[:, len(whole) - 1 :].argmax(-1), made[:, len(whole) :])
+
+
+def test_the_decoder_alone_of_a_checkpoint(work, tmp_path, monkeypatch):
+    """A run with neighbours generates and goes on without them, with the weights that are left: gate 0 says the same."""
+    from typer.testing import CliRunner
+
+    from heddle.runtime.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    spec, data = str(shipped_folder() / "retro/tiny.spec"), ["--data", str(work / "texts"), "--seq", "20"]
+    fed = ["--give", f"neighbors={work / 'index'}"]
+
+    def run(*words):
+        return CliRunner().invoke(app, list(words))
+
+    assert run("train", spec, *data, "--batch", "2", "--steps", "2", "-o", "whole", *fed).exit_code == 0
+    ask = ["generate", "whole", "--prompt", "the warp and", "--max-new-tokens", "9"]
+    alone = run(*ask, "--set", "neighbors=none")
+    assert alone.exit_code == 0, alone.output
+    assert alone.output == run(*ask, *fed, "--set", "gate=0").output
+    more = ["train", spec, *data, "--batch", "2", "--steps", "1", "--set", "neighbors=none"]
+    assert run(*more, "--start", "whole", "-o", "alone").exit_code == 0
+    assert run(*ask[:1], "alone", *ask[2:]).exit_code == 0
+    assert run(*more, "--start", "whole", "--set", "ffn=8", "-o", "other").exit_code == 2
+    back = run("train", spec, *data, *fed, "--steps", "1", "--start", "alone", "-o", "other")
+    assert back.exit_code == 2 and "weights-do-not-fit" in back.output
+    passages = run(*ask, *fed, "--passages", "1")
+    assert passages.exit_code == 0 and "the warp and" in passages.output and "\0" not in passages.output
+    refused = run(*ask, "--set", "neighbors=none", "--passages", "1")
+    assert refused.exit_code == 2 and "error[unknown-setting]" in refused.output
 
 
 def test_an_index_of_another_tokenizer_is_refused(work, model, tmp_path):
