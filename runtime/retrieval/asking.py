@@ -1,4 +1,5 @@
-"""A question to a model that retrieves: the nearest passages stand before it, the next ones are given beside it.
+"""A question to a model that retrieves: the nearest passages stand before it, a line each, the next ones are
+given beside it.
 
 Wang et al. 2023 (there the first passage is in the prompt). The prompt is padded on the left to whole groups of tokens,
 so that the first token of the answer already follows on the neighbours of the last group.
@@ -24,7 +25,10 @@ class Asked:
         ids, _ = index.search(vector, passages + feed.near)
         self.feed, self.ids = feed, ids[0]
         rows = index.chunks[self.ids[:passages][self.ids[:passages] >= 0]]
-        before = [np.asarray(index.tokens[s : min(s + feed.length, index.ends[d])]) for d, s, _ in rows]
+        line = feed.words.encode("\n")
+        before = [
+            part for d, s, _ in rows for part in (index.tokens[s : min(s + feed.length, int(index.ends[d]))], line)
+        ]
         tokens = np.concatenate([*before, question]).astype(np.int64)
         self.padding = -len(tokens) % index.chunk
         self.prompt = torch.from_numpy(np.concatenate([np.zeros(self.padding, np.int64), tokens]))[None]

@@ -186,7 +186,7 @@ def test_asked_with_passages_the_answer_follows_on_whole_chunks(work, model, que
     text = b""
     for chunk in found[0, :passages]:
         document, start, _ = index.chunks[chunk]
-        text += bytes(np.asarray(index.tokens[start : min(start + 8, index.ends[document])]).tolist())
+        text += bytes(np.asarray(index.tokens[start : min(start + 8, index.ends[document])]).tolist()) + b"\n"
     whole = bytes(asked.prompt[0].tolist())
     assert whole == b"\0" * asked.padding + text + question.encode() and len(whole) % 4 == 0 and asked.padding < 4
     made = model.generate(asked.prompt, 6, given={"neighbors": asked})
