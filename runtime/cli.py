@@ -314,12 +314,16 @@ def generate(
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     give: Give = None,
+    passages: Annotated[
+        int, typer.Option(min=0, help="so many of the nearest chunks stand before the prompt, the next are given")
+    ] = 0,
+    set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
     """Continue a prompt; the text is printed as it is produced."""
     from .running import generate_text
 
-    generate_text(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed, give)
+    generate_text(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed, give, passages, overrides(set))
 
 
 @command

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..dsl.diagnostics import SpecError
 from ..dsl.load import File, shipped_folder
 from ..dsl.load import load as load_file
 from .check import program_of
@@ -68,15 +69,19 @@ def weights_file(folder: Path) -> Path:
     return found / "model.safetensors"
 
 
-def load(folder: str | Path, dtype: torch.dtype | str | None = None) -> Model:
-    """Open a model folder: compile its spec and load its weights. Raises `SpecError`, `UserError`."""
+def load(
+    folder: str | Path, dtype: torch.dtype | str | None = None, settings: dict[str, Any] | None = None
+) -> Model:
+    """Open a model folder: compile its spec and load its weights. `settings` are other values of the model's
+    parameters; an optional input that is None is left out, and the weights that only it needs with it. Raises
+    `SpecError`, `UserError`."""
     from .compile import DTYPES
 
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError("no-such-file", f"there is no folder `{folder}`")
     file, model, overrides = read_spec(folder)
-    made = instantiate(build(program_of(file, model, overrides)), seed=None)
+    made = instantiate(build(program_of(file, model, {**overrides, **(settings or {})})), seed=None)
     take_weights(made, folder)
     if dtype is not None:
         made.cast(DTYPES[dtype] if isinstance(dtype, str) else dtype)
@@ -96,7 +101,24 @@ def take_weights(model: Model, folder: Path) -> None:
         state = load_tensors(path)
     except (SafetensorError, OSError) as error:
         raise UserError("damaged-weights", f"`{path}` cannot be read: {error}") from None
+    if any(name not in model.state_dict() for name in state):
+        left_out = _left_out(model, folder)
+        state = {name: tensor for name, tensor in state.items() if name not in left_out}
     _fill(model, state, path)
+
+
+def _left_out(model: Model, folder: Path) -> set[str]:
+    """Weights of the folder's model that it has only for optional inputs which this one does without."""
+    try:
+        file, name, overrides = read_spec(folder)
+        whole = program_of(file, name, overrides)
+        absent = dict.fromkeys(v.name for v in whole.model.inputs if v.name not in model.inputs)
+        if not absent:
+            return set()
+        alone = program_of(file, name, {**overrides, **absent})
+    except (SpecError, UserError):  # nothing is left out, and what does not fit is said
+        return set()
+    return {t.name for t in whole.tensors()} - {t.name for t in alone.tensors()}
 
 
 def _fill(model: Model, state: dict[str, torch.Tensor], path: Path) -> None:

@@ -20,7 +20,7 @@ from .folder import load as load_folder
 from .folder import read_spec, take_weights, weights_file, write_spec
 from .lib import Model
 from .paths import split_entry
-from .retrieval import Feed, Index, Looked
+from .retrieval import Asked, Feed, Index, Looked
 from .retrieval.index import checksum, tokenizer_identity
 from .train import Report, TrainConfig, train
 from .train.checkpoint import latest
@@ -138,24 +138,33 @@ def tokenizer_name(folder: Path) -> str:
 
 def generate_text(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
-    seed: int | None, give: list[str] | None = None,
+    seed: int | None, give: list[str] | None = None, passages: int = 0, settings: dict[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """Continue a prompt, printing as it goes; gives the whole text. Raises `SpecError`
-    `not-causal`, UserError `bad-prompt`."""
-    model = load_folder(folder)
+    """Continue a prompt, printing as it goes; gives the whole text. `passages` as in `Asked`, `settings` as of
+    `heddle.load`. Raises `SpecError` `not-causal`, UserError `bad-prompt`, `unknown-setting`."""
+    model = load_folder(folder, settings=settings)
     if model.late:
         require_causal(lower(program_of(*read_spec(folder))))
     words = tokenizer_of(folder)
     feeds = feeds_of(model, give, tokenizer_name(folder))
     _check_inputs(model, feeds)
     ids = torch.from_numpy(words.encode(prompt).astype("int64"))[None]
-    shown = _Printer(words, ids[0].tolist())
+    given: dict[str, Any] = dict(feeds)
+    padding = 0
+    if passages:
+        if len(feeds) != 1:
+            raise UserError("unknown-setting", f"--passages needs one --give, there are {len(feeds)}")
+        name, feed = next(iter(feeds.items()))
+        given[name] = asked = Asked(feed, ids[0].numpy(), passages)
+        ids, padding = asked.prompt, asked.padding
+    shown = _Printer(words, ids[0, padding:].tolist())
     try:
-        made = model.generate(ids, max_new_tokens, temperature, top_k, top_p, seed, on_token=shown, given=feeds)
+        made = model.generate(ids, max_new_tokens, temperature, top_k, top_p, seed, on_token=shown, given=given)
     except ValueError as error:
         raise UserError("bad-prompt", str(error)) from None
     shown.finish()
-    return words.decode(made[0].tolist())
+    text: str = words.decode(made[0, padding:].tolist())
+    return text
 
 
 class _Printer:

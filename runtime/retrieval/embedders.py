@@ -25,10 +25,12 @@ HASHES = 4
 
 
 class Embedder(Protocol):
-    """Vectors of chunks. `name` says with which words it is asked for, `identity` what its vectors depend on."""
+    """Vectors of chunks. `name` says with which words it is asked for, `identity` what its vectors depend on, `width`
+    how many numbers one has."""
 
     name: str
     identity: str
+    width: int
 
     def learn(self, chunks: Iterator[np.ndarray]) -> np.ndarray | None:
         """What it must see all chunks for, kept in the index; None if nothing."""
@@ -60,7 +62,7 @@ class Grams:
     """TF-IDF of hashed n-grams of low .. high tokens."""
 
     def __init__(self, low: int, high: int):
-        self.low, self.high = low, high
+        self.low, self.high, self.width = low, high, WIDTH
         self.name = self.identity = f"tfidf:{low}-{high}"
 
     def learn(self, chunks: Iterator[np.ndarray]) -> np.ndarray:
@@ -118,14 +120,28 @@ class Encoder:
     """The mean of the last states of an encoder, over the tokens of the chunk's text."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
-        from transformers import AutoModel, AutoTokenizer
-
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError:
+            raise UserError(
+                "unknown-setting", "an encoder needs the package `transformers`", help="pip install 'heddle-lang[hf]'"
+            ) from None
         try:
             self._words: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        except (OSError, ValueError) as error:
-            raise UserError("no-such-file", f"`{folder}` holds no encoder: {str(error).splitlines()[0]}") from None
-        self._tokens, self.name = tokenizer, str(folder)
+        except Exception as error:  # whatever is wrong with a file, the packages raise as it comes to them
+            first = f"{error}".strip().split("\n")[0]
+            raise UserError(
+                "no-such-file", f"`{folder}` holds no encoder: {first}", help="its weights, config.json and a tokenizer"
+            ) from None
+        sizes = self._model.config
+        if getattr(sizes, "is_encoder_decoder", False) or not hasattr(sizes, "hidden_size"):
+            raise UserError("unknown-setting", f"`{folder}` holds a {sizes.model_type}, which is no encoder alone")
+        if self._words.pad_token is None:
+            raise UserError("unknown-setting", f"the tokenizer of `{folder}` has no padding token")
+        self.width = int(sizes.hidden_size)
+        self._most = min(self._words.model_max_length, getattr(sizes, "max_position_embeddings", 1 << 20))
+        self._tokens, self.name = tokenizer, str(folder.resolve())
         digest = hashlib.sha256()
         for name, weight in sorted(self._model.state_dict().items()):
             digest.update(name.encode())
@@ -140,9 +156,10 @@ class Encoder:
 
         texts = [self._tokens.decode([int(i) for i in row if i >= 0]) for row in chunks]
         found = []
+        settings = {"padding": True, "truncation": True, "max_length": self._most, "return_tensors": "pt"}
         with torch.no_grad():
             for start in range(0, len(texts), 64):
-                given = self._words(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+                given = self._words(texts[start : start + 64], **settings)
                 states = self._model(**given).last_hidden_state
                 real = given["attention_mask"][..., None]
                 mean = (states * real).sum(1) / real.sum(1).clamp_min(1)

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..lib import Model
 from ..lib.clocks import Clock, on
 from ..lib.rows import At
-from .index import Index, hashes_of
+from .index import Index, checksum, hashes_of
 
 ROWS = 64
 """Rows of data that are looked up at once."""
@@ -90,7 +90,8 @@ def _sizes(model: Model, name: str) -> tuple[int, int]:
 class Looked:
     """The neighbours of all rows of some data, looked up ahead: ids [groups, near] and where each row's begin.
 
-    A folder: `ids.npy`, `starts.npy`, and `of.json` that says of what they are. Rows of other data are looked up again.
+    A folder: `ids.npy`, `starts.npy`, and `of.json` that says of what they are and their checksums. Rows of other data,
+    and those of damaged files, are looked up again.
     """
 
     def __init__(self, feed: Feed, data: Packed, folder: Path):
@@ -99,9 +100,10 @@ class Looked:
         self.identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         try:
             known = json.loads((folder / "of.json").read_text(encoding="utf-8"))
+            there = known == {**about, "files": _sums(folder)}
         except (OSError, ValueError):
-            known = None
-        if known != about:
+            there = False
+        if not there:
             self._look_up(folder, about)
         self.ids = np.load(folder / "ids.npy", mmap_mode="r")
         self.starts = np.load(folder / "starts.npy", mmap_mode="r")
@@ -114,6 +116,7 @@ class Looked:
 
     def _look_up(self, folder: Path, about: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "of.json").unlink(missing_ok=True)  # from here on the files are of nothing that it could say
         hashes = hashes_of(self.data.corpus)
         starts, found = [0], []
         for first in range(0, self.data.num_rows, ROWS):
@@ -128,7 +131,7 @@ class Looked:
             with (folder / f"{name}.npy.part").open("wb") as file:
                 np.save(file, array)
             os.replace(folder / f"{name}.npy.part", folder / f"{name}.npy")
-        (folder / "of.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        (folder / "of.json").write_text(json.dumps({**about, "files": _sums(folder)}) + "\n", encoding="utf-8")
 
     def _documents(self, rows: list[int], hashes: np.ndarray) -> list[frozenset[int]]:
         """The documents that each row has tokens of."""
@@ -144,6 +147,10 @@ class Looked:
             own = self.ids[self.starts[row] : self.starts[row + 1]]
             ids[i, : len(own)] = own
         return self.feed.rows(ids)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {name: checksum(folder / name) for name in ("ids.npy", "starts.npy")}
 
 
 def _begins(clock: Clock, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

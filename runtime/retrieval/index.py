@@ -22,14 +22,17 @@ from ..data import Corpus, Tokenizer, open_corpus, open_tokenizer
 from ..errors import UserError
 from .embedders import open_embedder
 
-FORMAT = "heddle-index-1"
+FORMAT = "heddle-index-2"
 EXACT = 200_000
 """Up to so many chunks every vector is compared."""
 SHARD = 1 << 14
 """Chunks of one file of vectors."""
 SAMPLE = 1 << 18
 """Vectors that a coarse index is trained on, at most."""
+ASKED = 200
+"""Candidates of a coarse index, at least, whose vectors are then compared (Borgeaud et al. 2022 query as many)."""
 _PARTIAL = ".building"
+_MANIFEST = "manifest.json"
 
 
 def faiss_module() -> Any:
@@ -73,10 +76,9 @@ def build_index(
     """Index the documents of some data. `factory` is Faiss's word for the kind of index: exact up to `EXACT` chunks,
     IVF with product quantisation above. `on_shard` hears how many shards of how many are embedded.
 
-    A build that was interrupted goes on. Raises UserError: already-there, other-run, cannot-write, unknown-setting,
-    and what reading the data raises.
+    A build that was interrupted goes on, if need be with another `factory`. Raises UserError: already-there, other-run,
+    cannot-write, unknown-setting, and what reading the data raises.
     """
-    faiss = faiss_module()
     if out.exists():
         raise UserError("already-there", f"`{out}` is there already", help="another folder, or remove it")
     words = open_tokenizer(tokenizer)
@@ -85,10 +87,12 @@ def build_index(
     chunks = chunks_of(corpus.ends, chunk)
     plan = {
         "format": FORMAT, "tokenizer": tokenizer_identity(tokenizer), "vocab": words.vocab, "chunk": chunk,
-        "embedder": embed.name, "embedder_identity": embed.identity, "factory": factory or _factory(len(chunks)),
+        "embedder": embed.name, "embedder_identity": embed.identity,
+        "factory": factory or _factory(len(chunks), embed.width),
         "documents": corpus.num_documents, "chunks": len(chunks),
         "text": hashlib.sha256(corpus.tokens.tobytes() + corpus.ends.tobytes()).hexdigest(),
     }  # fmt: skip
+    made = _empty(embed.width, str(plan["factory"]))
     partial = out.with_name(out.name + _PARTIAL)
     try:
         _take_up(partial, plan)
@@ -111,13 +115,11 @@ def build_index(
             vectors.append(np.load(path))
             if on_shard is not None:
                 on_shard(i + 1, len(shards))
-        made = _trained(faiss, np.concatenate(vectors), str(plan["factory"]))
-        faiss.write_index(made, str(partial / "faiss.index.part"))
+        _fill(made, np.concatenate(vectors), str(plan["factory"]))
+        faiss_module().write_index(made, str(partial / "faiss.index.part"))
         os.replace(partial / "faiss.index.part", partial / "faiss.index")
-        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name not in ("plan.json", "manifest.json"))
-        sums = {p.relative_to(partial).as_posix(): checksum(p) for p in files}
-        (partial / "manifest.json").write_text(json.dumps({**plan, "files": sums}, indent=1) + "\n", encoding="utf-8")
-        (partial / "plan.json").unlink()
+        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != _MANIFEST)
+        _note(partial, {**plan, "files": {p.relative_to(partial).as_posix(): checksum(p) for p in files}})
         os.replace(partial, out)
     except OSError as error:
         raise UserError("cannot-write", f"cannot write to `{partial}`: {error.strerror}") from None
@@ -129,17 +131,22 @@ def tokenizer_identity(name: str) -> str:
     return name if name == "bytes" else f"sha256:{checksum(Path(name))}"
 
 
-def _factory(chunks: int) -> str:
-    return "Flat" if chunks <= EXACT else f"IVF{2 ** round(np.log2(4 * chunks**0.5))},PQ32"
+def _factory(chunks: int, width: int) -> str:
+    """Exact, or inverted lists of codes of at most 32 bytes: as many as divide the width."""
+    codes = next(m for m in range(min(32, width), 0, -1) if width % m == 0)
+    return "Flat" if chunks <= EXACT else f"IVF{2 ** round(np.log2(4 * chunks**0.5))},PQ{codes}"
 
 
 def _take_up(partial: Path, plan: dict[str, Any]) -> None:
-    """Begin a build, or go on with the one that is there. Raises UserError `other-run`."""
-    known = partial / "plan.json"
-    if partial.is_dir():
+    """Begin a build, or go on with the one that is there: its manifest says no files yet, or was just to be moved.
+    Raises UserError `other-run`."""
+    if partial.exists():
         try:
-            same = json.loads(known.read_text(encoding="utf-8")) == plan
-        except (OSError, ValueError):
+            known = json.loads((partial / _MANIFEST).read_text(encoding="utf-8"))
+            same = all(known[key] == value for key, value in plan.items() if key != "factory")
+        except FileNotFoundError:  # killed between the folder and its manifest
+            same = partial.is_dir() and all(p.name == f"{_MANIFEST}.part" for p in partial.iterdir())
+        except (OSError, ValueError, KeyError, TypeError):
             same = False
         if not same:
             raise UserError(
@@ -147,9 +154,20 @@ def _take_up(partial: Path, plan: dict[str, Any]) -> None:
                 f"`{partial}` holds a build of other data or settings",
                 help="remove it, or build elsewhere",
             )
-        return
-    (partial / "vectors").mkdir(parents=True)
-    known.write_text(json.dumps(plan), encoding="utf-8")
+    partial.mkdir(parents=True, exist_ok=True)
+    _note(partial, plan)
+    (partial / "vectors").mkdir(exist_ok=True)
+
+
+def _note(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, with a checksum of its own; whole or not at all."""
+    part = folder / f"{_MANIFEST}.part"
+    part.write_text(json.dumps({**manifest, "self": _sum(manifest)}, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, folder / _MANIFEST)
+
+
+def _sum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, array: np.ndarray) -> None:
@@ -160,11 +178,21 @@ def _write(path: Path, array: np.ndarray) -> None:
     os.replace(part, path)
 
 
-def _trained(faiss: Any, vectors: np.ndarray, factory: str) -> Any:
+def _empty(width: int, factory: str) -> Any:
+    """Raises UserError `unknown-setting` for a factory that Faiss does not have for vectors of this width."""
+    faiss = faiss_module()
     try:
-        made = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError:
-        raise UserError("unknown-setting", f"Faiss knows no index `{factory}`", help="for example Flat") from None
+        raise UserError(
+            "unknown-setting",
+            f"Faiss has no index `{factory}` of vectors of {width} numbers",
+            help=f"for example Flat, or {_factory(EXACT + 1, width)}",
+        ) from None
+
+
+def _fill(made: Any, vectors: np.ndarray, factory: str) -> None:
+    """Train the index where it must be, and add all vectors."""
     if not made.is_trained:
         order = np.random.Generator(np.random.Philox(0)).permutation(len(vectors))[:SAMPLE]
         try:
@@ -172,12 +200,13 @@ def _trained(faiss: Any, vectors: np.ndarray, factory: str) -> Any:
         except RuntimeError as error:
             reason = str(error).split(": ")[-1]
             raise UserError(
-                "unknown-setting", f"`{factory}` cannot be trained on {len(order)} chunks: {reason}"
+                "unknown-setting",
+                f"`{factory}` cannot be trained on {len(order)} chunks: {reason}",
+                help="what is embedded is kept: the same build goes on with another factory, for example Flat",
             ) from None
         if hasattr(made, "nprobe"):
-            made.nprobe = max(8, made.nlist // 32)
+            made.nprobe = max(16, made.nlist // 8)
     made.add(vectors)
-    return made
 
 
 def checksum(path: Path) -> str:
@@ -201,7 +230,7 @@ class Index:
     """An index that is there. Raises UserError `no-such-file`, `bad-index`."""
 
     def __init__(self, folder: Path):
-        if not (folder / "manifest.json").is_file():
+        if not (folder / _MANIFEST).is_file():
             building = folder.with_name(folder.name + _PARTIAL).is_dir()
             raise UserError(
                 "no-such-file",
@@ -215,19 +244,26 @@ class Index:
         self.tokens, self.ends, self.chunks, self.hashes = arrays
         self.chunk = int(self.manifest["chunk"])
         self._faiss = faiss_module().read_index(str(folder / "faiss.index"))
+        self._vectors = None if self.manifest["factory"] == "Flat" else self._stored()
         self._learnt = np.load(folder / "learnt.npy") if (folder / "learnt.npy").is_file() else None
         self._embedder: Any = None
 
     def _read(self) -> dict[str, Any]:
-        path = self.folder / "manifest.json"
+        path = self.folder / _MANIFEST
         try:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            sums = dict(manifest["files"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError("bad-index", f"`{path}` is damaged: {error}") from None
-        if manifest.get("format") != FORMAT:
-            raise UserError("bad-index", f"`{path}` is of the format {manifest.get('format')}, this reads {FORMAT}")
-        for name, wanted in sums.items():
+            form, own = manifest.get("format"), manifest.pop("self", None)
+        except (ValueError, AttributeError) as error:
+            raise UserError("bad-index", f"`{path}` is damaged: {error}", help="build the index again") from None
+        if form != FORMAT:
+            raise UserError(
+                "bad-index", f"`{path}` is of the format {form}, this reads {FORMAT}", help="build the index again"
+            )
+        if own != _sum(manifest):
+            raise UserError(
+                "bad-index", f"`{path}` has another content than when it was built", help="build the index again"
+            )
+        for name, wanted in manifest["files"].items():
             file = self.folder / name
             if not file.is_file() or checksum(file) != wanted:
                 what = "has another content than when it was built" if file.is_file() else "is missing"
@@ -247,7 +283,10 @@ class Index:
     def embed(self, chunks: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
         """Vectors of chunks int32 [n, length]. Raises UserError `bad-index` where the encoder has changed."""
         if self._embedder is None:
-            self._embedder = open_embedder(self.manifest["embedder"], tokenizer)
+            name = self.manifest["embedder"]
+            if not name.startswith("tfidf") and not Path(name).is_dir():
+                raise UserError("no-such-file", f"the encoder of `{self.folder}`, `{name}`, is not there")
+            self._embedder = open_embedder(name, tokenizer)
             if self._embedder.identity != self.manifest["embedder_identity"]:
                 raise UserError("bad-index", f"the encoder of `{self.folder}` is not the one that it was built with")
         made: np.ndarray = self._embedder.embed(chunks, self._learnt)
@@ -260,13 +299,15 @@ class Index:
 
         without: for each vector the hashes of documents that must not be found.
         """
-        count, total = len(vectors), len(self.chunks)
+        count, total, coarse = len(vectors), len(self.chunks), self._vectors is not None
         ids, scores = np.full((count, k), -1, np.int64), np.zeros((count, k), np.float32)
         waiting = np.arange(count)
-        ask = k
+        ask = max(k, ASKED) if coarse else k
         while len(waiting):
             ask = min(ask * 4 if without is not None else ask, total)
             near, found = self._faiss.search(np.ascontiguousarray(vectors[waiting]), ask)
+            if coarse:
+                near, found = self._exactly(vectors[waiting], found)
             left = []
             for row, (i, these, cosines) in enumerate(zip(waiting.tolist(), found, near, strict=True)):
                 kept = these >= 0
@@ -280,6 +321,22 @@ class Index:
                 ids[i, : len(places)], scores[i, : len(places)] = these[places], cosines[places]
             waiting = waiting[left]
         return ids, scores
+
+    def _stored(self) -> list[np.ndarray]:
+        """The vectors of all chunks, in files of `SHARD`, memory-mapped."""
+        paths = sorted((self.folder / "vectors").glob("*.npy"))
+        return [np.load(path, mmap_mode="r") for path in paths]
+
+    def _exactly(self, vectors: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates int64 [n, ask] by the cosines of their vectors, not of their codes; -1 goes last."""
+        assert self._vectors is not None
+        near = np.full(found.shape, -np.inf, np.float32)
+        starts = np.cumsum([0, *(len(v) for v in self._vectors)])
+        for start, shard in zip(starts, self._vectors, strict=False):
+            row, place = np.nonzero((found >= start) & (found < start + len(shard)))
+            near[row, place] = np.einsum("nd,nd->n", shard[found[row, place] - start], vectors[row])
+        order = np.argsort(-near, axis=1, kind="stable")
+        return np.take_along_axis(near, order, 1), np.take_along_axis(found, order, 1)
 
     def text(self, ids: np.ndarray, length: int) -> np.ndarray:
         """int64 [*, length]: of each chunk its tokens and what follows in its document; 0 behind the document's end,

@@ -6,6 +6,8 @@ k neighbours of r tokens each. Megatron shifts by padding; here nothing is shift
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -226,6 +228,29 @@ def test_generation_asks_for_neighbours_when_a_chunk_is_complete(shape, prompt, 
     with torch.no_grad():
         logits = model(whole[:, :-1], neighbors=retrieve(whole, range((prompt + new - 1) // m)))
     assert torch.equal(logits[:, prompt - 1 :].argmax(-1), whole[:, prompt:])
+
+
+@settings(max_examples=6, deadline=None)
+@given(shape=SHAPES, length=st.integers(1, 17), seed=st.integers(0, 99))
+def test_the_encoder_works_only_where_a_chunk_ends(shape, length, seed):
+    """Decoding token by token, rows of neighbours go through each of its layers with the last token of their chunk, and
+    through the keys that the decoder reads; all other steps give them none."""
+    model, m = made(shape, 24), shape["chunk"]
+    tokens, neighbors = inputs(shape, length, seed)
+    worked: dict[str, int] = {}
+    counted = re.compile(r"retro_encoder\.layer\.\d+$|^layer\.\d+\.read\.k_v$")
+    for name, module in model.named_modules():
+        if counted.search(name):
+            module.register_forward_hook(lambda _, given, out, name=name: worked.update({name: given[0].numel()}))
+    stream, rows = model.stream(2, length), 2 * shape["near"] * shape["length"] * 4 * shape["heads"]
+    for t in range(length):
+        worked.clear()
+        ends = (t + 1) % m == 0
+        group = neighbors[:, (t + 1) // m - ends : (t + 1) // m]
+        with torch.no_grad():
+            model.prefill(tokens[:, t : t + 1], stream, neighbors=group)
+        assert len(worked) == shape["depth"] + len(shape["cross"])
+        assert set(worked.values()) == {rows if ends else 0}
 
 
 # --- published sizes --------------------------------------------------------------------------------

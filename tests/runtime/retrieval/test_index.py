@@ -143,8 +143,54 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, monkeypatch, a
     assert caught.value.code == "already-there"
 
 
+class Killed(BaseException):
+    """Nothing may catch it, and nothing runs behind it."""
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+def test_a_build_that_is_killed_anywhere_goes_on_to_the_same_bytes(tmp_path, monkeypatch, before):
+    """Killed before, or just behind, each of its steps on the disk in turn, and every build behind that again later."""
+    monkeypatch.setattr(module, "SHARD", 8)
+    texts = written(tmp_path / "texts")
+    build_index([texts], tmp_path / "whole", chunk=16)
+    left = [0]
+
+    def killing(real):
+        def step(*args, **kwargs):
+            left[0] -= 1
+            if before and left[0] < 0:
+                raise Killed
+            made = real(*args, **kwargs)
+            if left[0] < 0:
+                raise Killed
+            return made
+
+        return step
+
+    for owner, name in ((os, "replace"), (Path, "mkdir"), (np, "save"), (Path, "write_text")):
+        monkeypatch.setattr(owner, name, killing(getattr(owner, name)))
+    deaths = 0
+    while not (tmp_path / "cut").exists():
+        left[0] = deaths
+        try:
+            build_index([texts], tmp_path / "cut", chunk=16)
+        except Killed:
+            deaths += 1
+    assert deaths > 15 and not (tmp_path / "cut.building").exists()
+    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+
+
+def test_a_folder_that_is_no_build_is_left_alone(tmp_path):
+    texts = written(tmp_path / "texts")
+    (tmp_path / "index.building").mkdir()
+    (tmp_path / "index.building/mine").write_text("mine")
+    with pytest.raises(UserError) as caught:
+        build_index([texts], tmp_path / "index", chunk=16)
+    assert caught.value.code == "other-run" and bytes_of(tmp_path / "index.building") == {"mine": b"mine"}
+
+
 @pytest.mark.parametrize(
-    "name", ["tokens.npy", "chunks.npy", "hashes.npy", "faiss.index", "vectors/00000.npy", "learnt.npy"]
+    "name", ["tokens.npy", "ends.npy", "chunks.npy", "hashes.npy", "faiss.index", "vectors/00000.npy", "learnt.npy"]
 )
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_damage_is_named(index, tmp_path, name, how):
@@ -167,6 +213,25 @@ def test_a_damaged_manifest_is_named(index, tmp_path, text):
     assert caught.value.code == "bad-index" and "manifest.json" in caught.value.message
 
 
+@settings(max_examples=60, deadline=None)
+@given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_any_bit_of_the_manifest_is_named(index, tmp_path_factory, at, bit):
+    """Also where what is left is good JSON: a chunk of 17 tokens, another embedder."""
+    folder = shutil.copytree(index.folder, tmp_path_factory.mktemp("flipped") / "copy")
+    content = bytearray((folder / "manifest.json").read_bytes())
+    before = json.loads(content)
+    content[at % len(content)] ^= 1 << bit
+    (folder / "manifest.json").write_bytes(content)
+    try:
+        same = json.loads(content) == before  # a space became another
+    except ValueError:
+        same = False
+    if not same:
+        with pytest.raises(UserError) as caught:
+            Index(folder)
+        assert caught.value.code == "bad-index" and "manifest.json" in caught.value.message
+
+
 def test_another_tokenizer_is_refused(index, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     index.check_tokenizer("bytes")
@@ -176,27 +241,54 @@ def test_another_tokenizer_is_refused(index, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"embedder": "tfidf:3-2"}, {"embedder": "nothing"}, {"factory": "Flatt"}, {"factory": "IVF4096,PQ32"}]
+    "setting", [{"embedder": "tfidf:3-2"}, {"embedder": "nothing"}, {"factory": "Flatt"}, {"factory": "Flat,PQ7"}]
 )
 def test_settings_that_are_none_leave_nothing_behind(tmp_path, setting):
     with pytest.raises(UserError) as caught:
         build_index([written(tmp_path / "texts")], tmp_path / "index", chunk=16, **setting)
-    assert caught.value.code == "unknown-setting" and not (tmp_path / "index").exists()
+    assert caught.value.code == "unknown-setting" and [p.name for p in tmp_path.iterdir()] == ["texts"]
 
 
-def test_a_coarse_index_finds_what_is_there(tmp_path):
-    """IVF with product quantisation, as above the size of exact search."""
+def test_a_build_goes_on_with_another_factory(tmp_path):
+    """Where an index is too large for the chunks that there are, only the index is built again."""
+    texts = written(tmp_path / "texts")
+    with pytest.raises(UserError) as caught:
+        build_index([texts], tmp_path / "index", chunk=16, factory="IVF4096,Flat")
+    assert caught.value.code == "unknown-setting" and "another factory" in (caught.value.help or "")
+    before = os.stat(tmp_path / "index.building/vectors/00000.npy").st_mtime_ns
+    build_index([texts], tmp_path / "index", chunk=16)
+    assert os.stat(tmp_path / "index/vectors/00000.npy").st_mtime_ns == before
+    assert bytes_of(tmp_path / "index") == bytes_of(build_index([texts], tmp_path / "whole", chunk=16))
+
+
+@pytest.mark.parametrize("chunks", [1, module.EXACT, module.EXACT + 1])
+@pytest.mark.parametrize("width", [1, 48, 300, 1021])
+def test_the_kind_of_index_fits_any_width(chunks, width):
+    name = module._factory(chunks, width)
+    assert (name == "Flat") == (chunks <= module.EXACT)
+    module._empty(width, name)
+
+
+def test_a_coarse_index_finds_what_is_there(tmp_path, monkeypatch):
+    """IVF with product quantisation, as above the size of exact search: candidates are compared by their own vectors,
+    so that scores are cosines and what is near comes first; the own document is never found."""
+    monkeypatch.setattr(module, "SHARD", 100)
     source = np.random.Generator(np.random.Philox(3))
     texts = [" ".join(f"w{n}" for n in source.integers(0, 4000, 600)) for _ in range(12)]
-    index = Index(build_index([written(tmp_path / "texts", texts)], tmp_path / "index", chunk=32, factory="IVF8,PQ32"))
-    tokenizer = open_tokenizer("bytes")
-    some = np.asarray(index.chunks)[5:400:40]
-    found, _ = index.search(index.embed(np.stack([index.tokens[s : s + 32] for _, s, _ in some]), tokenizer), 4)
-    hits = sum(
-        any(np.array_equal(index.tokens[index.chunks[i, 1] :][:32], index.tokens[s : s + 32]) for i in row if i >= 0)
-        for row, (_, s, _) in zip(found, some, strict=True)
-    )
-    assert hits >= len(some) - 1
+    texts = written(tmp_path / "texts", texts)
+    exact = Index(build_index([texts], tmp_path / "exact", chunk=32))
+    index = Index(build_index([texts], tmp_path / "index", chunk=32, factory="IVF32,PQ4"))
+    some = np.arange(5, 400, 7)
+    vectors = np.concatenate([np.load(p) for p in sorted((index.folder / "vectors").glob("*.npy"))])
+    own = [frozenset([int(index.hashes[index.chunks[i, 0]])]) for i in some]
+    ids, scores = index.search(vectors[some], 4)
+    assert np.mean(scores[:, 0] > 1 - 1e-5) > 0.9  # itself, or its like
+    _, wanted = exact.search(vectors[some], 4, own)
+    ids, scores = index.search(vectors[some], 4, own)
+    assert np.mean(scores > wanted[:, 3:] - 1e-5) > 0.6  # among the exact four, or as near
+    np.testing.assert_allclose(scores, np.einsum("nkd,nd->nk", vectors[ids], vectors[some]), atol=1e-5)
+    assert (np.diff(scores) <= 0).all()
+    assert not any(int(index.hashes[index.chunks[i, 0]]) in o for row, o in zip(ids, own, strict=True) for i in row)
 
 
 def test_an_encoder_of_a_folder_embeds(tmp_path):
@@ -225,12 +317,25 @@ def test_an_encoder_of_a_folder_embeds(tmp_path):
         mean = model(**given).last_hidden_state[0].mean(0)
     wanted = (mean / mean.norm()).numpy()
     np.testing.assert_allclose(index.embed(chunk[None], tokenizer)[0], wanted, atol=1e-5)
+    long = np.full((1, 4000), ord("a"), np.int32)  # more than the encoder has places for is cut
+    long[:, ::2] = ord(" ")
+    assert np.isfinite(index.embed(long, tokenizer)).all()
     with torch.no_grad():
         model.pooler.dense.weight.add_(1)
     model.save_pretrained(folder)
     with pytest.raises(UserError) as caught:
         Index(index.folder).embed(chunk[None], tokenizer)
     assert caught.value.code == "bad-index"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        broken = shutil.copytree(folder, tmp_path / f"without {name}")
+        (broken / name).write_text("rubbish")
+        with pytest.raises(UserError) as caught:
+            build_index([tmp_path / "texts"], tmp_path / "other", chunk=32, embedder=str(broken))
+        assert caught.value.code == "no-such-file" and broken.name in caught.value.message
+    shutil.rmtree(folder)
+    with pytest.raises(UserError) as caught:
+        Index(index.folder).embed(chunk[None], tokenizer)
+    assert caught.value.code == "no-such-file" and "encoder" in caught.value.message
 
 
 def test_documents_are_known_by_their_tokens():
