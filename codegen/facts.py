@@ -27,7 +27,7 @@ class Use:
     def own(self) -> str | None:
         """The submodule that owns this op's weights, or None if they belong elsewhere."""
         owner = owner_of(self.graph, self.node)
-        return None if owner is None else f"self.{names.attribute(owner)}"
+        return None if owner is None else f"{self.writer.owner}.{names.attribute(owner)}"
 
     @property
     def past(self) -> str:

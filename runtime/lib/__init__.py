@@ -5,6 +5,7 @@ from .buffers import STATELESS, Slots
 from .clocks import Clock, on, summarise
 from .conv import Conv, ParallelConv, causal_conv
 from .experts import route, top_k
+from .filled import Beside
 from .gathered import Gathered
 from .initial import initialise
 from .linear import Embed, Linear, Parallel, Weights, embed, empty, named_logical_parameters
@@ -19,6 +20,7 @@ from .stream import Stream
 __all__ = [
     "STATELESS",
     "At",
+    "Beside",
     "Clock",
     "Conv",
     "Coordinates",

@@ -25,8 +25,8 @@ from ..compress import Scores, prune
 from ..compress.command import measured
 from ..data import Packed, open_corpus, open_tokenizer, split
 from ..errors import UserError
+from ..folder import lend, take_weights, write_spec
 from ..folder import load as load_folder
-from ..folder import take_weights, write_spec
 from ..huggingface import import_folder
 from ..train import TrainConfig, evaluate, train
 from ..train.checkpoint import latest
@@ -177,7 +177,7 @@ class Runner:
         model = instantiate(build(trained_program(spec, objective, lent)), seed=int(a["seed"]))
         if isinstance(a["model"], Made):
             take_weights(model, self.folder(a["model"]))
-        model.lend(**{n: load_folder(self.folder(m)) for n, m in objective.lent.items()})
+        lend(model, {n: self.folder(m) for n, m in objective.lent.items()})
         config = _config(a)
         folder.mkdir(parents=True, exist_ok=True)
         write_spec(folder, spec.file, spec.name)
