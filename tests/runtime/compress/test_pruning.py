@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heddle.runtime.compress import Plan, Scores, prune
+from heddle.runtime.compress import Plan, Scores, importance, prune
 from heddle.runtime.compress.choosing import Choice
 from heddle.runtime.compress.dims import Dims, without_numbers
 from heddle.runtime.compress.pruning import subsequence
 from tests.lowering.decoders import VOCAB, decoders, program
 
-from .models import TINY, error_of, module, of_text, shipped, tokens
+from .models import OTHERS, TINY, arguments, error_of, module, of_text, other, shipped, tokens
 
 
 def same(a, b, within=1e-10):
@@ -77,6 +77,32 @@ def test_another_order_of_places_computes_the_same(text, seed):
     with torch.no_grad():
         a, b = made(ids), module(made.program, weights=mixed)(ids)
     assert (a - b).abs().max() <= 1e-10 * a.abs().max()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_follow_their_dims(name):
+    """A second input and an encoder in a decoder, summaries, a shared block: everything kept is the same bits, another
+    order the same function, and a smaller model by importance runs."""
+    made, source = module(other(name)), torch.Generator().manual_seed(0)
+    weights, given = made.state_dict(), arguments(name)
+    assert same(prune(made.program, weights, other(name)), weights, 0)
+    keep = permutations(Dims(made.program), lambda n: torch.randperm(n, generator=source).tolist())
+    mixed = prune(made.program, weights, made.program, keep=keep)
+    assert keep and not same(mixed, weights)
+    scores = importance(made, [given])
+    student = other(name, **OTHERS[name])
+    small = module(student, weights=prune(made.program, weights, student, by=scores))
+    with torch.no_grad():
+        a, b = made(**given), module(made.program, weights=mixed)(**given)
+        assert (a - b).abs().max() <= 1e-10 * a.abs().max() and bool(small(**given).isfinite().all())
+
+
+def test_what_lies_side_by_side_with_a_table_is_not_cut():
+    """The widths of sinusoids are as many waves: fewer of them are other waves."""
+    made, student = (shipped("transformer_ls/tiny_released", **o) for o in ({}, {"hidden": 12}))
+    scores = Scores.of({k: torch.ones(n) for k, n in Dims(made).sizes.items()})
+    found = error_of(lambda: Plan(made, student, scores))
+    assert found.code == "cannot-cut" and "concat" in found.message and "hidden" in found.message
 
 
 @pytest.mark.parametrize("name", TINY)
