@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +17,20 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from ...dsl.diagnostics import fail
 from ...dsl.elaborate import DEFAULT
 from ...dsl.load import File
 from ..compile import build, instantiate
 from ..compress import Scores, prune
 from ..compress.command import measured
 from ..data import Packed, open_corpus, open_tokenizer, split
-from ..errors import UserError
 from ..folder import lend, take_weights, write_spec
 from ..folder import load as load_folder
 from ..huggingface import import_folder
-from ..train import TrainConfig, evaluate, train
+from ..train import evaluate, train
 from ..train.checkpoint import latest
-from .plan import Plan, objective_of, planned, trained_program
+from .checking import config_of, objective_of, trained_program
+from .plan import Plan, planned
 from .values import Data, Made, Objective, Schedule, Spec, Step
 
 VERSION = "1"
@@ -62,7 +62,11 @@ class Runner:
         self.data = [Path(p) for p in data]
         self.words = open_tokenizer(tokenizer)
         self.held_out = held_out
-        self.kept, self.held = split(open_corpus(self.data, self.words), held_out)
+        sizes = [s.made.spec.program.arguments.get("vocab") for s in plan.steps if s.made.spec is not None]
+        vocab = min((v for v in sizes if isinstance(v, int)), default=None)
+        self.kept, self.held = split(open_corpus(self.data, self.words, vocab=vocab), held_out)
+        for step in plan.steps:
+            self._check(step)
         self.keys: dict[str, str] = {}
         for step in plan.steps:
             self.keys[step.name] = self._key(step)
@@ -77,6 +81,22 @@ class Runner:
         except (OSError, ValueError):
             return False
         return isinstance(known, dict) and known.get("key") == self.keys[step.name]
+
+    def _check(self, step: Step) -> None:
+        """What a step reads is there, and long enough. Raises `SpecError`: no-such-file, no-data."""
+        if step.kind == "load" and not Path(step.arguments["folder"]).is_dir():
+            raise fail("no-such-file", f"there is no folder `{step.arguments['folder']}`",
+                       step.spans.get("folder", step.span))  # fmt: skip
+        name = {"train": "seq", "report": "seq", "importance": "length"}.get(step.kind)
+        if name is None:
+            return
+        held = step.kind == "report"
+        have, row = len((self.held if held else self.kept).tokens), step.arguments[name]
+        if have < row:
+            what = f"the data that are held out ({self.held_out:g} of the files)" if held else "the data"
+            raise fail("no-data", f"{what} have {have} tokens, too few for one row of {row}",
+                       step.spans.get(name, step.span), help="shorter rows, more text"
+                       + (", or a larger share held out: --held-out 0.2" if held else ""))  # fmt: skip
 
     # --- keys -------------------------------------------------------------------------------------
 
@@ -178,7 +198,7 @@ class Runner:
         if isinstance(a["model"], Made):
             take_weights(model, self.folder(a["model"]))
         lend(model, {n: self.folder(m) for n, m in objective.lent.items()})
-        config = _config(a)
+        config = config_of(a)
         folder.mkdir(parents=True, exist_ok=True)
         write_spec(folder, spec.file, spec.name)
         (folder / "tokenizer.txt").write_text(self.tokenizer + "\n", encoding="utf-8")
@@ -210,20 +230,3 @@ class Runner:
         (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         for line in lines:
             self.say(line)
-
-
-def _config(a: Mapping[str, Any]) -> TrainConfig:
-    """Settings of training, of a step's arguments."""
-    batch, seq = int(a["batch"]), int(a["seq"])
-    steps = int(a["steps"]) if a["steps"] is not None else math.ceil(a["tokens"] / (batch * seq))
-    rate = a["lr"]
-    if not isinstance(rate, Schedule):
-        rate = Schedule("constant", rate, rate, 0)
-    try:
-        return TrainConfig.model_validate({
-            "steps": steps, "batch": batch, "seq": seq, "lr": rate.lr, "min_lr": rate.min_lr, "schedule": rate.kind,
-            "warmup": rate.warmup, "weight_decay": a["weight_decay"], "clip": a["clip"], "dtype": a["dtype"],
-            "seed": int(a["seed"]),
-        })  # fmt: skip
-    except ValueError as error:
-        raise UserError("unknown-setting", f"settings of training: {str(error).splitlines()[-2].strip()}") from None

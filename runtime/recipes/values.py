@@ -55,13 +55,15 @@ class Made:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the folder that it fills, what does it, its arguments by name, and where it stands in the recipe."""
+    """One step: the folder that it fills, what does it, its arguments by name, where it stands in the recipe, and where
+    those that are written stand."""
 
     name: str
     kind: str
     arguments: Mapping[str, Any]
     made: Made
     span: Span
+    spans: Mapping[str, Span] = field(default_factory=dict)
 
 
 KINDS = {Spec: "a model of a spec", Data: "data", Schedule: "a schedule", Objective: "an objective"}

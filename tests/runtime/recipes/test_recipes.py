@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from heddle.dsl.diagnostics import SpecError
 from heddle.dsl.load import load, load_text, shipped_folder
 from heddle.runtime.cli import app
+from heddle.runtime.errors import UserError
 from heddle.runtime.folder import load as load_folder
 from heddle.runtime.recipes import planned, run_recipe
 from heddle.runtime.recipes import run as module
@@ -202,6 +203,22 @@ WRONG = {
     "cut = train(big, data, objective = distill(it, teacher), steps = 2)": ("unknown-name", "distil"),
     "cut = importance(techer, data)": ("unknown-name", "teacher"),
     "teacher = train(big, data, steps = 3)": ("bound-twice", "teacher"),
+    "cut = train(big, data, steps = 0)": ("out-of-range", "`steps` of `train` gives 0, it must be at least 1"),
+    "cut = train(big, data, tokens = 0)": ("out-of-range", "`tokens` of `train`"),
+    "cut = train(big, data, steps = 2.5)": ("out-of-range", "`steps` of `train` gives 2.5"),
+    "cut = train(big, data, steps = 2, lr = cosine(-1))": ("out-of-range", "`lr` of `train` gives -1"),
+    "cut = train(big, data, steps = 2, dtype = mean)": ("wrong-type", "`bf16`"),
+    "cut = train(big, data, steps = 2, objective = distil(it, big))": ("wrong-type", "with weights"),
+    "cut = train(big, data, steps = 2, seq = 4000)": ("no-data", "too few for one row of 4000"),
+    "cut = importance(teacher, data, batch = bi)": ("wrong-type", "`l2`"),
+    "cut = importance(teacher, data, depth = l2)": ("wrong-type", "`hidden_mse`"),
+    "cut = importance(teacher, data, length = 4000)": ("no-data", "4000"),
+    "cut = report(teacher, data)": ("no-data", "held out"),
+    "cut = load(big, \"nowhere\")": ("no-such-file", "nowhere"),
+    "cut = load(big, \"nowhere\", map = mean)": ("wrong-type", "`huggingface`"),
+    "cut = train(words, data, steps = 2)": ("token-out-of-range", "200"),
+    "cut = train(later, data, steps = 2)": ("unknown-name", "later"),
+    "cut = train(cut, data, steps = 2)": ("unknown-name", "cut"),
 }
 
 
@@ -209,10 +226,14 @@ WRONG = {
 def test_a_wrong_recipe_is_a_diagnostic_and_nothing_is_written(line, tmp_path):
     code, word = WRONG[line]
     file = load_text(TEXT.replace("{}", line), folder=shipped_folder())
-    (tmp_path / "a.txt").write_text("text " * 400)
-    with pytest.raises(SpecError) as caught:
+    (tmp_path / "a.txt").write_text("text " * 400 + "\u0fff", encoding="utf-8")
+    with pytest.raises((SpecError, UserError)) as caught:
         run_recipe(file, None, [tmp_path / "a.txt"], tmp_path / "out", held_out=0)
+    if isinstance(caught.value, UserError):  # of the data, which no line of the recipe names
+        assert caught.value.code == code == "token-out-of-range" and not (tmp_path / "out").exists()
+        return
     found = caught.value.diagnostics[0]
+    assert found.primary.span.text
     shown = f"{found.message} {found.help} {' '.join(label.text for label in (found.primary, *found.secondary))}"
     assert found.code == code and word in shown
     assert not (tmp_path / "out").exists()
