@@ -40,6 +40,9 @@ class Checked:
             "data": (lambda v: isinstance(v, Data), "data"),
             "to": (lambda v: isinstance(v, Spec), "a model of a spec"),
             "by": (lambda v: v is None or isinstance(v, Made) and v.kind == "scores", "scores"),
+            "grid": (lambda v: isinstance(v, dict), "a table of lists"),
+            "target": (is_number, "a number of parameters"),
+            "tolerance": (is_number, "a number"),
             "keep": (lambda v: v is None or isinstance(v, dict), "a table"),
             "lr": (lambda v: isinstance(v, Schedule) or is_number(v), "a learning rate or a schedule"),
             "folder": (lambda v: isinstance(v, str), "the path of a folder"),
@@ -61,20 +64,25 @@ class Checked:
                 raise fail("wrong-type", f"`{name}` of `{kind}` must be {what}, this is {kind_of(value)}",
                            spans.get(name, span))  # fmt: skip
 
-    def spec(self) -> Spec | None:
-        """The spec of the model that the step makes; what is wrong with it raises."""
+    def made(self, at: str) -> Made:
+        """What the step makes, at a name; what is wrong with its model raises."""
         model = self.arguments.get("model")
-        mine = model if isinstance(model, Spec) else model.spec if isinstance(model, Made) else None
+        if self.kind not in ("load", "train", "prune"):
+            return Made(at, {"importance": "scores", "report": "report"}[self.kind])
+        mine = (model,) if isinstance(model, Spec) else model.specs if isinstance(model, Made) else ()
         if self.kind == "prune":
-            return self._pruned(mine)
-        if self.kind == "train" and mine is not None:
+            return Made(at, "model", self._pruned(mine))
+        if self.kind == "train":
             objective = objective_of(self.arguments)
-            lent = {n: m.spec for n, m in objective.lent.items() if m.spec is not None}
-            _at(self.span, lambda: trained_program(mine, objective, lent))
+            lent = {n: m.specs[0] for n, m in objective.lent.items() if m.specs}
+            for spec in mine:
+                at_step(self.span, partial(trained_program, spec, objective, lent))
             if self.arguments["tokens"] is None and self.arguments["steps"] is None:
                 raise fail("missing-argument", "`train` needs `tokens` or `steps`", self.span)
             self._config()
-        return mine if self.kind in ("load", "train") else None
+        if isinstance(model, Made) and model.choices:
+            return Made(at, "model", None, model.choices, model.chosen_by)
+        return Made(at, "model", mine[0])
 
     def _config(self) -> None:
         """Settings of training are possible ones."""
@@ -91,15 +99,15 @@ class Checked:
             raise fail("out-of-range", f"`{name}` of `train` gives {first['input']}, it must be {what}",
                        self.spans.get(name, self.span)) from None  # fmt: skip
 
-    def _pruned(self, teacher: Spec | None) -> Spec:
-        to = self.arguments["to"]
-        assert isinstance(to, Spec) and teacher is not None
-        by = None
-        if self.arguments["by"] is not None:  # any scores show whether the cut is one
-            dims = Dims(teacher.program)
-            loops = {loop.name: [1.0] * len(loop.kinds) for loop in dims.loops.values()}
-            by = Scores.of({d: [1.0] * n for d, n in dims.sizes.items() if d in dims.carried}, loops)
-        _at(self.span, lambda: Cut(teacher.program, to.program, by, self.arguments["keep"] or {}))
+    def _pruned(self, teachers: tuple[Spec, ...]) -> Spec:
+        to: Spec = self.arguments["to"]
+        for teacher in teachers:
+            by = None
+            if self.arguments["by"] is not None:  # any scores show whether the cut is one
+                dims = Dims(teacher.program)
+                loops = {loop.name: [1.0] * len(loop.kinds) for loop in dims.loops.values()}
+                by = Scores.of({d: [1.0] * n for d, n in dims.sizes.items() if d in dims.carried}, loops)
+            at_step(self.span, partial(Cut, teacher.program, to.program, by, self.arguments["keep"] or {}))
         return to
 
 
@@ -110,14 +118,14 @@ def objective_of(arguments: Mapping[str, Any]) -> Objective:
 
 def trained_program(spec: Spec, objective: Objective, lent: Mapping[str, Spec]) -> Any:
     """The program of a model with what trains it."""
-    others: dict[str, Lent] = {n: (s.file, s.name, {}) for n, s in lent.items()}
-    return program_of(spec.file, spec.name, None, objective.name, dict(objective.options), others)
+    others: dict[str, Lent] = {n: (s.file, s.name, s.overrides) for n, s in lent.items()}
+    return program_of(spec.file, spec.name, spec.overrides, objective.name, dict(objective.options), others)
 
 
-def _at(span: Span, check: Callable[[], Any]) -> None:
-    """Run a check; what it finds says which step of the recipe asked for it."""
+def at_step(span: Span, check: Callable[[], Any]) -> Any:
+    """The value of a check; what it finds says which step of the recipe asked for it."""
     try:
-        check()
+        return check()
     except SpecError as error:
         here = Label(span, "this step asks for it")
         raise SpecError([replace(d, secondary=(*d.secondary, here)) for d in error.diagnostics]) from None

@@ -16,6 +16,7 @@ from ...dsl.load import File
 from ...dsl.source import Span
 from ..check import program_of
 from .checking import WORDS, Checked
+from .searching import searched
 from .values import Data, Made, Objective, Schedule, Spec, Step, kind_of
 
 REQUIRED = object()
@@ -26,6 +27,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "prune": {"model": REQUIRED, "to": REQUIRED, "by": None, "keep": None},
     "train": {"model": REQUIRED, "data": REQUIRED, "objective": None, "tokens": None, "steps": None, "lr": 1e-3,
               "batch": 8, "seq": 512, "seed": 0, "weight_decay": 0.1, "clip": 1.0, "dtype": "fp32"},
+    "search": {"model": REQUIRED, "data": REQUIRED, "to": REQUIRED, "by": None, "grid": REQUIRED, "target": REQUIRED,
+               "tolerance": 0.05, "objective": None, "tokens": None, "steps": None, "lr": 1e-3, "batch": 8, "seq": 512,
+               "seed": 0, "weight_decay": 0.1, "clip": 1.0, "dtype": "fp32", "rows": 64},
     "report": {"models": REQUIRED, "data": REQUIRED, "seq": 512, "rows": 64},
 }  # fmt: skip
 """The steps that exist, with their parameters and defaults."""
@@ -185,10 +189,12 @@ class _Planner:
         if missing:
             raise fail("missing-argument", f"the step `{name}` needs `{missing[0]}`", call.span)
         arguments = {k: given.get(k, default) for k, default in slots.items()}
-        check = Checked(name, arguments, spans, call.span)
-        made = Made(at, {"importance": "scores", "report": "report"}.get(name, "model"), check.spec())
-        self.steps.append(Step(at, name, arguments, made, call.span, spans))
-        return made
+        if name == "search":
+            self.steps.extend(searched(at, arguments, spans, call.span))
+        else:
+            made = Checked(name, arguments, spans, call.span).made(at)
+            self.steps.append(Step(at, name, arguments, made, call.span, spans))
+        return self.steps[-1].made
 
     def _schedule(self, name: str, call: sx.Call, at: str) -> Schedule:
         values: dict[str, Any] = {"lr": None, "min_lr": None, "warmup": 50}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +63,7 @@ class Runner:
         self.data = [Path(p) for p in data]
         self.words = open_tokenizer(tokenizer)
         self.held_out = held_out
-        sizes = [s.made.spec.program.arguments.get("vocab") for s in plan.steps if s.made.spec is not None]
+        sizes = [spec.program.arguments.get("vocab") for s in plan.steps for spec in s.made.specs]
         vocab = min((v for v in sizes if isinstance(v, int)), default=None)
         self.kept, self.held = split(open_corpus(self.data, self.words, vocab=vocab), held_out)
         for step in plan.steps:
@@ -87,10 +88,10 @@ class Runner:
         if step.kind == "load" and not Path(step.arguments["folder"]).is_dir():
             raise fail("no-such-file", f"there is no folder `{step.arguments['folder']}`",
                        step.spans.get("folder", step.span))  # fmt: skip
-        name = {"train": "seq", "report": "seq", "importance": "length"}.get(step.kind)
+        name = {"train": "seq", "report": "seq", "search": "seq", "importance": "length"}.get(step.kind)
         if name is None:
             return
-        held = step.kind == "report"
+        held = step.kind in ("report", "search")
         have, row = len((self.held if held else self.kept).tokens), step.arguments[name]
         if have < row:
             what = f"the data that are held out ({self.held_out:g} of the files)" if held else "the data"
@@ -165,7 +166,7 @@ class Runner:
             self._write_model(folder, spec, model.state_dict())
 
     def _write_model(self, folder: Path, spec: Spec, weights: Mapping[str, Any]) -> None:
-        write_spec(folder, spec.file, spec.name)
+        write_spec(folder, spec.file, spec.name, dict(spec.overrides))
         (folder / "tokenizer.txt").write_text(self.tokenizer + "\n", encoding="utf-8")
         save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 
@@ -189,8 +190,8 @@ class Runner:
         """A run folder; one that was stopped goes on, if it is of these arguments."""
         a, begun = step.arguments, folder / "begun.json"
         objective = objective_of(a)
-        lent = {n: m.spec for n, m in objective.lent.items() if m.spec is not None}
-        spec = a["model"] if isinstance(a["model"], Spec) else a["model"].spec
+        lent = {n: self.spec_of(m) for n, m in objective.lent.items()}
+        spec = self.spec_of(a["model"])
         key = {"key": self.keys[step.name]}
         if not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != key:
             shutil.rmtree(folder, ignore_errors=True)
@@ -200,7 +201,7 @@ class Runner:
         lend(model, {n: self.folder(m) for n, m in objective.lent.items()})
         config = config_of(a)
         folder.mkdir(parents=True, exist_ok=True)
-        write_spec(folder, spec.file, spec.name)
+        write_spec(folder, spec.file, spec.name, dict(spec.overrides))
         (folder / "tokenizer.txt").write_text(self.tokenizer + "\n", encoding="utf-8")
         begun.write_text(json.dumps(key) + "\n", encoding="utf-8")
         rows = Packed(self.kept, config.seq, config.seed)
@@ -212,6 +213,33 @@ class Runner:
             raise KeyboardInterrupt
         self._mark_done(step, folder)
 
+    def spec_of(self, value: Spec | Made) -> Spec:
+        """The spec of a model, chosen by a search that has run where it is one of several."""
+        if isinstance(value, Spec):
+            return value
+        if value.chosen_by is None:
+            return value.specs[0]
+        ranking = json.loads((self.out / value.chosen_by / "ranking.json").read_text(encoding="utf-8"))
+        return value.choices[ranking[0]["candidate"]]
+
+    def _search(self, step: Step, folder: Path) -> None:
+        """Candidates by held-out loss, of equal ones the earlier, as a table and as JSON; the best as it was cut."""
+        a, held = step.arguments, Packed(self.held, int(step.arguments["seq"]))
+        found: list[dict[str, Any]] = []
+        for i, (made, spec) in enumerate(zip(a["models"], step.made.choices, strict=True)):
+            loss = evaluate(load_folder(self.folder(made)), held, 4, rows=int(a["rows"]))
+            found.append({"candidate": i, "settings": dict(spec.overrides),
+                          "parameters": spec.program.num_parameters(), "held_out": loss})  # fmt: skip
+        found.sort(key=lambda row: row["held_out"] if math.isfinite(row["held_out"]) else math.inf)
+        best = int(found[0]["candidate"])
+        cut = load_folder(self.folder(a["cuts"][best]))
+        folder.mkdir()
+        self._write_model(folder, step.made.choices[best], cut.state_dict())
+        (folder / "ranking.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for row in found:
+            settings = ", ".join(f"{k} = {v}" for k, v in row["settings"].items())
+            self.say(f"{row['candidate']:4}{row['parameters']:>16,}{row['held_out']:>12.4f}  {settings}")
+
     def _report(self, step: Step, folder: Path) -> None:
         """Parameters and held-out loss of models, as a table and as JSON."""
         a = step.arguments
@@ -221,7 +249,7 @@ class Runner:
         for made in models:
             model = load_folder(self.folder(made))
             loss = evaluate(model, held, 4, rows=int(a["rows"]))
-            count = made.spec.program.num_parameters()
+            count = self.spec_of(made).program.num_parameters()
             rows.append({"model": made.step, "parameters": count, "held_out": loss})
         folder.mkdir()
         (folder / "report.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
