@@ -19,16 +19,18 @@ from ..compress import Plan as Cut
 from ..compress import Scores
 from ..compress.dims import Dims
 from ..compress.layers import METRICS
+from ..compress.merging import merges, mixture
 from ..compress.scores import HOW
 from ..train import TrainConfig
 from .values import Data, Made, Objective, Schedule, Spec, kind_of
 
 CHOICES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("importance", "batch"): HOW, ("importance", "seq"): HOW, ("importance", "depth"): METRICS,
+    ("prune", "merge_heads"): (True, False), ("search", "merge_heads"): (True, False),
     ("load", "map"): (None, "huggingface"), ("train", "dtype"): ("fp32", "bf16", "fp64"),
 }  # fmt: skip
 """Arguments of steps that are one of some words."""
-WORDS = frozenset(word for words in CHOICES.values() for word in words if word)
+WORDS = frozenset(word for words in CHOICES.values() for word in words if isinstance(word, str))
 
 
 class Checked:
@@ -57,7 +59,7 @@ class Checked:
         wanted["model"] = model
         for (step, name), words in CHOICES.items():
             if step == kind:
-                wanted[name] = (partial(_is_one_of, words), f"one of {', '.join(f'`{w}`' for w in words if w)}")
+                wanted[name] = (partial(_is_one_of, words), f"one of {', '.join(map(_word, words))}")
         for name, value in arguments.items():
             holds, what = wanted.get(name, (lambda v: True, ""))
             if not holds(value):
@@ -107,8 +109,15 @@ class Checked:
                 dims = Dims(teacher.program)
                 loops = {loop.name: [1.0] * len(loop.kinds) for loop in dims.loops.values()}
                 by = Scores.of({d: [1.0] * n for d, n in dims.sizes.items() if d in dims.carried}, loops)
-            at_step(self.span, partial(Cut, teacher.program, to.program, by, self.arguments["keep"] or {}))
+            at_step(self.span, partial(self._cut, teacher, to, by))
         return to
+
+    def _cut(self, teacher: Spec, to: Spec, by: Scores | None) -> None:
+        cut = Cut(teacher.program, to.program, by, self.arguments["keep"] or {})
+        if self.arguments["merge_heads"]:
+            for key in cut.choice.matched:
+                if merges(cut.choice, key):
+                    mixture(cut.choice, key)
 
 
 def objective_of(arguments: Mapping[str, Any]) -> Objective:
@@ -145,8 +154,12 @@ def config_of(a: Mapping[str, Any]) -> TrainConfig:
     })  # fmt: skip
 
 
+def _word(value: Any) -> str:
+    return f"`{str(value).lower() if isinstance(value, bool) else 'none' if value is None else value}`"
+
+
 def _is_one_of(words: tuple[Any, ...], value: Any) -> bool:
-    return any(value == word for word in words)
+    return any(value is word or isinstance(word, str) and value == word for word in words)
 
 
 def _is_model(value: Any) -> bool:

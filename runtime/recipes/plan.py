@@ -24,12 +24,12 @@ STEPS: dict[str, dict[str, Any]] = {
     "load": {"model": REQUIRED, "folder": REQUIRED, "map": None},
     "importance": {"model": REQUIRED, "data": REQUIRED, "samples": 1024, "batch": "l2", "seq": "mean", "length": 512,
                    "rows": 8, "depth": "bi"},
-    "prune": {"model": REQUIRED, "to": REQUIRED, "by": None, "keep": None},
+    "prune": {"model": REQUIRED, "to": REQUIRED, "by": None, "keep": None, "merge_heads": False},
     "train": {"model": REQUIRED, "data": REQUIRED, "objective": None, "tokens": None, "steps": None, "lr": 1e-3,
               "batch": 8, "seq": 512, "seed": 0, "weight_decay": 0.1, "clip": 1.0, "dtype": "fp32"},
     "search": {"model": REQUIRED, "data": REQUIRED, "to": REQUIRED, "by": None, "grid": REQUIRED, "target": REQUIRED,
                "tolerance": 0.05, "objective": None, "tokens": None, "steps": None, "lr": 1e-3, "batch": 8, "seq": 512,
-               "seed": 0, "weight_decay": 0.1, "clip": 1.0, "dtype": "fp32", "rows": 64},
+               "seed": 0, "weight_decay": 0.1, "clip": 1.0, "dtype": "fp32", "rows": 64, "merge_heads": False},
     "report": {"models": REQUIRED, "data": REQUIRED, "seq": 512, "rows": 64},
 }  # fmt: skip
 """The steps that exist, with their parameters and defaults."""
@@ -165,8 +165,11 @@ class _Planner:
         if name in SCHEDULES:
             return self._schedule(name, call, at)
         if name not in STEPS:
-            raise fail("unknown-name", f"there is no step `{name}`", call.function.span,
-                       help=did_you_mean(name, [*STEPS, *SCHEDULES], "a step"))  # fmt: skip
+            block = self.file.lookup(name)
+            help = did_you_mean(name, [*STEPS, *SCHEDULES], "a step")
+            if block is not None and getattr(block.declaration, "keyword", None) == "block":
+                help = f"an objective of this name trains: `train(model, data, objective = {name}(it, ...))`"
+            raise fail("unknown-name", f"there is no step `{name}`", call.function.span, help=help)
         slots = STEPS[name]
         given: dict[str, Any] = {}
         spans: dict[str, Span] = {}

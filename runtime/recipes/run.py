@@ -182,7 +182,8 @@ class Runner:
         a = step.arguments
         teacher = load_folder(self.folder(a["model"]))
         by = None if a["by"] is None else Scores.load(self.folder(a["by"]) / "scores.safetensors")
-        weights = prune(teacher.program, teacher.state_dict(), a["to"].program, by, a["keep"])
+        merge, to = a["merge_heads"], a["to"].program
+        weights = prune(teacher.program, teacher.state_dict(), to, by, a["keep"], merge_heads=merge)
         folder.mkdir()
         self._write_model(folder, a["to"], weights)
 

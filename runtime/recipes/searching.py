@@ -28,7 +28,8 @@ def searched(at: str, arguments: Mapping[str, Any], spans: Mapping[str, Span], s
     to = arguments["to"]
     for i, candidate in enumerate(found):
         spec = Spec(to.file, to.name, candidate.program, candidate.arguments)
-        cut = {"model": arguments["model"], "to": spec, "by": arguments["by"], "keep": None}
+        cut = {"model": arguments["model"], "to": spec, "by": arguments["by"], "keep": None,
+               "merge_heads": arguments["merge_heads"]}  # fmt: skip
         steps.append(_step(f"{at}.{i}.cut", "prune", cut, spans, span))
         trained = {"model": steps[-1].made, **{name: arguments[name] for name in TRAINED}}
         steps.append(_step(f"{at}.{i}", "train", trained, spans, span))
