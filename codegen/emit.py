@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -13,11 +13,11 @@ from typing import Any
 import jinja2
 
 from ..dsl.diagnostics import fail
-from ..dsl.program import TOKENS, Node
+from ..dsl.program import TOKENS, Node, Parameter
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..lowering.passes.stream import streaming_errors
 from . import layout, names
-from .writer import Class, Line, Writer
+from .writer import Class, Line, Writer, first_line
 
 
 @cache
@@ -38,21 +38,29 @@ def emit_module(program: GraphProgram, version: str) -> str:
             classes.append(Writer(graph, program, masks).as_class())
     model = next(c for c in classes if c.name == names.class_names(program.graphs)[program.program.root])
     model.is_model, model.more = True, program.model.body.asked > 0
+    model.gives = repr(program.program.gives) if model.more else ""
     inputs = tuple(v.name for v in program.model.body.inputs)
     model.input_names = "" if inputs == ("tokens",) else repr(inputs)
     model.follows = _follows(program, masks)
     model.vocab = _vocab(program)
+    classes = [c for c in classes if c is not model]
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
-    classes = [c for c in classes if c is not model] + [model]
+        if program.program.beside():
+            classes.append(_beside(program.graphs[name], program, masks))
+            model.beside = classes[-1].name
+    classes.append(model)
     errors = streaming_errors(program)
     return _template().render(
         program=program.program,
         version=version,
         masks=sorted(masks.values()),
         classes=classes,
-        init=_init_table(program),
-        keep=_keep_patterns(program),
+        init=_init_table(program.program.parameters()),
+        keep=_keep_patterns(program.program.parameters()),
+        beside=program.program.beside(),
+        init_table=_init_table,
+        keep_patterns=_keep_patterns,
         late=errors[0].message if errors else None,
         source=_source_name(program),
         used=_grouped,
@@ -140,6 +148,8 @@ def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dic
     model.objective_inputs = [writer.expression(v.name) for v in graph.body.inputs]
     emits = [(label, value) for keyword, label, value in graph.body.emits if keyword == "loss"]
     model.losses = writer.statements(graph.nodes)
+    if any("state." in line.text for line in model.losses):
+        model.losses.insert(0, Line("state = lib.STATELESS"))
     inner = _stated_counts(program, masks, {label for label, _ in emits})
     model.loss_result = ", ".join(f'"{label}": {writer.expression(value)}' for label, value in emits)
     model.loss_result += ", **at.losses" if inner else ""
@@ -150,6 +160,16 @@ def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dic
         f'"{label}": {text}'
         for label, text in [*((label, text) for label, (text, _) in counts.items()), *inner.items()]
     )
+
+
+def _beside(graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]]) -> Class:
+    """What an objective owns, as a module that holds it. Raises `SpecError` `not-built-yet` for a buffer."""
+    for weight in program.program.beside():
+        if not weight.weight.trained:
+            raise fail("not-built-yet", "a buffer of an objective is not built yet", weight.weight.span)
+    writer = Writer(graph, program, masks)
+    name = writer.classes[graph.name]
+    return Class(name, first_line(graph.body.doc), writer.construct(), [], [], [], [], "", is_beside=True)
 
 
 def _stated_counts(program: GraphProgram, masks: dict[str, tuple[str, str]], taken: set[str]) -> dict[str, str]:
@@ -178,17 +198,22 @@ def _stated_counts(program: GraphProgram, masks: dict[str, tuple[str, str]], tak
 
 
 class _ObjectiveWriter(Writer):
-    """Statements of an objective: a call of the model is a full run."""
+    """Statements of an objective: a call of the model is a full run; what the objective owns stands beside it."""
+
+    owner = "self.beside"
 
     def call(self, node: Node) -> str:
         if node.op == "call":
             inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
             name = node.attr("instance")
-            if not self.graph.instance(name).bodies:  # another model, which the runtime lends
-                more = ", more=True" if self.program.program.lent[name].model.asked else ""
+            bodies = self.graph.instance(name).bodies
+            if not bodies:  # another model, which the runtime lends
+                gives = self.program.program.lent[name].gives
+                more = f", more={gives!r}" if gives else ""
                 return f'self.ask("{name}", {inputs}, at{more})'
-            more = ", more=True" if self.program.model.body.asked else ""
-            return f"self.run({inputs}, at, lib.STATELESS{more})"
+            if self.program.program.root in bodies:
+                more = ", more=True" if self.program.model.body.asked else ""
+                return f"self.run({inputs}, at, lib.STATELESS{more})"
         return super().call(node)
 
 
@@ -205,9 +230,9 @@ def _pattern(path: tuple[str | int, ...]) -> str:
     return ".".join("*" if isinstance(s, int) else s for s in path)
 
 
-def _init_table(program: GraphProgram) -> list[tuple[str, str]]:
+def _init_table(parameters: Iterable[Parameter]) -> list[tuple[str, str]]:
     """Initial values by path; iterations are one line where all agree."""
-    return _by_pattern((p.path, p.name, _init_text(p.init)) for p in program.program.parameters())
+    return _by_pattern((p.path, p.name, _init_text(p.init)) for p in parameters)
 
 
 def _by_pattern(entries: Iterable[tuple[tuple[str | int, ...], str, str]]) -> list[tuple[str, str]]:
@@ -228,10 +253,10 @@ def _init_text(init: Any) -> str:
     return repr((init.kind, *init.values))
 
 
-def _keep_patterns(program: GraphProgram) -> list[str]:
+def _keep_patterns(parameters: Sequence[Parameter]) -> list[str]:
     """Weights that stay in fp32, as patterns that match no other weight."""
-    keep = dict.fromkeys(_pattern(p.path) for p in program.program.parameters() if p.weight.keep)
-    rest = [p.name for p in program.program.parameters() if not p.weight.keep]
+    keep = dict.fromkeys(_pattern(p.path) for p in parameters if p.weight.keep)
+    rest = [p.name for p in parameters if not p.weight.keep]
     for pattern in keep:
         clash = next((name for name in rest if fnmatchcase(name, pattern)), None)
         if clash:

@@ -26,8 +26,8 @@ class Use:
     @property
     def own(self) -> str | None:
         """The submodule that owns this op's weights, or None if they belong elsewhere."""
-        owner = self.writer.owner(self.node)
-        return None if owner is None else f"self.{names.attribute(owner)}"
+        owner = self.writer.owner_of(self.node)
+        return None if owner is None else f"{self.writer.owner}.{names.attribute(owner)}"
 
     @property
     def past(self) -> str:

@@ -57,10 +57,16 @@ class Class:
     scored_names: str = ""
     vocab: int | None = None
     objective_inputs: list[str] = field(default_factory=list)
+    beside: str = ""
+    gives: str = ""
+    is_beside: bool = False
 
 
 class Writer:
     """Writes the statements of one graph; `inlined` are nodes whose expression stands in their only reader's."""
+
+    owner = "self"
+    """What owns the graph's weights and blocks, where its statements stand."""
 
     def __init__(self, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]], inline: bool = True):
         self.graph, self.program, self.masks = graph, program, masks
@@ -77,7 +83,7 @@ class Writer:
         self._inline = inline
         self._names = self._variables()
 
-    def owner(self, node: Node) -> str | None:
+    def owner_of(self, node: Node) -> str | None:
         """The module that owns a node's weights and computes it. On a mesh none does: weights are where they are
         stored, which need not be where they are read, so each use names them."""
         return None if self.program.laid is not None else owner_of(self.graph, node)
@@ -135,7 +141,7 @@ class Writer:
         """A Python expression for a value."""
         weights = {w.name for w in self.graph.body.weights}
         if name in weights:
-            return "self." + ".".join(names.attribute(p) for p in name.split("."))
+            return f"{self.owner}." + ".".join(names.attribute(p) for p in name.split("."))
         node = self.graph.producers.get(name)
         if node is not None and node.name in self.kept:
             return f"self.{self._buffer(name)}"
@@ -225,7 +231,7 @@ class Writer:
 
     def _module(self, instance: Instance) -> str:
         """The module that an instance is: an attribute, or an argument where it is lent."""
-        return f"self.{names.attribute(instance.name)}" if instance.owned else names.variable(instance.name)
+        return f"{self.owner}.{names.attribute(instance.name)}" if instance.owned else names.variable(instance.name)
 
     def _lent(self, instance: Instance) -> str:
         """Further arguments: the shared modules that an instance is lent."""
@@ -257,17 +263,17 @@ class Writer:
         results = [self._names[r.name] for r in node.results]
         lines = [Line(f"{r} = {o}", spec) for r, o in zip(results, operands, strict=False) if r != o]
         given = results + operands[len(results) :]
-        lent = self._lent(self.graph.instance(node.attr("instance")))
+        lent, me = self._lent(self.graph.instance(node.attr("instance"))), f"{self.owner}.{name}"
         part_ = node.attr("part")
         if part_ is not None and part_[1] - part_[0] == 1:  # what it gives may be more than what it is given
-            call = f"self.{name}[{part_[0]}]({', '.join(operands)}, at, state.{name}[{part_[0]}]{lent})"
+            call = f"{me}[{part_[0]}]({', '.join(operands)}, at, state.{name}[{part_[0]}]{lent})"
             return [Line(f"{', '.join(results)} = {self.again(node, call)}", spec)]
         if part_ is not None:
             some = f"[{part_[0]}:{part_[1]}]"
-            lines.append(Line(f"for {variable}, kept in zip(self.{name}{some}, state.{name}{some}):", spec))
+            lines.append(Line(f"for {variable}, kept in zip({me}{some}, state.{name}{some}):", spec))
             lines.append(Line(f"    {', '.join(results)} = {self._iteration(node, variable, given, lent)}", spec))
             return lines
-        lines.append(Line(f"for {variable}, kept in zip(self.{name}, state.{name}):", spec))
+        lines.append(Line(f"for {variable}, kept in zip({me}, state.{name}):", spec))
         lines.append(Line(f"    {', '.join(results)} = {self._iteration(node, variable, given, lent)}", spec))
         return lines
 
@@ -286,17 +292,17 @@ class Writer:
             spec = spec_line(node.spans)
             if node.op in STRUCTURE:
                 name = node.attr("instance")
-                if self.graph.instance(name).owned and name not in done:
+                if self._is_part(self.graph.instance(name)) and name not in done:
                     lines.append(Line(f"self.{names.attribute(name)} = {self._instance(name)}", spec))
                 done.add(name)
                 continue
-            owner = self.owner(node)
+            owner = self.owner_of(node)
             if owner is not None and owner not in done:
                 done.add(owner)
                 made = part(node.op, "cpu").construct(Use(self.graph, node, self))
                 lines.append(Line(f"self.{names.attribute(owner)} = {made}", spec))
         for instance in self.graph.body.instances:
-            if instance.owned and instance.name not in done:  # only called inside a loop
+            if self._is_part(instance) and instance.name not in done:  # only called inside a loop
                 lines.append(Line(f"self.{names.attribute(instance.name)} = {self._instance(instance.name)}"))
         for weight in self.graph.body.weights:
             if "." not in weight.name:
@@ -316,6 +322,11 @@ class Writer:
             lines.append(Line(made, spec_line(node.spans)))
         return lines
 
+    def _is_part(self, instance: Instance) -> bool:
+        """Whether a module is made here for an instance: not for a shared one, nor for the model that an objective
+        runs."""
+        return instance.owned and self.program.program.root not in instance.bodies
+
     def _check_names(self) -> None:
         spans = {w.name.split(".")[0]: w.span for w in self.graph.body.weights}
         for node in (n for n in self.graph.nodes if n.op in STRUCTURE):
@@ -332,7 +343,7 @@ class Writer:
 
     def _unread(self) -> dict[str, list[Weight]]:
         """Weights whose own op went because nobody reads its result, by owner: they still belong to the checkpoint."""
-        own = [n for n in self.graph.nodes if n.op not in STRUCTURE and self.owner(n) is not None]
+        own = [n for n in self.graph.nodes if n.op not in STRUCTURE and self.owner_of(n) is not None]
         made = {operand for node in own for operand in node.operands}
         found: dict[str, list[Weight]] = {}
         for weight in self.graph.body.weights:
@@ -401,7 +412,7 @@ class Writer:
             result = ""
         return Class(
             self.classes[self.graph.name],
-            _first_line(self.graph.body.doc),
+            first_line(self.graph.body.doc),
             self.construct(),
             self.slots(),
             [self._names[v.name] for v in self.graph.body.inputs],
@@ -501,7 +512,7 @@ def spec_line(spans: tuple[Span, ...]) -> str:
     return f"{file}:{span.line}  {text}"
 
 
-def _first_line(doc: str) -> str:
+def first_line(doc: str) -> str:
     return " ".join(doc.split())
 
 

@@ -265,9 +265,11 @@ class Program:
         return self.bodies[self.root]
 
     @cached_property
-    def _walked(self) -> tuple[tuple[Parameter, ...], set[tuple[int, Selector]]]:
+    def _walked(self) -> tuple[tuple[Parameter, ...], tuple[Parameter, ...], set[tuple[int, Selector]]]:
         hits: set[tuple[int, Selector]] = set()
-        return tuple(self._tensors(self.model, (), (), _Place(hits=hits))), hits
+        own = tuple(self._tensors(self.model, (), (), _Place(hits=hits)))
+        objectives = [self.bodies[name] for name in self.objectives.values()]
+        return own, tuple(p for body in objectives for p in self._tensors(body, (), (), _Place(hits=hits))), hits
 
     def tensors(self) -> tuple[Parameter, ...]:
         """Every weight and buffer of the model in order of declaration, initial values decided."""
@@ -276,6 +278,10 @@ class Program:
     def parameters(self) -> tuple[Parameter, ...]:
         """Every weight of the model: what training changes by gradient."""
         return tuple(p for p in self.tensors() if p.weight.trained)
+
+    def beside(self) -> tuple[Parameter, ...]:
+        """Every weight that the objective owns, with its path in it: trained with the model, and no part of it."""
+        return self._walked[1]
 
     def _tensors(self, body: Body, path: Path, kinds: Kinds, place: _Place) -> Iterator[Parameter]:
         """Those of a body at a path. What a rule wrapped keeps its path; what is around it has a segment of its own."""
@@ -295,7 +301,7 @@ class Program:
                 yield Parameter((*names, owner, part), dims, (*classes, weight.op, None), init, weight, body.name)
             else:
                 yield Parameter((*names, part), dims, (*classes, None), selecting.init(weight), weight, body.name)
-        for instance in (i for i in body.instances if i.owned):
+        for instance in (i for i in body.instances if i.owned and self.root not in i.bodies):
             for i, which in enumerate((0,) if instance.schedule is None else instance.schedule):
                 callee = self.bodies[instance.bodies[which]]
                 if instance.name == WRAPPED:
@@ -308,8 +314,14 @@ class Program:
                     yield from self._tensors(callee, (*names, instance.name, i), (*classes, callee.block, None), inner)
 
     def selected(self) -> set[tuple[int, Selector]]:
-        """(id of the rule, selector) for each selector of an `init` rule that selects a weight of the model."""
-        return self._walked[1]
+        """(id of the rule, selector) for each selector of an `init` rule that selects a weight of the model, or of its
+        objective."""
+        return self._walked[2]
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """The variables that the model is asked for beside what it returns."""
+        return self.model.outputs[len(self.model.outputs) - self.model.asked :]
 
     def num_parameters(self) -> int:
         return sum(p.count for p in self.parameters())

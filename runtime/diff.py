@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ..dsl.checkpoint.static import CallValue
 from ..dsl.diagnostics import SpecError
 from ..dsl.program import Program
 from .compress import Plan, Scores
 from .compress.dims import Dims, without_numbers
 from .show import summary
 
+ABSENT = "-"
+"""Stands for what one of two models does not have."""
 FIGURES = ("parameters", "active_parameters", "flops_per_token", "state_bytes")
 
 
@@ -39,11 +42,26 @@ def difference(a: Program, b: Program, length: int = 4096) -> dict[str, Any]:
 def _pairs(a: Any, b: Any) -> dict[str, list[Any]]:
     """What is another, or there on one side only, by name in the order of a."""
     names = dict.fromkeys((*a, *b))
-    return {n: [_plain(a.get(n)), _plain(b.get(n))] for n in names if a.get(n) != b.get(n)}
+    other = [n for n in names if n not in a or n not in b or a[n] != b[n]]
+    return {n: [_plain(x[n]) if n in x else ABSENT for x in (a, b)] for n in other}
 
 
 def _plain(value: Any) -> Any:
+    """A setting as data; a list, or a function that waits, as a spec writes it."""
+    if isinstance(value, CallValue):
+        given = ", ".join(f"{name} = {written(v)}" for name, v in value.arguments)
+        return f"{value.name}({given})" if given else value.name
+    if isinstance(value, list):
+        return f"[{', '.join(map(written, value))}]"
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def written(value: Any) -> str:
+    """A setting as a spec writes it."""
+    plain = _plain(value)
+    if plain is None or isinstance(plain, bool):
+        return {None: "none", True: "true", False: "false"}[plain]
+    return f"{plain:,}" if isinstance(plain, int) else str(plain)
 
 
 def _sizes(program: Program) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,15 @@ def load(
     if dtype is not None:
         made.cast(DTYPES[dtype] if isinstance(dtype, str) else dtype)
     return made.eval()
+
+
+def lend(model: Model, folders: Mapping[str, Path]) -> Model:
+    """Lend a model those of folders, each compiled to give what the objective asks it for. Raises what `load` does."""
+    for name, program in model.program.lent.items():
+        made = instantiate(build(program), seed=None)
+        take_weights(made, folders[name])
+        model.lend(**{name: made})
+    return model
 
 
 def take_weights(model: Model, folder: Path) -> None:

@@ -16,6 +16,7 @@ from .check import program_of
 from .compile import build, instantiate
 from .data import Packed, open_corpus, open_tokenizer, split
 from .errors import UserError
+from .folder import lend as lend_folders
 from .folder import load as load_folder
 from .folder import read_spec, take_weights, weights_file, write_spec
 from .lib import Model
@@ -53,7 +54,7 @@ def train_model(
     model = instantiate(build(program), seed=config.seed)
     if start is not None:
         take_weights(model, start)
-    model.lend(**{n: load_folder(folder) for n, folder in folders.items()})
+    lend_folders(model, folders)
     plain = program_of(file, name, overrides) if objective != DEFAULT else program
     judge = instantiate(build(plain), seed=None) if plain is not program and plain.objectives else None
     rows = Packed(kept, config.seq, config.seed)

@@ -18,6 +18,8 @@ def amount(number: float) -> str:
 
 def print_difference(data: dict[str, Any]) -> None:
     """The tables of `heddle diff`."""
+    from .diff import written
+
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False)
     for title in ("", *(f"{n} ({f})" for n, f in zip(data["models"], data["families"], strict=True)), ""):
@@ -33,21 +35,21 @@ def print_difference(data: dict[str, Any]) -> None:
             for column in (title, *data["models"]):
                 table.add_column(column, justify="left" if column == title else "right", overflow="fold")
             for name, pair in data[what].items():
-                table.add_row(name, *("-" if x is None else f"{x:,}" if isinstance(x, int) else str(x) for x in pair))
+                table.add_row(name, *map(written, pair))
             console.print()
             console.print(table)
     weights = data["weights"]
-    console.print(f"\nweights: {weights['same']} have the same path and shape", end="")
+    told = [f"{weights['same']} have the same path and shape"]
     for key, words in (("other_shape", "another shape"), ("only_first", "only in the first"),
                        ("only_second", "only in the second")):  # fmt: skip
         if weights[key]["count"]:
-            console.print(
-                f", {weights[key]['count']} {words} ({', '.join(list(weights[key]['examples'])[:4])})", end=""
-            )
+            some = list(weights[key]["examples"])
+            named = ", ".join([*some[:4], *["..."] * (len(some) > 4)])
+            told.append(f"{weights[key]['count']} {words} ({named})")
     second, first = reversed(data["models"])
     fits = f"`{second}` is a cut of `{first}`: `heddle prune` makes its weights" if data["is_part"] else (
         f"`{second}` is no cut of `{first}`: {data['why_not']}")  # fmt: skip
-    console.print(f"\n{fits}")
+    console.print(f"\nweights: {', '.join(told)}\n{fits}", soft_wrap=True)
 
 
 def print_summary(data: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ every buffer that carries it follows. Source: Muralidharan et al. 2024; groups: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -127,33 +128,36 @@ class Plan:
         return self._best_layers(path, mine, theirs)
 
     def _best_layers(self, path: Path, mine: Loop, theirs: Loop) -> list[int]:
-        """The layers of each kind with the best scores, in their order."""
-        kept: dict[object, list[int]] = {}
+        """The layers with the best scores in all, among those that have the student's kinds in its order."""
         for kind in dict.fromkeys(theirs.kinds):
-            have = [i for i, k in enumerate(mine.kinds) if k == kind]
-            want = sum(k == kind for k in theirs.kinds)
+            have, want = (sum(k == kind for k in loop.kinds) for loop in (mine, theirs))
             if not have:
                 raise self._other_kind(mine, theirs, f"layer {theirs.kinds.index(kind)} of the student")
-            if want > len(have):
+            if want > have:
                 raise fail(
                     "not-a-part",
-                    f"the student has {want} layers `{text(path)}` of a kind of which the teacher has {len(have)}",
+                    f"the student has {want} layers `{text(path)}` of a kind of which the teacher has {have}",
                     theirs.span, "in the student", [Label(mine.span, "in the teacher")] * (mine.span != theirs.span),
                 )  # fmt: skip
-            if want == len(have):
-                kept[kind] = have
-                continue
-            if self.by is None or text(path) not in self.by.layers:
-                raise fail(
-                    "no-scores",
-                    f"nothing says which {want} of the {len(have)} layers `{text(path)}` of a kind to keep",
-                    self.student.program.span,
-                    help=f"importance of layers, or a list of them for `{text(path)}`, says it",
-                )
-            scores = self.by.layers[text(path)]
-            order = torch.sort(scores[have], descending=True, stable=True).indices[:want]
-            kept[kind] = [have[int(i)] for i in order.sort().values]
-        return [kept[kind].pop(0) for kind in theirs.kinds]
+        first = subsequence(mine.kinds, theirs.kinds, [0.0] * len(mine.kinds))
+        if first is None:
+            raise fail(
+                "not-a-part",
+                f"the teacher has the layers `{text(path)}` of the student, but in another order",
+                theirs.span, "in the student", [Label(mine.span, "in the teacher")] * (mine.span != theirs.span),
+                f"a list of layers for `{text(path)}` puts them into another order",
+            )  # fmt: skip
+        if self.by is not None and text(path) in self.by.layers:
+            return subsequence(mine.kinds, theirs.kinds, self.by.layers[text(path)].tolist()) or first
+        backwards = subsequence(mine.kinds[::-1], theirs.kinds[::-1], [0.0] * len(mine.kinds)) or []
+        if first != [len(mine.kinds) - 1 - i for i in backwards[::-1]]:
+            raise fail(
+                "no-scores",
+                f"nothing says which {len(theirs.kinds)} of the {len(mine.kinds)} layers `{text(path)}` to keep",
+                self.student.program.span,
+                help=f"importance of layers, or a list of them for `{text(path)}`, says it",
+            )
+        return first
 
     def _match(self, name: str) -> None:
         source = self._source(name, chosen=True)
@@ -196,6 +200,24 @@ class Plan:
             "not-a-part", f"{which} are of different kinds" if " and " in which else f"{which} is of a kind that the "
             "teacher has not", theirs.span, "in the student", labels,
         )  # fmt: skip
+
+
+def subsequence(have: Sequence[object], want: Sequence[object], scores: Sequence[float]) -> list[int] | None:
+    """The places of `have` that are `want`, in order, with the largest sum of scores; of equal sums the earlier places.
+    None where there are none."""
+    best = [[0.0 if j == len(want) else -math.inf for j in range(len(want) + 1)] for _ in range(len(have) + 1)]
+    for i in reversed(range(len(have))):
+        for j in reversed(range(len(want))):
+            taken = scores[i] + best[i + 1][j + 1] if have[i] == want[j] else -math.inf
+            best[i][j] = max(taken, best[i + 1][j])
+    if best[0][0] == -math.inf:
+        return None
+    found: list[int] = []
+    for i, kind in enumerate(have):
+        j = len(found)
+        if j < len(want) and kind == want[j] and scores[i] + best[i + 1][j + 1] == best[i][j]:
+            found.append(i)
+    return found
 
 
 def _check_family(teacher: Program, student: Program) -> None:

@@ -74,9 +74,11 @@ def sites(dims: Dims, at: Mapping[str, str] | None = None) -> list[Where]:
 
 
 def source(dims: Dims, path: Path, value: str) -> tuple[Path, str]:
-    """Where a value comes from: up through the inputs of bodies that are called at one place."""
+    """Where a value comes from: up through the inputs of bodies that are called at one place, and through what changes
+    something in training only."""
     while True:
         place = dims.places[path]
+        value = _as_it_runs(place, value)
         inputs = [v.name for v in place.body.inputs]
         if value not in inputs or place.caller is None or not dims.called_once(path):
             return path, value
@@ -88,6 +90,18 @@ def source(dims: Dims, path: Path, value: str) -> tuple[Path, str]:
         if node.op == "loop" and i < len(node.results) and path[-1] != 0:
             return path, value  # what the iteration before gave
         path, value = above, given
+
+
+def _as_it_runs(place: Place, value: str) -> str:
+    """The value that another one is outside of training: an op that draws and is linear in one operand hands it on."""
+    made = {r.name: n for n in place.body.nodes for r in n.results}
+    while value in made and made[value].op not in STRUCTURE:
+        node = made[value]
+        op, before = op_of(node), node.operands[0] if node.operands else None
+        if not op.random or op.linear != ((op.inputs[0].name,),) or before is None:
+            break
+        value = before
+    return value
 
 
 def _declared(dims: Dims, at: Mapping[str, str]) -> Iterator[Where]:

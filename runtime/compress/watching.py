@@ -56,6 +56,11 @@ def watch(model: Model, dims: Dims, where: Where, see: Seen) -> list[Any]:
         inner = module_at(model, place.instance_path(instance))
         i = [r.name for r in made.results].index(where.value)
         return [inner.register_forward_hook(lambda module, args, out: see(out[i] if isinstance(out, tuple) else out))]
+    elif made.op == "loop":
+        instance = next(i for i in place.body.instances if i.name == made.attr("instance"))
+        last = module_at(model, (*place.instance_path(instance), len(instance.schedule or ()) - 1))
+        i = [r.name for r in made.results].index(where.value)
+        return [last.register_forward_hook(lambda module, args, out: see(out[i] if isinstance(out, tuple) else out))]
     elif made.op not in STRUCTURE:
         owner = _owner(place.body, made)
         product = _product_module(module, owner)

@@ -6,6 +6,7 @@ from .buffers import STATELESS, Slots
 from .clocks import Clock, on, summarise
 from .conv import Conv, ParallelConv, causal_conv, conv_behind, rows_before
 from .experts import route, top_k
+from .filled import Beside
 from .gathered import Gathered
 from .initial import initialise
 from .linear import Embed, Linear, Parallel, Weights, embed, embed_part, empty, linear, named_logical_parameters
@@ -31,6 +32,7 @@ from .stream import Stream
 __all__ = [
     "STATELESS",
     "At",
+    "Beside",
     "Clock",
     "Conv",
     "Coordinates",

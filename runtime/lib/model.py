@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from .buffers import STATELESS, Slots
 from .clocks import Clock, on
+from .filled import Beside, Filled
 from .gathered import Gathered
 from .initial import initialise
-from .linear import named_logical_parameters, spec_paths
+from .linear import spec_paths
 from .mesh import Mesh
 from .rows import At
 from .sample import check_sampling, choose
@@ -24,12 +24,10 @@ from .stream import Stream
 PREFILL_ROWS = 512
 
 
-class Model(nn.Module):
+class Model(Filled):
     """A generated class gives `slots`, `run`, `losses_of`, `counts_of`, INIT and keep_fp32; `inputs` names what it
     takes besides tokens, which callers give by name."""
 
-    INIT: Mapping[str, tuple[Any, ...]] = {}
-    keep_fp32: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("tokens",)
     # One more than the largest token, where a table of the model says it.
     vocab: int | None = None
@@ -40,6 +38,8 @@ class Model(nn.Module):
     # The program and the artifact that it was made of, where it was compiled here.
     program: Any = None
     artifact: Any = None
+    # The variables that `run` gives where it is asked for more.
+    gives: tuple[str, ...] = ()
     # Models that the objective asks, by name; a dict, so that they are no modules of this one.
     lent: Mapping[str, Model] = MappingProxyType({})
     # Where this rank stands, in a module that was laid out over several; `axes` are those of its mesh, `stored` says
@@ -49,6 +49,8 @@ class Model(nn.Module):
     stored: Mapping[str, Any] = MappingProxyType({})
     rows: tuple[str, ...] = ()
     partial: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    # What the objective owns; none of the modules of this one, so that it is not saved with it.
+    beside: Beside | None = None
     # Why the model cannot be decoded token by token, where it cannot.
     late: str | None = None
 
@@ -146,14 +148,36 @@ class Model(nn.Module):
         self.lent = {**self.lent, **{name: model.requires_grad_(False).eval() for name, model in models.items()}}
         return self
 
-    def ask(self, name: str, *inputs: Any, more: bool = False) -> Any:
-        """What a lent model gives for inputs and coordinates; it states no losses. Raises RuntimeError where it was
-        not lent."""
+    def ask(self, name: str, *inputs: Any, more: tuple[str, ...] = ()) -> Any:
+        """What a lent model gives for inputs and coordinates, and variables of it; it states no losses. Raises
+        RuntimeError where it was not lent, or was not compiled to give these."""
         *tensors, at = inputs
         if name not in self.lent:
             raise RuntimeError(f"{type(self).__name__}: the objective asks `{name}`, give it by lend({name}=...)")
         asked: Callable[..., Any] = self.lent[name].run
+        if more and self.lent[name].gives != more:
+            raise RuntimeError(
+                f"{type(self).__name__}: the objective asks `{name}` for {', '.join(more)}, which the one that was"
+                f" lent does not give: build program.lent[{name!r}]"
+            )
         return asked(*tensors, at.quiet(), STATELESS, more=True) if more else asked(*tensors, at.quiet(), STATELESS)
+
+    # What the objective owns.
+
+    def train_beside(self, modules: Beside) -> None:
+        """Take what the objective owns: filled, moved, cast and trained with this model, and no part of it."""
+        self.__dict__["beside"] = modules
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.beside is not None:
+            self.beside._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Any:
+        """As every module; what the objective owns follows."""
+        if self.beside is not None:
+            self.beside.train(mode)
+        return super().train(mode)
 
     # Token by token.
 
@@ -278,41 +302,18 @@ class Model(nn.Module):
 
     # Weights.
 
-    def named_logical_parameters(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """(path in the spec, parameter that holds it, view with the spec's dims that shares its memory)."""
-        return named_logical_parameters(self)
-
     def initialise(self, seed: int = 0, table: Mapping[str, tuple[Any, ...]] | None = None) -> Model:
         """Draw every parameter from `table`, by default the one generated from the spec."""
         initialise(self, self.INIT if table is None else table, seed)
+        if self.beside is not None:
+            initialise(self.beside, self.beside.INIT, seed)
         return self
 
-    def cast(self, dtype: torch.dtype) -> Model:
-        """Store weights in `dtype`; those that `keep_fp32` names stay fp32 (or become fp64 with the others)."""
-        kept = torch.promote_types(dtype, torch.float32)
-        castable = set(self._castable())
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype if parameter in castable else kept)
-        for module in self.modules():
-            for name, buffer in module._buffers.items():
-                # State is as wide as kept weights; constants stay what they were computed as.
-                if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                    buffer.data = buffer.data.to(kept)
-        return self
-
-    def _castable(self) -> list[nn.Parameter]:
-        """Parameters that no pattern of keep_fp32 names; one that holds several weights must be named as a whole."""
-        paths: dict[nn.Parameter, list[str]] = {}
-        for path, holder, _ in self.named_logical_parameters():
-            paths.setdefault(holder, []).append(path)
-        castable = []
-        for holder, names in paths.items():
-            kept = [any(fnmatchcase(name, pattern) for pattern in self.keep_fp32) for name in names]
-            if any(kept) and not all(kept):
-                raise ValueError(f"cast: {names} share a parameter, but keep_fp32 names only some of them")
-            if not any(kept):
-                castable.append(holder)
-        return castable
+    def cast(self, dtype: torch.dtype) -> Self:
+        """As above; what the objective owns follows."""
+        if self.beside is not None:
+            self.beside.cast(dtype)
+        return super().cast(dtype)
 
 
 def _rename_saved(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -6,20 +6,17 @@ one inside of another call fills a folder behind a dot (`wide.by`), one of a lis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...dsl import syntax as sx
-from ...dsl.arithmetic import is_number
-from ...dsl.diagnostics import Label, SpecError, did_you_mean, fail
-from ...dsl.elaborate import DEFAULT, Lent
+from ...dsl.diagnostics import did_you_mean, fail
 from ...dsl.load import File
 from ...dsl.source import Span
 from ..check import program_of
-from ..compress import Plan as Cut
-from ..compress import Scores
-from ..compress.dims import Dims
+from .checking import WORDS, Checked
+from .searching import searched
 from .values import Data, Made, Objective, Schedule, Spec, Step, kind_of
 
 REQUIRED = object()
@@ -27,15 +24,15 @@ STEPS: dict[str, dict[str, Any]] = {
     "load": {"model": REQUIRED, "folder": REQUIRED, "map": None},
     "importance": {"model": REQUIRED, "data": REQUIRED, "samples": 1024, "batch": "l2", "seq": "mean", "length": 512,
                    "rows": 8, "depth": "bi"},
-    "prune": {"model": REQUIRED, "to": REQUIRED, "by": None, "keep": None},
+    "prune": {"model": REQUIRED, "to": REQUIRED, "by": None, "keep": None, "merge_heads": False},
     "train": {"model": REQUIRED, "data": REQUIRED, "objective": None, "tokens": None, "steps": None, "lr": 1e-3,
               "batch": 8, "seq": 512, "seed": 0, "weight_decay": 0.1, "clip": 1.0, "dtype": "fp32"},
+    "search": {"model": REQUIRED, "data": REQUIRED, "to": REQUIRED, "by": None, "grid": REQUIRED, "target": REQUIRED,
+               "tolerance": 0.05, "objective": None, "tokens": None, "steps": None, "lr": 1e-3, "batch": 8, "seq": 512,
+               "seed": 0, "weight_decay": 0.1, "clip": 1.0, "dtype": "fp32", "rows": 64, "merge_heads": False},
     "report": {"models": REQUIRED, "data": REQUIRED, "seq": 512, "rows": 64},
 }  # fmt: skip
 """The steps that exist, with their parameters and defaults."""
-WORDS = frozenset(
-    ("l2", "mean", "var", "bi", "perplexity", "kl", "mse", "hidden_mse", "huggingface", "fp32", "bf16", "fp64")
-)
 SCHEDULES = {"cosine": "cosine", "wsd": "wsd", "constant": "constant"}
 
 
@@ -168,8 +165,11 @@ class _Planner:
         if name in SCHEDULES:
             return self._schedule(name, call, at)
         if name not in STEPS:
-            raise fail("unknown-name", f"there is no step `{name}`", call.function.span,
-                       help=did_you_mean(name, [*STEPS, *SCHEDULES], "a step"))  # fmt: skip
+            block = self.file.lookup(name)
+            help = did_you_mean(name, [*STEPS, *SCHEDULES], "a step")
+            if block is not None and getattr(block.declaration, "keyword", None) == "block":
+                help = f"an objective of this name trains: `train(model, data, objective = {name}(it, ...))`"
+            raise fail("unknown-name", f"there is no step `{name}`", call.function.span, help=help)
         slots = STEPS[name]
         given: dict[str, Any] = {}
         spans: dict[str, Span] = {}
@@ -192,10 +192,12 @@ class _Planner:
         if missing:
             raise fail("missing-argument", f"the step `{name}` needs `{missing[0]}`", call.span)
         arguments = {k: given.get(k, default) for k, default in slots.items()}
-        check = _Checked(name, arguments, spans, call.span)
-        made = Made(at, {"importance": "scores", "report": "report"}.get(name, "model"), check.spec())
-        self.steps.append(Step(at, name, arguments, made, call.span))
-        return made
+        if name == "search":
+            self.steps.extend(searched(at, arguments, spans, call.span))
+        else:
+            made = Checked(name, arguments, spans, call.span).made(at)
+            self.steps.append(Step(at, name, arguments, made, call.span, spans))
+        return self.steps[-1].made
 
     def _schedule(self, name: str, call: sx.Call, at: str) -> Schedule:
         values: dict[str, Any] = {"lr": None, "min_lr": None, "warmup": 50}
@@ -226,82 +228,8 @@ class _Planner:
             if isinstance(argument.value, sx.Name) and argument.value.id == "it":
                 continue  # the model that is trained
             options[key] = self.value(argument.value, f"{at}.{key}")
+            if isinstance(options[key], Spec):
+                raise fail("wrong-type", f"`{key}` of `{expr.function.id}` must be a model with weights, this is "
+                           f"{kind_of(options[key])}", argument.span)  # fmt: skip
         lent = {k: v for k, v in options.items() if isinstance(v, Made)}
         return Objective(expr.function.id, {k: v for k, v in options.items() if k not in lent}, lent)
-
-
-class _Checked:
-    """Arguments of a step, checked as far as they can be before it runs."""
-
-    def __init__(self, kind: str, arguments: dict[str, Any], spans: Mapping[str, Span], span: Span):
-        self.kind, self.arguments, self.spans, self.span = kind, arguments, spans, span
-        wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "data": (lambda v: isinstance(v, Data), "data"),
-            "to": (lambda v: isinstance(v, Spec), "a model of a spec"),
-            "by": (lambda v: v is None or isinstance(v, Made) and v.kind == "scores", "scores"),
-            "keep": (lambda v: v is None or isinstance(v, dict), "a table"),
-            "lr": (lambda v: isinstance(v, Schedule) or is_number(v), "a learning rate or a schedule"),
-            "folder": (lambda v: isinstance(v, str), "the path of a folder"),
-            "models": (lambda v: isinstance(v, (list, Made)), "models"),
-        }
-        for name in ("samples", "batch", "seq", "seed", "length", "rows", "steps", "tokens", "clip", "weight_decay"):
-            if not (kind == "importance" and name in ("batch", "seq")):
-                wanted[name] = (lambda v: v is None or is_number(v), "a number")
-        model = (lambda v: isinstance(v, Spec), "a model of a spec") if kind == "load" else (
-            (lambda v: _is_model(v) or isinstance(v, Spec), "a model") if kind == "train" else
-            (_is_model, "a model with weights"))  # fmt: skip
-        wanted["model"] = model
-        for name, value in arguments.items():
-            holds, what = wanted.get(name, (lambda v: True, ""))
-            if not holds(value):
-                raise fail("wrong-type", f"`{name}` of `{kind}` must be {what}, this is {kind_of(value)}",
-                           spans.get(name, span))  # fmt: skip
-
-    def spec(self) -> Spec | None:
-        """The spec of the model that the step makes; what is wrong with it raises."""
-        model = self.arguments.get("model")
-        mine = model if isinstance(model, Spec) else model.spec if isinstance(model, Made) else None
-        if self.kind == "prune":
-            return self._pruned(mine)
-        if self.kind == "train" and mine is not None:
-            objective = objective_of(self.arguments)
-            lent = {n: m.spec for n, m in objective.lent.items() if m.spec is not None}
-            _at(self.span, lambda: trained_program(mine, objective, lent))
-            if self.arguments["tokens"] is None and self.arguments["steps"] is None:
-                raise fail("missing-argument", "`train` needs `tokens` or `steps`", self.span)
-        return mine if self.kind in ("load", "train") else None
-
-    def _pruned(self, teacher: Spec | None) -> Spec:
-        to = self.arguments["to"]
-        assert isinstance(to, Spec) and teacher is not None
-        by = None
-        if self.arguments["by"] is not None:  # any scores show whether the cut is one
-            dims = Dims(teacher.program)
-            loops = {loop.name: [1.0] * len(loop.kinds) for loop in dims.loops.values()}
-            by = Scores.of({d: [1.0] * n for d, n in dims.sizes.items() if d in dims.carried}, loops)
-        _at(self.span, lambda: Cut(teacher.program, to.program, by, self.arguments["keep"] or {}))
-        return to
-
-
-def objective_of(arguments: Mapping[str, Any]) -> Objective:
-    """What trains in a step `train`."""
-    return arguments["objective"] or Objective(DEFAULT, {}, {})
-
-
-def trained_program(spec: Spec, objective: Objective, lent: Mapping[str, Spec]) -> Any:
-    """The program of a model with what trains it."""
-    others: dict[str, Lent] = {n: (s.file, s.name, {}) for n, s in lent.items()}
-    return program_of(spec.file, spec.name, None, objective.name, dict(objective.options), others)
-
-
-def _at(span: Span, check: Callable[[], Any]) -> None:
-    """Run a check; what it finds says which step of the recipe asked for it."""
-    try:
-        check()
-    except SpecError as error:
-        here = Label(span, "this step asks for it")
-        raise SpecError([replace(d, secondary=(*d.secondary, here)) for d in error.diagnostics]) from None
-
-
-def _is_model(value: Any) -> bool:
-    return isinstance(value, Made) and value.kind == "model"

@@ -18,19 +18,20 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from ...dsl.diagnostics import fail
 from ...dsl.elaborate import DEFAULT
 from ...dsl.load import File
 from ..compile import build, instantiate
 from ..compress import Scores, prune
 from ..compress.command import measured
 from ..data import Packed, open_corpus, open_tokenizer, split
-from ..errors import UserError
+from ..folder import lend, take_weights, write_spec
 from ..folder import load as load_folder
-from ..folder import take_weights, write_spec
 from ..huggingface import import_folder
-from ..train import TrainConfig, evaluate, train
+from ..train import evaluate, train
 from ..train.checkpoint import latest
-from .plan import Plan, objective_of, planned, trained_program
+from .checking import config_of, objective_of, trained_program
+from .plan import Plan, planned
 from .values import Data, Made, Objective, Schedule, Spec, Step
 
 VERSION = "1"
@@ -62,7 +63,11 @@ class Runner:
         self.data = [Path(p) for p in data]
         self.words = open_tokenizer(tokenizer)
         self.held_out = held_out
-        self.kept, self.held = split(open_corpus(self.data, self.words), held_out)
+        sizes = [spec.program.arguments.get("vocab") for s in plan.steps for spec in s.made.specs]
+        vocab = min((v for v in sizes if isinstance(v, int)), default=None)
+        self.kept, self.held = split(open_corpus(self.data, self.words, vocab=vocab), held_out)
+        for step in plan.steps:
+            self._check(step)
         self.keys: dict[str, str] = {}
         for step in plan.steps:
             self.keys[step.name] = self._key(step)
@@ -77,6 +82,22 @@ class Runner:
         except (OSError, ValueError):
             return False
         return isinstance(known, dict) and known.get("key") == self.keys[step.name]
+
+    def _check(self, step: Step) -> None:
+        """What a step reads is there, and long enough. Raises `SpecError`: no-such-file, no-data."""
+        if step.kind == "load" and not Path(step.arguments["folder"]).is_dir():
+            raise fail("no-such-file", f"there is no folder `{step.arguments['folder']}`",
+                       step.spans.get("folder", step.span))  # fmt: skip
+        name = {"train": "seq", "report": "seq", "search": "seq", "importance": "length"}.get(step.kind)
+        if name is None:
+            return
+        held = step.kind in ("report", "search")
+        have, row = len((self.held if held else self.kept).tokens), step.arguments[name]
+        if have < row:
+            what = f"the data that are held out ({self.held_out:g} of the files)" if held else "the data"
+            raise fail("no-data", f"{what} have {have} tokens, too few for one row of {row}",
+                       step.spans.get(name, step.span), help="shorter rows, more text"
+                       + (", or a larger share held out: --held-out 0.2" if held else ""))  # fmt: skip
 
     # --- keys -------------------------------------------------------------------------------------
 
@@ -145,7 +166,7 @@ class Runner:
             self._write_model(folder, spec, model.state_dict())
 
     def _write_model(self, folder: Path, spec: Spec, weights: Mapping[str, Any]) -> None:
-        write_spec(folder, spec.file, spec.name)
+        write_spec(folder, spec.file, spec.name, dict(spec.overrides))
         (folder / "tokenizer.txt").write_text(self.tokenizer + "\n", encoding="utf-8")
         save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 
@@ -161,7 +182,8 @@ class Runner:
         a = step.arguments
         teacher = load_folder(self.folder(a["model"]))
         by = None if a["by"] is None else Scores.load(self.folder(a["by"]) / "scores.safetensors")
-        weights = prune(teacher.program, teacher.state_dict(), a["to"].program, by, a["keep"])
+        merge, to = a["merge_heads"], a["to"].program
+        weights = prune(teacher.program, teacher.state_dict(), to, by, a["keep"], merge_heads=merge)
         folder.mkdir()
         self._write_model(folder, a["to"], weights)
 
@@ -169,18 +191,18 @@ class Runner:
         """A run folder; one that was stopped goes on, if it is of these arguments."""
         a, begun = step.arguments, folder / "begun.json"
         objective = objective_of(a)
-        lent = {n: m.spec for n, m in objective.lent.items() if m.spec is not None}
-        spec = a["model"] if isinstance(a["model"], Spec) else a["model"].spec
+        lent = {n: self.spec_of(m) for n, m in objective.lent.items()}
+        spec = self.spec_of(a["model"])
         key = {"key": self.keys[step.name]}
         if not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != key:
             shutil.rmtree(folder, ignore_errors=True)
         model = instantiate(build(trained_program(spec, objective, lent)), seed=int(a["seed"]))
         if isinstance(a["model"], Made):
             take_weights(model, self.folder(a["model"]))
-        model.lend(**{n: load_folder(self.folder(m)) for n, m in objective.lent.items()})
-        config = _config(a)
+        lend(model, {n: self.folder(m) for n, m in objective.lent.items()})
+        config = config_of(a)
         folder.mkdir(parents=True, exist_ok=True)
-        write_spec(folder, spec.file, spec.name)
+        write_spec(folder, spec.file, spec.name, dict(spec.overrides))
         (folder / "tokenizer.txt").write_text(self.tokenizer + "\n", encoding="utf-8")
         begun.write_text(json.dumps(key) + "\n", encoding="utf-8")
         rows = Packed(self.kept, config.seq, config.seed)
@@ -192,6 +214,33 @@ class Runner:
             raise KeyboardInterrupt
         self._mark_done(step, folder)
 
+    def spec_of(self, value: Spec | Made) -> Spec:
+        """The spec of a model, chosen by a search that has run where it is one of several."""
+        if isinstance(value, Spec):
+            return value
+        if value.chosen_by is None:
+            return value.specs[0]
+        ranking = json.loads((self.out / value.chosen_by / "ranking.json").read_text(encoding="utf-8"))
+        return value.choices[ranking[0]["candidate"]]
+
+    def _search(self, step: Step, folder: Path) -> None:
+        """Candidates by held-out loss, of equal ones the earlier, as a table and as JSON; the best as it was cut."""
+        a, held = step.arguments, Packed(self.held, int(step.arguments["seq"]))
+        found: list[dict[str, Any]] = []
+        for i, (made, spec) in enumerate(zip(a["models"], step.made.choices, strict=True)):
+            loss = evaluate(load_folder(self.folder(made)), held, 4, rows=int(a["rows"]))
+            found.append({"candidate": i, "settings": dict(spec.overrides),
+                          "parameters": spec.program.num_parameters(), "held_out": loss})  # fmt: skip
+        found.sort(key=lambda row: row["held_out"] if math.isfinite(row["held_out"]) else math.inf)
+        best = int(found[0]["candidate"])
+        cut = load_folder(self.folder(a["cuts"][best]))
+        folder.mkdir()
+        self._write_model(folder, step.made.choices[best], cut.state_dict())
+        (folder / "ranking.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for row in found:
+            settings = ", ".join(f"{k} = {v}" for k, v in row["settings"].items())
+            self.say(f"{row['candidate']:4}{row['parameters']:>16,}{row['held_out']:>12.4f}  {settings}")
+
     def _report(self, step: Step, folder: Path) -> None:
         """Parameters and held-out loss of models, as a table and as JSON."""
         a = step.arguments
@@ -201,7 +250,7 @@ class Runner:
         for made in models:
             model = load_folder(self.folder(made))
             loss = evaluate(model, held, 4, rows=int(a["rows"]))
-            count = made.spec.program.num_parameters()
+            count = self.spec_of(made).program.num_parameters()
             rows.append({"model": made.step, "parameters": count, "held_out": loss})
         folder.mkdir()
         (folder / "report.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -210,20 +259,3 @@ class Runner:
         (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         for line in lines:
             self.say(line)
-
-
-def _config(a: Mapping[str, Any]) -> TrainConfig:
-    """Settings of training, of a step's arguments."""
-    batch, seq = int(a["batch"]), int(a["seq"])
-    steps = int(a["steps"]) if a["steps"] is not None else math.ceil(a["tokens"] / (batch * seq))
-    rate = a["lr"]
-    if not isinstance(rate, Schedule):
-        rate = Schedule("constant", rate, rate, 0)
-    try:
-        return TrainConfig.model_validate({
-            "steps": steps, "batch": batch, "seq": seq, "lr": rate.lr, "min_lr": rate.min_lr, "schedule": rate.kind,
-            "warmup": rate.warmup, "weight_decay": a["weight_decay"], "clip": a["clip"], "dtype": a["dtype"],
-            "seed": int(a["seed"]),
-        })  # fmt: skip
-    except ValueError as error:
-        raise UserError("unknown-setting", f"settings of training: {str(error).splitlines()[-2].strip()}") from None

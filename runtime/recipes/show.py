@@ -13,7 +13,9 @@ def lines(plan: Plan) -> Iterator[str]:
     """A line for each step: what it fills, with what, and how many parameters the model has."""
     for step in plan.steps:
         given = ", ".join(f"{k} = {shown(v)}" for k, v in step.arguments.items() if v is not None)
-        size = f"  [{step.made.spec.program.num_parameters():,} parameters]" if step.made.spec else ""
+        counts = sorted({spec.program.num_parameters() for spec in step.made.specs})
+        ends = " to ".join(f"{n:,}" for n in dict.fromkeys((*counts[:1], *counts[-1:])))
+        size = f"  [{ends} parameters]" if counts else ""
         yield f"{step.name}: {step.kind}({given}){size}"
 
 
@@ -22,8 +24,8 @@ def shown(value: Any) -> str:
     match value:
         case Made(step=name):
             return name
-        case Spec(name=name):
-            return name
+        case Spec(name=name, overrides=overrides):
+            return f"{name}({', '.join(f'{k} = {shown(v)}' for k, v in overrides.items())})" if overrides else name
         case Schedule(kind=kind, lr=lr, min_lr=low, warmup=warmup):
             return f"{kind}({lr:g}, {low:g}, warmup = {warmup})"
         case Objective(name=name, options=options, lent=lent):

@@ -13,11 +13,12 @@ from ...dsl.source import Span
 
 @dataclass(frozen=True)
 class Spec:
-    """A model of a spec, without weights."""
+    """A model of a spec, without weights; `overrides` are other values of its parameters."""
 
     file: File
     name: str
     program: Program = field(compare=False, repr=False)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,32 @@ class Objective:
 
 @dataclass(frozen=True)
 class Made:
-    """What a step makes: a model (then of a spec), scores, or a report."""
+    """What a step makes: a model (then of a spec), scores, or a report. Of a search, and of what is made of its result,
+    the spec is one of `choices`, which the step `chosen_by` tells when it has run."""
 
     step: str
     kind: str
     spec: Spec | None = None
+    choices: tuple[Spec, ...] = ()
+    chosen_by: str | None = None
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """What the spec may be."""
+        return self.choices or (() if self.spec is None else (self.spec,))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the folder that it fills, what does it, its arguments by name, and where it stands in the recipe."""
+    """One step: the folder that it fills, what does it, its arguments by name, where it stands in the recipe, and where
+    those that are written stand."""
 
     name: str
     kind: str
     arguments: Mapping[str, Any]
     made: Made
     span: Span
+    spans: Mapping[str, Span] = field(default_factory=dict)
 
 
 KINDS = {Spec: "a model of a spec", Data: "data", Schedule: "a schedule", Objective: "an objective"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lib import Model
+from ..lib import Beside, Model
 from .config import TrainConfig
 
 
@@ -20,11 +20,17 @@ class Optimizer:
 
     def __init__(self, model: Model, config: TrainConfig):
         self.weights: dict[str, nn.Parameter] = dict(model.named_parameters())
+        decayed = _decayed(model)
+        self.beside: list[str] = []
+        if model.beside is not None:  # what the objective owns is saved here: the checkpoint's weights are the model's
+            owned = {f"beside.{name}": p for name, p in model.beside.named_parameters()}
+            self.weights |= owned
+            self.beside = list(owned)
+            decayed |= {f"beside.{name}" for name in _decayed(model.beside)}
         self.masters: dict[str, Tensor] = {
             name: p.detach().float().clone().requires_grad_() if p.dtype.itemsize < 4 else p
             for name, p in self.weights.items()
         }
-        decayed = _decayed(model)
         groups = [
             {"params": [m for n, m in self.masters.items() if (n in decayed) == side], "weight_decay": decay}
             for side, decay in ((True, config.weight_decay), (False, 0.0))
@@ -67,19 +73,21 @@ class Optimizer:
     # --- state ------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and masters by name: `exp_avg.<name>`, `exp_avg_sq.<name>`, `master.<name>`, and the count of
-        steps."""
+        """Moments and masters by name: `exp_avg.<name>`, `exp_avg_sq.<name>`, `master.<name>`, the count of steps, and
+        `weight.<name>` of what the objective owns."""
         found: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             for key, value in self.adam.state[master].items():
                 found[f"{key}.{name}"] = value.detach().clone() if value.dim() == 0 else value
             if master is not self.weights[name]:
                 found[f"master.{name}"] = master.detach()
-        return found
+        return found | {f"weight.{name}": self.weights[name].detach() for name in self.beside}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take up a saved state. Raises KeyError where it lacks a name."""
         with torch.no_grad():
+            for name in self.beside:
+                self.weights[name].copy_(state[f"weight.{name}"])
             for name, master in self.masters.items():
                 if master is not self.weights[name]:
                     master.copy_(state[f"master.{name}"])
@@ -89,7 +97,7 @@ class Optimizer:
                     slots[key] = state[f"{key}.{name}"].clone()
 
 
-def _decayed(model: Model) -> set[str]:
+def _decayed(model: Model | Beside) -> set[str]:
     """Parameters with weight decay: those of whose parts in the spec any has two dims or more. Norms, biases and what a
     head has one number of are left alone. A convolution's taps count as a matrix, as they do in Megatron-LM."""
     holders = {id(p): name for name, p in model.named_parameters()}

@@ -49,6 +49,15 @@ def test_every_weight_is_told_of_once(hidden, ffn, layers):
     assert found["is_part"] == (found["why_not"] is None) == (hidden <= 64 and ffn <= 96 and layers <= 3)
 
 
+def test_settings_are_shown_as_a_spec_writes_them():
+    found = difference(program("llama/tiny"), program("nemotron_h/tiny"))
+    settings = found["settings"]
+    assert settings["scaling"] == ["by_wavelength(factor = 8, low = 1, high = 4, original = 64)", "-"]
+    assert settings["tied"] == [False, "-"] and settings["groups"] == ["-", 2]
+    told = CliRunner().invoke(app, ["diff", *(str(shipped_folder() / f"{n}/tiny.spec") for n in ("llama", "nemotron_h"))])
+    assert told.exit_code == 0 and " false " in told.stdout and "CallValue" not in told.stdout
+
+
 def test_published_students_are_cuts_of_their_teachers():
     def at(name):
         return program_of(load(shipped_folder() / f"{name}.spec"))

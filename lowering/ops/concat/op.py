@@ -38,6 +38,7 @@ OPS = (
         infer_with=_infer,
         operand_kinds=dict.fromkeys(("x", "y"), ("real", "token", "index", "mask", "coordinate")),
         linear=(("x", "y"),),
+        coupled=("A", "B", "C"),  # a choice of places of C is one of A and one of B
         flops=lambda sizes, attrs: 0.0,
         rigid=("A", "B", "C"),
         source="ours",

@@ -56,6 +56,7 @@ OPS = (
         meaning="for each group of rows R rows: the means of x with the weights softmax(say) over the group",
         settings=(Setting("by", "coordinate", meaning="rows of one value are a group: `seq.piece`"),),
         linear=(("x",),),
+        coupled=("R",),  # rows of a group stand in order: a distance may tell them apart
         coordinates=True,
         monoid=Monoid("S", ("max", "sum", "weighted_values"), peers="group", receiver_free=True),
         flops=_flops,

@@ -205,6 +205,15 @@ def test_a_tied_head_is_scored_where_its_norm_gives():
     assert isinstance(site, Site) and torch.allclose(site.values, default(seen[-1]), rtol=1e-10)
 
 
+def test_what_only_training_changes_is_passed_through():
+    """A head that reads a dropped residual stream: what the last layer gives is scored."""
+    made, ids = module(shipped("transformer_ls/tiny_released")), tokens(256)
+    seen = []
+    made.layer[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    site = next(s for s in importance(made, [ids]).sites if "." not in s.name)
+    assert site.dims == ("hidden",) and torch.allclose(site.values, default(seen[-1]), rtol=1e-10)
+
+
 def test_a_shared_block_is_scored_over_all_its_uses():
     text = """
 model twice(vocab = 31, hidden = 8, ffn = 6):

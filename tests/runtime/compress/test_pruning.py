@@ -8,17 +8,20 @@ that any permutation of places computes the same, and that models without such a
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heddle.runtime.compress import Scores, prune
+from heddle.runtime.compress import Plan, Scores, importance, prune
 from heddle.runtime.compress.choosing import Choice
 from heddle.runtime.compress.dims import Dims, without_numbers
+from heddle.runtime.compress.pruning import subsequence
 from tests.lowering.decoders import VOCAB, decoders, program
 
-from .models import TINY, error_of, module, of_text, shipped, tokens
+from .models import OTHERS, TINY, arguments, error_of, module, of_text, other, shipped, tokens
 
 
 def same(a, b, within=1e-10):
@@ -74,6 +77,32 @@ def test_another_order_of_places_computes_the_same(text, seed):
     with torch.no_grad():
         a, b = made(ids), module(made.program, weights=mixed)(ids)
     assert (a - b).abs().max() <= 1e-10 * a.abs().max()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_follow_their_dims(name):
+    """A second input and an encoder in a decoder, summaries, a shared block: everything kept is the same bits, another
+    order the same function, and a smaller model by importance runs."""
+    made, source = module(other(name)), torch.Generator().manual_seed(0)
+    weights, given = made.state_dict(), arguments(name)
+    assert same(prune(made.program, weights, other(name)), weights, 0)
+    keep = permutations(Dims(made.program), lambda n: torch.randperm(n, generator=source).tolist())
+    mixed = prune(made.program, weights, made.program, keep=keep)
+    assert keep and not same(mixed, weights)
+    scores = importance(made, [given])
+    student = other(name, **OTHERS[name])
+    small = module(student, weights=prune(made.program, weights, student, by=scores))
+    with torch.no_grad():
+        a, b = made(**given), module(made.program, weights=mixed)(**given)
+        assert (a - b).abs().max() <= 1e-10 * a.abs().max() and bool(small(**given).isfinite().all())
+
+
+def test_what_lies_side_by_side_with_a_table_is_not_cut():
+    """The widths of sinusoids are as many waves: fewer of them are other waves."""
+    made, student = (shipped("transformer_ls/tiny_released", **o) for o in ({}, {"hidden": 12}))
+    scores = Scores.of({k: torch.ones(n) for k, n in Dims(made).sizes.items()})
+    found = error_of(lambda: Plan(made, student, scores))
+    assert found.code == "cannot-cut" and "concat" in found.message and "hidden" in found.message
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -134,8 +163,6 @@ def test_places_that_are_zero_may_go(name, seed):
 
 
 def _choice(teacher, student, scores):
-    from heddle.runtime.compress import Plan
-
     choice = Plan(teacher, student, scores).choice
     assert isinstance(choice, Choice)
     return choice
@@ -213,6 +240,31 @@ def test_the_best_layers_of_each_kind_stay_in_order():
     assert [int(cut[f"layer.{i}.rms_norm.weight"][0]) for i in range(5)] == [0, 4, 5, 6, 7]
 
 
+@given(st.text("M*-", min_size=1, max_size=7), st.integers(0, 2**20))
+def test_layers_that_stay_are_the_best_that_stand_in_the_order_of_the_student(pattern, seed):
+    """Against every choice of layers; of equal sums the earlier."""
+    source = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 4, (len(pattern),), generator=source).tolist()
+    count = int(torch.randint(1, len(pattern) + 1, (1,), generator=source))
+    wanted = "".join(pattern[i] for i in sorted(torch.randperm(len(pattern), generator=source)[:count].tolist()))
+    every = [c for c in combinations(range(len(pattern)), count) if "".join(pattern[i] for i in c) == wanted]
+    best = max(every, key=lambda c: (sum(scores[i] for i in c), [-i for i in c]))
+    assert subsequence(pattern, wanted, scores) == list(best)
+    assert subsequence(pattern, wanted + pattern, scores) is None
+
+
+def test_layers_are_not_put_into_another_order():
+    """The best of each kind would be `*` of the end and `M` of the beginning, the other way round."""
+    teacher, student = shipped("nemotron_h/tiny", pattern="M*-M*"), shipped("nemotron_h/tiny", pattern="*M")
+    weights = {p.name: torch.zeros(p.shape) for p in teacher.tensors()}
+    scores = Scores.of({}, {"layer": [0.9, 0.1, 0.5, 0.1, 0.9]})
+    assert Plan(teacher, student, scores).sources["layer.0.rms_norm.weight"] == "layer.1.rms_norm.weight"
+    prune(teacher, weights, student)  # there is one way only
+    turned = shipped("nemotron_h/tiny", pattern="-**")
+    assert error_of(lambda: prune(teacher, weights, turned, by=scores)).code == "not-a-part"
+    assert error_of(lambda: prune(teacher, weights, shipped("nemotron_h/tiny", pattern="M*"))).code == "no-scores"
+
+
 def test_layers_by_hand_must_be_of_the_right_kind():
     teacher, student = shipped("nemotron_h/tiny"), shipped("nemotron_h/tiny", pattern="M-*")
     weights = {p.name: torch.zeros(p.shape) for p in teacher.tensors()}
@@ -224,8 +276,6 @@ def test_layers_by_hand_must_be_of_the_right_kind():
 
 
 def kept_of(teacher, student, scores, key, ranked=False, keep=None):
-    from heddle.runtime.compress import Plan
-
     return Plan(teacher, student, Scores.of(scores), keep, ranked).choice.kept(key).tolist()
 
 

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from heddle.dsl.diagnostics import SpecError
 from heddle.dsl.load import load, load_text, shipped_folder
 from heddle.runtime.cli import app
+from heddle.runtime.compress import Scores, prune
+from heddle.runtime.errors import UserError
 from heddle.runtime.folder import load as load_folder
 from heddle.runtime.recipes import planned, run_recipe
 from heddle.runtime.recipes import run as module
@@ -174,6 +177,7 @@ model big   = llama(vocab = 256, hidden = 32, ffn = 48, layers = 2, heads = 4, k
 model wider = big(ffn = 64)
 model odd   = big(heads = 3, kv_heads = 3)
 model words = big(vocab = 200)
+model many  = big(heads = 16)
 model mixed = nemotron_h(vocab = 256, hidden = 32, pattern = "M*-", heads = 2, kv_heads = 1, head_dim = 16,
                          ssm_heads = 8, ssm_head_dim = 8, state = 8, groups = 2, ffn = 48)
 model uneven = mixed(ssm_heads = 7)
@@ -193,6 +197,10 @@ WRONG = {
     "cut = prune(teacher, to = teacher)": ("wrong-type", "a model of a spec"),
     "cut = prune(big, to = big)": ("wrong-type", "with weights"),
     "cut = prune(teacher)": ("missing-argument", "to"),
+    "a = train(many, data, steps = 2)\n    b = prune(a, to = big, by = importance(a, data), merge_heads = true)": (
+        "cannot-cut", "at least half"),
+    "cut = prune(teacher, to = big, merge_heads = 2)": ("wrong-type", "`true`, `false`"),
+    "cut = distil(teacher, data)": ("unknown-name", "objective = distil(it, ...)"),
     "cut = prun(teacher)": ("unknown-name", "prune"),
     "cut = prune(teacher, onto = big)": ("no-such-parameter", "onto"),
     "cut = train(words, data, objective = distil(it, teacher), steps = 2)": ("dim-mismatch", "vocab"),
@@ -202,6 +210,22 @@ WRONG = {
     "cut = train(big, data, objective = distill(it, teacher), steps = 2)": ("unknown-name", "distil"),
     "cut = importance(techer, data)": ("unknown-name", "teacher"),
     "teacher = train(big, data, steps = 3)": ("bound-twice", "teacher"),
+    "cut = train(big, data, steps = 0)": ("out-of-range", "`steps` of `train` gives 0, it must be at least 1"),
+    "cut = train(big, data, tokens = 0)": ("out-of-range", "`tokens` of `train`"),
+    "cut = train(big, data, steps = 2.5)": ("out-of-range", "`steps` of `train` gives 2.5"),
+    "cut = train(big, data, steps = 2, lr = cosine(-1))": ("out-of-range", "`lr` of `train` gives -1"),
+    "cut = train(big, data, steps = 2, dtype = mean)": ("wrong-type", "`bf16`"),
+    "cut = train(big, data, steps = 2, objective = distil(it, big))": ("wrong-type", "with weights"),
+    "cut = train(big, data, steps = 2, seq = 4000)": ("no-data", "too few for one row of 4000"),
+    "cut = importance(teacher, data, batch = bi)": ("wrong-type", "`l2`"),
+    "cut = importance(teacher, data, depth = l2)": ("wrong-type", "`hidden_mse`"),
+    "cut = importance(teacher, data, length = 4000)": ("no-data", "4000"),
+    "cut = report(teacher, data)": ("no-data", "held out"),
+    "cut = load(big, \"nowhere\")": ("no-such-file", "nowhere"),
+    "cut = load(big, \"nowhere\", map = mean)": ("wrong-type", "`huggingface`"),
+    "cut = train(words, data, steps = 2)": ("token-out-of-range", "200"),
+    "cut = train(later, data, steps = 2)": ("unknown-name", "later"),
+    "cut = train(cut, data, steps = 2)": ("unknown-name", "cut"),
 }
 
 
@@ -209,13 +233,35 @@ WRONG = {
 def test_a_wrong_recipe_is_a_diagnostic_and_nothing_is_written(line, tmp_path):
     code, word = WRONG[line]
     file = load_text(TEXT.replace("{}", line), folder=shipped_folder())
-    (tmp_path / "a.txt").write_text("text " * 400)
-    with pytest.raises(SpecError) as caught:
+    (tmp_path / "a.txt").write_text("text " * 400 + "\u0fff", encoding="utf-8")
+    with pytest.raises((SpecError, UserError)) as caught:
         run_recipe(file, None, [tmp_path / "a.txt"], tmp_path / "out", held_out=0)
+    if isinstance(caught.value, UserError):  # of the data, which no line of the recipe names
+        assert caught.value.code == code == "token-out-of-range" and not (tmp_path / "out").exists()
+        return
     found = caught.value.diagnostics[0]
+    assert found.primary.span.text
     shown = f"{found.message} {found.help} {' '.join(label.text for label in (found.primary, *found.secondary))}"
     assert found.code == code and word in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_go_may_be_merged_into_those_that_stay(work, tmp_path):
+    """As `prune` does it by hand, of the same scores; without, other weights."""
+    line = "by   = importance(teacher, data, samples = 4, length = 32)\n    cut = prune(teacher, to = two, by = by{})"
+    text = TEXT.replace("steps = 2)", "steps = 2, seq = 32, batch = 2)")
+    text = text.replace("model odd ", "model two = big(heads = 2)\nmodel odd ")
+    made = {}
+    for name, more in (("plain", ""), ("merged", ", merge_heads = true")):
+        (tmp_path / f"{name}.spec").write_text(text.replace("{}", line.replace("{}", more)))
+        run_recipe(load(tmp_path / f"{name}.spec"), None, [work / "texts"], tmp_path / "out", {}, held_out=0.3, say=str)
+        made[name] = load_file(tmp_path / "out/cut/model.safetensors")
+    teacher, student = load_folder(tmp_path / "out/teacher"), load_folder(tmp_path / "out/cut")
+    scores = Scores.load(tmp_path / "out/by/scores.safetensors")
+    for name, merged in (("plain", False), ("merged", True)):
+        wanted = prune(teacher.program, teacher.state_dict(), student.program, scores, merge_heads=merged)
+        assert all(torch.equal(wanted[k], made[name][k]) for k in wanted)
+    assert not torch.equal(made["plain"]["layer.0.attention.q.weight"], made["merged"]["layer.0.attention.q.weight"])
 
 
 @pytest.mark.parametrize(
