@@ -65,7 +65,8 @@ def emit_module(program: GraphProgram, version: str) -> str:
         source=_source_name(program),
         used=_grouped,
         layout=layout,
-        mesh=None if program.laid is None else {a.name: a.size for a in program.laid.mesh.atoms},
+        mesh=_axes(program),
+        pipe=_pipe(program),
         stored=_stored(program),
         partial=_partial(program),
         rows=_rows(program),
@@ -81,6 +82,29 @@ def _stored(program: GraphProgram) -> list[tuple[str, str]]:
         for p in program.program.parameters()
         for stored in [program.laid.weights[p.body][p.weight.name]]
     )
+
+
+def _axes(program: GraphProgram) -> dict[str, int] | None:
+    """The axes of the mesh, the outermost first. What goes back through a pipeline goes over `back`, a group of its
+    own: what is sent both ways between two ranks would wait for each other."""
+    if program.laid is None or program.layout is None:
+        return None
+    found: dict[str, int] = {}
+    pipe = program.laid.pipe
+    for axis, _ in program.layout.mesh:
+        if pipe is not None and axis == pipe.axis:
+            found.update({axis: pipe.size, "back": 1})
+        found.update({a.name: a.size for a in program.laid.mesh.atoms if a.axis == axis})
+    return found
+
+
+def _pipe(program: GraphProgram) -> str:
+    """The pipeline as the library takes it, or nothing."""
+    pipe = None if program.laid is None else program.laid.pipe
+    if pipe is None:
+        return ""
+    owns = "".join(f"\n{' ' * 12}{stage.owns!r}," for stage in pipe.stages)
+    return f'lib.Pipe(\n        "{pipe.axis}", {pipe.size}, {pipe.chunks}, {pipe.microbatches},\n        ({owns}\n        ),\n    )'
 
 
 def _rows(program: GraphProgram) -> tuple[str, ...]:
@@ -212,6 +236,8 @@ class _ObjectiveWriter(Writer):
                 more = f", more={gives!r}" if gives else ""
                 return f'self.ask("{name}", {inputs}, at{more})'
             if self.program.program.root in bodies:
+                if self.program.laid is not None and self.program.laid.pipe is not None:
+                    return "ran"
                 more = ", more=True" if self.program.model.body.asked else ""
                 return f"self.run({inputs}, at, lib.STATELESS{more})"
         return super().call(node)

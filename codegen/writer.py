@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ..dsl import syntax as sx
 from ..dsl.diagnostics import fail
 from ..dsl.format import print_expr
-from ..dsl.program import Clock, Instance, Node, Weight
+from ..dsl.program import TOKENS, Clock, Instance, Node, Weight
 from ..dsl.source import Span
 from ..lowering.afterwards import parts
 from ..lowering.clocks import widest
@@ -47,6 +47,7 @@ class Class:
     is_model: bool = False
     input_names: str = ""
     follows: str = ""
+    stages: list[StageLines] = field(default_factory=list)
     more: bool = False
     around: str | None = None
     after: list[Line] = field(default_factory=list)
@@ -60,6 +61,16 @@ class Class:
     beside: str = ""
     gives: str = ""
     is_beside: bool = False
+
+
+@dataclass
+class StageLines:
+    """Plain facts of one stage: its arguments, statements, what it returns, and the shapes of what it takes."""
+
+    inputs: list[str]
+    body: list[Line]
+    result: str
+    shapes: list[str]
 
 
 class Writer:
@@ -81,6 +92,9 @@ class Writer:
         self.constants = self._constant_nodes() if graph.name == program.program.root else {}
         self.kept = self._kept_constants()
         self._inline = inline
+        pipe = None if program.laid is None or graph.name != program.program.root else program.laid.pipe
+        self.pipe = pipe
+        self.borders = {v for s in pipe.stages for v in s.takes} if pipe is not None else set()
         self._names = self._variables()
 
     def owner_of(self, node: Node) -> str | None:
@@ -155,6 +169,8 @@ class Writer:
             return False
         users = self.graph.users.get(node.name, ())
         if len(users) != 1 or node.name in self.graph.results or users[0].operands.count(node.name) != 1:
+            return False
+        if node.name in self.borders:
             return False
         user = users[0]
         if self._when[node.name] != self._when[user.name]:
@@ -421,7 +437,41 @@ class Writer:
             result,
             around=self.graph.body.block if self.graph.body.is_around else None,
             after=self.after(),
+            stages=self.stages(),
         )
+
+    def stages(self) -> list[StageLines]:
+        """A method for each stage of the model."""
+        found = []
+        nodes = {n.name: n for n in self.graph.nodes}
+        for i, stage in enumerate(self.pipe.stages if self.pipe is not None else ()):
+            last = self.pipe is not None and i == len(self.pipe.stages) - 1
+            inputs = [self._names[v.name] for v in self.graph.body.inputs] + [self._names[v] for v in stage.takes]
+            body = [Line("state = lib.STATELESS"), *self.statements(nodes[n] for n in stage.nodes)]
+            given = ", ".join(self.expression(v) for v in (self.graph.body.outputs if last else stage.gives))
+            single = last and not self.graph.body.asked
+            shapes = [self._shape(v) for v in stage.takes]
+            found.append(StageLines([*inputs, "at"], body, given if single else f"({given},)", shapes))
+        return found
+
+    def _shape(self, value: str) -> str:
+        """The shape of a value that a stage takes, from the coordinates of its rows. Raises `SpecError`."""
+        sizes = []
+        first = self.graph.body.inputs[0].type.dims[0]
+        for name in self.graph.values[value].type.dims:
+            dim = self.graph.dims[name]
+            if dim.size is not None:
+                sizes.append(str(dim.size))
+            elif name == first:
+                sizes.append("at.batch")
+            elif dim.clock is not None:
+                rows = "at" if dim.clock == TOKENS else f"lib.on(at, {self.clock(dim.clock)}, {dim.clock.times})"
+                parts_of = ", ".join(f'"{a}"' for a in dim.axes)
+                sizes.append(f"{rows}.seq // at.mesh.size({parts_of})" if dim.axes else f"{rows}.seq")
+            else:
+                node = self.graph.producers[value]
+                raise fail("not-built-yet", f"a border of stages where `{name}` crosses is not built yet", node.spans[0])
+        return f"({', '.join(sizes)},)"
 
     def stated(self) -> list[Line]:
         """What runs only where losses are asked for: losses, metrics and sums for the end of the step."""

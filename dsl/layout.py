@@ -17,7 +17,7 @@ from .source import NOWHERE, Span
 
 STORED = ("parameters", "gradients", "optimizer")
 """What is split where it is stored only: no dim of the model."""
-SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble")
+SCHEDULES = ("interleaved",)
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Stages:
-    """`stages over A`: layers one after the other on the ranks of an axis, micro-batches in the order of a schedule."""
+    """`stages over A`: layers one after the other on the ranks of an axis, micro-batches in the order of a schedule.
+
+    `layers` are the layers of each stage, if they are not to be divided evenly.
+    """
 
     axis: str
     schedule: str = "1f1b"
     chunks: int = 1
     microbatches: int = 1
+    layers: tuple[int, ...] | None = None
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
 
@@ -192,10 +196,12 @@ def _stages(rule: sx.Stages) -> Stages:
             made = replace(made, microbatches=_whole(setting.value, "`microbatches`"))
         elif setting.name == "schedule":
             made = _scheduled(made, setting.value)
+        elif setting.name == "layers":
+            made = replace(made, layers=tuple(_numbers(setting.value)))
         else:
             raise fail("unknown-setting", f"stages have no setting `{setting.name}`", setting.span,
-                       help=did_you_mean(setting.name, ("schedule", "microbatches"), "a setting")
-                       or "settings are `schedule`, `microbatches`")  # fmt: skip
+                       help=did_you_mean(setting.name, ("schedule", "microbatches", "layers"), "a setting")
+                       or "settings are `schedule`, `microbatches`, `layers`")  # fmt: skip
     return made
 
 

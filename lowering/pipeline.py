@@ -16,6 +16,7 @@ from .passes.infer_types import infer_types
 from .passes.mark_recompute import mark_recompute
 from .passes.settle import settle
 from .passes.shard import shard
+from .passes.stage import stage
 from .passes.stream import stream
 
 PASSES: tuple[Pass, ...] = (
@@ -24,6 +25,7 @@ PASSES: tuple[Pass, ...] = (
     settle,  # before fusion, which may join what runs at different times
     hoist,  # before fusion, which must not mix constants with data
     shard,  # before fusion, whose products must be of parts that lie alike; identity without a layout
+    stage,  # behind placement: what crosses a border has its type
     mark_recompute,  # behind placement: a collective inside is made again, too
     fuse_parallel,  # before state, which belongs to the fused op
     stream,  # last: state of what is really computed

@@ -14,7 +14,7 @@ BLOCKS = "blocks"
 """The name of all iterations of the model's loops."""
 
 
-@lowering_pass(requires={"placed"}, ensures={"recomputed"})
+@lowering_pass(requires={"placed", "staged"}, ensures={"recomputed"})
 def mark_recompute(program: GraphProgram) -> GraphProgram:
     """Give calls, loops and ops that `recompute` selects the attribute `recompute`.
 

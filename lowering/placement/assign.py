@@ -184,7 +184,7 @@ def _factored(program: GraphProgram, layout: Layout, wanted: Wanted, errors: Col
                         cuts[axis][number] = (graph, first, split)
     atoms: list[Atom] = []
     for axis, size in layout.mesh:
-        if size == 1:
+        if size == 1 or layout.stages is not None and axis == layout.stages.axis:
             continue
         chain = [1, *sorted(n for n in cuts[axis] if 1 < n < size), size]
         wrong = next(((a, b) for a, b in pairwise(chain) if b % a), None)

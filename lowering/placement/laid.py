@@ -23,6 +23,29 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stage of a pipeline: the model's nodes that it runs, the values that it takes from the one before and gives to
+    the one behind, and the paths of what it owns."""
+
+    nodes: tuple[str, ...]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    owns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """A pipeline over an axis: rank r runs the stages r, r + size, .. of `chunks` rounds."""
+
+    axis: str
+    size: int
+    chunks: int
+    microbatches: int
+    schedule: str
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
 class Laid:
     """`places[graph][value]`: where each value is; `weights[graph][weight]` how each is stored.
 
@@ -33,3 +56,4 @@ class Laid:
     places: dict[str, dict[str, Place]] = field(default_factory=dict)
     weights: dict[str, dict[str, Stored]] = field(default_factory=dict)
     sums: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    pipe: Pipe | None = None

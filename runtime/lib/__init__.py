@@ -23,6 +23,7 @@ from .norm import (
     rms_norm,
     scaled_rows,
 )
+from .pipeline import Pipe
 from .pointwise import relu2, rotate, silu_mul
 from .recompute import recompute
 from .rows import At, Coordinates, Mask, count_rows, next_token, reduce_rows, take_row
@@ -45,6 +46,7 @@ __all__ = [
     "Model",
     "Parallel",
     "ParallelConv",
+    "Pipe",
     "RmsNorm",
     "Slots",
     "Source",

@@ -82,6 +82,8 @@ def sync_gradients(model: Any) -> None:
     for laid in laid_parameters(model):
         if laid.sync and laid.holder.grad is not None:
             waiting.setdefault((laid.sync, laid.holder.grad.dtype), []).append(laid.holder)
+    if model.pipe is not None:
+        _tie(model)
     for (axes, _), holders in waiting.items():
         flat = torch.cat([h.grad.reshape(-1) for h in holders if h.grad is not None])
         summed = all_reduce(flat, model.mesh[axes], src=P, dst=I)
@@ -90,19 +92,46 @@ def sync_gradients(model: Any) -> None:
             holder.grad.copy_(piece.view_as(holder.grad))
 
 
+def _tie(model: Any) -> None:
+    """The gradient of a weight that several stages have is the sum over them; the other ranks add nothing."""
+    mine = {laid.path: laid.holder for laid in laid_parameters(model)}
+    for path, like in model.tied.items():
+        holder = mine.get(path)
+        own = torch.zeros_like(like) if holder is None or holder.grad is None else holder.grad
+        summed = all_reduce(own, model.mesh[model.pipe.axis], src=P, dst=I)
+        if holder is not None:
+            holder.grad = summed
+
+
 @torch.no_grad()
 def gradient_norm(model: Any) -> Tensor:
     """The norm of the whole gradient, on every rank: squares of parts are summed over the axes that split them."""
     squares: dict[tuple[str, ...], list[Tensor]] = {}
+    pipe = model.pipe
     for laid in laid_parameters(model):
-        if laid.holder.grad is not None:
+        counts = pipe is None or pipe.stages_of(laid.path)[0] % pipe.size == model.mesh.place(pipe.axis)
+        if laid.holder.grad is not None and counts:
             axes = tuple(a for a in model.axes if any(a in s for s in laid.splits))
             squares.setdefault(axes, []).append(laid.holder.grad.double().square().sum())
     total = torch.zeros((), dtype=torch.float64)
     for axes, found in squares.items():
         own = torch.stack(found).sum()
         total = total + (all_reduce(own, model.mesh[axes], src=P, dst=I) if axes else own)
-    return total.sqrt()
+    return (total if pipe is None else all_reduce(total, model.mesh[pipe.axis], src=P, dst=I)).sqrt()
+
+
+@torch.no_grad()
+def global_sums(model: Any, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sum of each loss over all ranks, on every rank."""
+    found = {}
+    for label, axes in model.partial.items():
+        own = sums[label].detach() if label in sums else torch.zeros((), dtype=model.storage_dtype)
+        if model.pipe is not None:
+            axes = (*axes, model.pipe.axis)
+        for axis in axes:
+            own = all_reduce(own, model.mesh[axis], src=P, dst=I)
+        found[label] = own
+    return found
 
 
 @torch.no_grad()

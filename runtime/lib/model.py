@@ -16,6 +16,7 @@ from .gathered import Gathered
 from .initial import initialise
 from .linear import spec_paths
 from .mesh import Mesh
+from .pipeline import Pipe
 from .rows import At
 from .sample import check_sampling, choose
 from .stream import Stream
@@ -48,6 +49,9 @@ class Model(Filled):
     axes: Mapping[str, int] = MappingProxyType({})
     stored: Mapping[str, Any] = MappingProxyType({})
     rows: tuple[str, ...] = ()
+    pipe: Pipe | None = None
+    # Of a pipeline: weights that several stages have, and what they are like.
+    tied: Mapping[str, Tensor] = MappingProxyType({})
     partial: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     # What the objective owns; none of the modules of this one, so that it is not saved with it.
     beside: Beside | None = None
