@@ -40,7 +40,7 @@ def emit_module(program: GraphProgram, version: str) -> str:
     inputs = tuple(v.name for v in program.model.body.inputs)
     model.input_names = "" if inputs == ("tokens",) else repr(inputs)
     model.follows = _follows(program, masks)
-    model.vocab = _vocab(program.model)
+    model.vocab, model.shape = _vocab(program.model), _shape(program.model)
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
     classes = [c for c in classes if c is not model] + [model]
@@ -57,6 +57,14 @@ def emit_module(program: GraphProgram, version: str) -> str:
         used=_grouped,
         layout=layout,
     )
+
+
+def _shape(graph: Graph) -> tuple[int | None, ...]:
+    """The sizes of the dims of the tokens, where they are more than batch and sequence."""
+    dims = next((d for d in graph.dims.values() if d.clock == TOKENS), None)
+    if dims is None or len(dims.lead) < 2:
+        return ()
+    return tuple(graph.size(name) for name in (*dims.lead, dims.name))
 
 
 def _vocab(graph: Graph) -> int | None:

@@ -30,6 +30,8 @@ class Model(nn.Module):
     INIT: Mapping[str, tuple[Any, ...]] = {}
     keep_fp32: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("tokens",)
+    # The dims of tokens, None for those of any size: a model may read several sequences for each batch row.
+    shape: tuple[int | None, ...] = (None, None)
     # One more than the largest token, where a table of the model says it.
     vocab: int | None = None
     # What its objective takes, where that is something else: labels, too.
@@ -76,13 +78,21 @@ class Model(nn.Module):
                 f"{type(self).__name__}: `{wrong[0]}` {problem}; its inputs are {', '.join(('tokens', *wanted))}"
             )
         for name, clock in self.follows.items():
-            have, rows = tuple(given[name].shape[:2]), on(at, clock).seq
-            if have != (at.batch, rows):
+            have, rows = tuple(given[name].shape[: len(at.lead) + 1]), on(at, clock).seq
+            if have != (*at.lead, rows):
                 raise ValueError(
-                    f"{type(self).__name__}: `{name}` has {list(have)} rows, must be [{at.batch}, {rows}]: one for each"
+                    f"{type(self).__name__}: `{name}` has {list(have)} rows, must be {[*at.lead, rows]}: one for each"
                     " group of tokens that comes"
                 )
         return [given[name] for name in wanted]
+
+    def _rows(self, tokens: Tensor, *coordinates: Tensor | None) -> At:
+        """The coordinates of tokens. Raises ValueError where these do not have the dims that the model reads."""
+        wanted = zip(self.shape, tokens.shape, strict=False)
+        if tokens.dim() != len(self.shape) or any(size not in (None, found) for size, found in wanted):
+            sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
+            raise ValueError(f"{type(self).__name__}: tokens are {list(tokens.shape)}, must be [{sizes}]")
+        return At(tokens.shape, tokens.device, *coordinates)
 
     # Whole documents.
 
@@ -95,7 +105,7 @@ class Model(nn.Module):
         **more: Tensor,
     ) -> Tensor:
         """tokens int64[batch, seq] -> logits [batch, seq, vocab]; document, position, valid as in `At`."""
-        at = At(tokens.shape, tokens.device, position, document, valid)
+        at = self._rows(tokens, position, document, valid)
         return self.run(tokens, *self._more(more, at), at, STATELESS)
 
     def losses(
@@ -110,7 +120,7 @@ class Model(nn.Module):
 
         With `gathered`, as a training step asks, the losses that blocks state beside the objective are there, too.
         """
-        at = At(tokens.shape, tokens.device, None, document, valid)
+        at = self._rows(tokens, None, document, valid)
         at.gathered = gathered
         return self.losses_of(tokens, *self._more(more, at, self.scored), at)
 
@@ -118,7 +128,7 @@ class Model(nn.Module):
         self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None, **more: Tensor
     ) -> dict[str, Tensor]:
         """{loss: number of scored tokens}: without weights, so that micro-batches can be added up first."""
-        at = At(tokens.shape, tokens.device, None, document, valid)
+        at = self._rows(tokens, None, document, valid)
         return self.counts_of(tokens, *self._more(more, at, self.scored), at)
 
     # Other models, which an objective asks.
