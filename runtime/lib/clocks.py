@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .buffers import is_past
+from .product import autocast
 from .rows import At, Step
 
 
@@ -213,5 +215,21 @@ def summarise(x: Tensor, say: Tensor, rows: Groups, past: Any = None) -> Tensor:
         ps = ps.masked_fill(~(inside | ~inside.any(2, keepdim=True)), -torch.inf)
         weight = torch.where(inside, ps.softmax(2, dtype=wide).to(xs.dtype), 0)
         xs = torch.where(inside, xs, 0)
-    y = torch.einsum("bswhr,bswhd->bsrhd", weight, xs)
-    return at.split(y.reshape(len(y), y.shape[1] * rank, *behind))
+    made: Tensor = _Weighed.apply(*autocast(weight, xs))
+    return at.split(made.reshape(len(made), made.shape[1] * rank, *behind))
+
+
+class _Weighed(torch.autograd.Function):
+    """weight [b, s, w, h, r], x [b, s, w, h, d] -> [b, s, r, h, d]. Keeps both as they lie; the product by itself would
+    keep a copy of x with its heads outside."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        return torch.einsum("bswhr,bswhd->bsrhd", weight, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weight, x = ctx.saved_tensors
+        return torch.einsum("bsrhd,bswhd->bswhr", grad, x), torch.einsum("bswhr,bsrhd->bswhd", weight, grad)
