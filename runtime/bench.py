@@ -23,8 +23,9 @@ def measure(program: Program, batch: int, seq: int) -> list[dict[str, Any]]:
     artifact = build(program)
     model = instantiate(artifact)
     vocab = int(program.arguments.get("vocab") or 2)
-    tokens = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(0))
-    flops = flops_per_token(artifact.lowered, seq) * batch * seq
+    shape = (batch, *(size or 1 for size in model.shape[1:-1]), seq)
+    tokens = torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
+    flops = flops_per_token(artifact.lowered, seq) * tokens.numel()
     optimizer = Optimizer(model, TrainConfig())
 
     def forward() -> None:
@@ -40,9 +41,9 @@ def measure(program: Program, batch: int, seq: int) -> list[dict[str, Any]]:
 
     new = 32
     prompt = tokens[:1, : min(seq, 16)]
-    rows = [_row("forward", forward, batch * seq, flops)]
+    rows = [_row("forward", forward, tokens.numel(), flops)]
     if program.objectives:
-        rows.append(_row("train step", step, batch * seq, 3 * flops))
+        rows.append(_row("train step", step, tokens.numel(), 3 * flops))
     if not getattr(model, "late", None):
         each = flops_per_token(artifact.lowered, prompt.shape[1] + new)
         rows.append(_row("greedy decode", lambda: model.generate(prompt, new), new, each * new))

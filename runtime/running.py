@@ -10,6 +10,7 @@ import torch
 
 from ..dsl.elaborate import DEFAULT
 from ..dsl.load import load
+from ..dsl.program import Program
 from ..lowering.passes.stream import require_causal
 from ..lowering.pipeline import lower
 from .check import program_of
@@ -47,6 +48,7 @@ def train_model(
         raise UserError(
             "no-objective", f"`{program.name}` has no `tokens` and `logits`, so next tokens cannot train it"
         )
+    _check_text(program)
     config = TrainConfig(**settings)
     words = open_tokenizer(tokenizer)
     corpus = open_corpus(data, words, vocab=_vocab(program))
@@ -76,6 +78,20 @@ def train_model(
     about: dict[str, Any] = {"objective": [objective, option or {}]} if objective != DEFAULT else {}
     about |= {n: checksum(weights_file(folder)) for n, folder in folders.items()}
     return train(model, rows, config, out, others, resume, judge=judge, about=about)
+
+
+def _check_text(program: Program) -> None:
+    """Text has one sequence of tokens a row, and no labels. Raises UserError: not-built-yet."""
+    (objective,) = program.objectives.values()
+    labels = [v.name for v in program.bodies[objective].inputs if v.type.kind in ("index", "mask", "coordinate")]
+    tokens = program.model.inputs[0]
+    if labels or len(tokens.type.dims) != 2:
+        what = f"labels (`{labels[0]}`)" if labels else f"tokens [{', '.join(tokens.type.dims)}]"
+        raise UserError(
+            "not-built-yet",
+            f"training `{program.name}` from the command line is not built yet: it takes {what}, and text has none",
+            help="`heddle.compile` gives a module whose `losses` takes them",
+        )
 
 
 def lent_folders(lend: list[str] | None, tokenizer: str) -> dict[str, Path]:

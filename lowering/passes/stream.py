@@ -146,7 +146,7 @@ def _bytes(program: GraphProgram, graph: Graph, length: int, item_bytes: int) ->
 
 def streaming_errors(program: GraphProgram) -> tuple[Diagnostic, ...]:
     """Why a model cannot generate token by token: masks that look ahead, statistics along the stream."""
-    found: list[Diagnostic] = []
+    found = _many(program.graphs[program.program.root])
     reached = _reached(program)
     for graph in (g for g in program.graphs.values() if g.name in reached):
         for node in parts(graph, program.emitting).result:  # losses may look ahead
@@ -154,6 +154,23 @@ def streaming_errors(program: GraphProgram) -> tuple[Diagnostic, ...]:
                 continue
             found.extend(_late(graph, node))
     return tuple(found)
+
+
+def _many(graph: Graph) -> list[Diagnostic]:
+    """A stream is one sequence for each batch row."""
+    for dim in graph.dims.values():
+        if dim.clock == TOKENS and len(dim.lead) > 1:
+            several = ", ".join(dim.lead)
+            first = next((n.spans[0] for n in graph.nodes if n.spans), NOWHERE)
+            return [
+                Diagnostic(
+                    "not-built-yet",
+                    f"decoding a `{dim.name}` for each of [{several}] is not built yet",
+                    Label(first, "tokens are read here"),
+                    help="the model can be trained, but not sampled from",
+                )
+            ]
+    return []
 
 
 def _reached(program: GraphProgram) -> set[str]:

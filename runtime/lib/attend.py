@@ -56,14 +56,14 @@ class _Part(NamedTuple):
 def attend(q: Tensor, *sources: tuple[Any, ...] | Source, at: At | None, scale: float, past: Any = None) -> Tensor:
     """softmax(scale q k^T, where the mask sees) v -> [b, t, H, E]; Vaswani et al. 2017, grouped as Ainslie et al. 2023.
 
-    q [b, t, H, D]; sources: what `Source` is made of. at None: the queries are there as a whole, and may have more
-    leading dims. past: the stream's cache of the source, or a tuple of one cache for each. A query that sees no key
-    gets exactly 0. Another document never changes a result: its keys have weight 0 in the same order of summation
-    (finite values).
+    q [b, t, H, D]; sources: what `Source` is made of. at None: the queries are there as a whole. With at None, or
+    tokens that have more leading dims, all have these. past: the stream's cache of the source, or a tuple of one cache
+    for each. A query that sees no key gets exactly 0. Another document never changes a result: its keys have weight 0
+    in the same order of summation (finite values).
     """
     made = [Source(*source) for source in sources]
-    if at is None:
-        return _whole(q, made, scale)
+    if at is None or len(at.lead) > 1:
+        return _whole(q, made, scale, at)
     caches = past if isinstance(past, (tuple, list)) else (past,) * len(made)
     if len(caches) != len(made) or (len(made) > 1 and isinstance(past, Cache)):
         raise ValueError(f"attend: {len(made)} sources need a cache each")
@@ -122,8 +122,8 @@ def _along(rows: Keys, axis: int) -> Coordinates:
     return Coordinates(rows.position.unsqueeze(axis), document.unsqueeze(axis))
 
 
-def _whole(q: Tensor, sources: list[Source], scale: float) -> Tensor:
-    """Attention along sequences that are there as a whole, for each of any leading dims."""
+def _whole(q: Tensor, sources: list[Source], scale: float, at: At | None) -> Tensor:
+    """Attention along sequences that are there as a whole, for each of any leading dims; `at` are their coordinates."""
     lead = q.shape[:-3]
     if not q.numel():  # a step that brings no sequences
         return q.new_zeros(*q.shape[:-1], sources[0].v.shape[-1])
@@ -133,7 +133,8 @@ def _whole(q: Tensor, sources: list[Source], scale: float) -> Tensor:
 
     queries = flat(q)
     each = [s._replace(k=flat(s.k), v=flat(s.v), query=flat(s.query), bias=flat(s.bias)) for s in sources]
-    return attend(queries, *each, at=At(queries.shape[:2], q.device), scale=scale).unflatten(0, lead)
+    rows = At(queries.shape[:2], q.device) if at is None else at.flat()
+    return attend(queries, *each, at=rows, scale=scale).unflatten(0, lead)
 
 
 def _rows(source: Source, at: At) -> tuple[Tensor, Tensor, Keys, Any]:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .buffers import is_past
+from .product import autocast
 from .rows import At, Step
 
 
@@ -128,14 +130,14 @@ def _rows(at: At, group: Tensor, which: Tensor, count: Tensor | None, times: int
     """The coordinates of rows from those of a token of each group; `count` [batch] of them are there, None for all."""
     groups = which.shape[1]
     if count is None:
-        made = Groups((at.batch, groups * times), at.device)
+        made = Groups((*at.lead, groups * times), at.device)
     else:
         index = which.clamp_max(max(0, at.seq - 1))
         document = (at.document if at.document is not None else torch.zeros_like(group)).gather(1, index)
         position = group.gather(1, index)[:, :, None] * times + torch.arange(times, device=group.device)
         there = torch.arange(groups, device=group.device) < count[:, None]
         made = Groups(
-            (at.batch, groups * times),
+            (*at.lead, groups * times),
             at.device,
             position.flatten(1),
             document.repeat_interleave(times, 1),
@@ -188,11 +190,12 @@ def _before(clock: Clock, position: Tensor, which: Tensor, count: Tensor) -> tup
 
 
 def summarise(x: Tensor, say: Tensor, rows: Groups, past: Any = None) -> Tensor:
-    """x[b, t, *H, *D], say[b, t, *H, R] -> [b, groups * R, *H, *D]: softmax(say) over each group weighs its rows of x.
+    """x[*, t, *H, *D], say[*, t, *H, R] -> [*, groups * R, *H, *D]: softmax(say) over each group weighs its rows of x.
 
     rows: the groups of the tokens, one row each. past: the stream's open group. Zhu et al. 2021, eq. 3.
     """
-    before = 0
+    before, at = 0, rows.tokens
+    x, say = at.merge(x), at.merge(say)
     if is_past(past):
         x, say, before = past.extend(x, say, rows.tokens)
     behind, rank = x.shape[2:], say.shape[-1]
@@ -212,5 +215,21 @@ def summarise(x: Tensor, say: Tensor, rows: Groups, past: Any = None) -> Tensor:
         ps = ps.masked_fill(~(inside | ~inside.any(2, keepdim=True)), -torch.inf)
         weight = torch.where(inside, ps.softmax(2, dtype=wide).to(xs.dtype), 0)
         xs = torch.where(inside, xs, 0)
-    y = torch.einsum("bswhr,bswhd->bsrhd", weight, xs)
-    return y.reshape(len(y), y.shape[1] * rank, *behind)
+    made: Tensor = _Weighed.apply(*autocast(weight, xs))
+    return at.split(made.reshape(len(made), made.shape[1] * rank, *behind))
+
+
+class _Weighed(torch.autograd.Function):
+    """weight [b, s, w, h, r], x [b, s, w, h, d] -> [b, s, r, h, d]. Keeps both as they lie; the product by itself would
+    keep a copy of x with its heads outside."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        return torch.einsum("bswhr,bswhd->bsrhd", weight, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weight, x = ctx.saved_tensors
+        return torch.einsum("bsrhd,bswhd->bswhr", grad, x), torch.einsum("bswhr,bsrhd->bswhd", weight, grad)

@@ -30,25 +30,25 @@ BLOCK = 1 << 17
 
 
 class ParallelConv(Fused):
-    """Convolutions side by side in one: x[B, T, sum of channels] -> a tensor [B, T, *channels] for each part."""
+    """Convolutions side by side in one: x[*, T, sum of channels] -> a tensor [*, T, *channels] for each part."""
 
     def __init__(self, parts: Mapping[str, tuple[int, ...]], taps: int, bias: bool = True) -> None:
         super().__init__({name: (channels, bias) for name, channels in parts.items()}, (taps,), flip=True)
 
     def forward(self, x: Tensor, at: At, past: Any = None, act: str | None = None) -> tuple[Tensor, ...]:
-        pieces = _convolve(x, self.weight, self.bias, at, past, act, self.sizes)
-        lead = tuple(x.shape[:2])
+        pieces = _convolve(at.merge(x), self.weight, self.bias, at, past, act, self.sizes)
+        lead = tuple(x.shape[:-1])
         return tuple([y.view(lead + dims) for y, (dims, _) in zip(pieces, self.parts.values(), strict=True)])
 
 
 class Conv(ParallelConv):
-    """x[B, T, *channels] -> the same shape; weight [*channels, taps], bias [*channels]."""
+    """x[*, T, *channels] -> the same shape; weight [*channels, taps], bias [*channels]."""
 
     def __init__(self, channels: tuple[int, ...], taps: int, bias: bool = True) -> None:
         super().__init__({"": channels}, taps, bias)
 
     def forward(self, x: Tensor, at: At, past: Any = None, act: str | None = None) -> Tensor:  # type: ignore[override]
-        return super().forward(x.flatten(2), at, past, act)[0]
+        return super().forward(x.flatten(len(at.lead) + 1), at, past, act)[0]
 
 
 def causal_conv(
@@ -59,7 +59,7 @@ def causal_conv(
     x [B, T, C], weight [C, k], bias [C] or None, act None or "silu" -> [B, T, C] in x's dtype. The sum is at least
     fp32. Padding rows read as 0.
     """
-    return _convolve(x, weight.T, bias, at, past, act, [x.shape[2]])[0]
+    return at.split(_convolve(at.merge(x), weight.T, bias, at, past, act, [x.shape[-1]])[0])
 
 
 def _convolve(

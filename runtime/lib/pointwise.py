@@ -58,14 +58,14 @@ class _SiluMul(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x[b, t, h, d] by cos, sin [b, t, pairs]; -> the same shape and dtype.
+    """Rotary embedding of x[*, t, h, d] by cos, sin [*, t, pairs]; -> the same shape and dtype.
 
     Dim j turns with dim j + pairs (NeoX layout, Su et al. 2021) for j < pairs; dims from 2 * pairs on pass through.
     Raises ValueError where 2 * pairs > d.
     """
     if 2 * cos.shape[-1] > x.shape[-1]:
         raise ValueError(f"rotate: {cos.shape[-1]} pairs need {2 * cos.shape[-1]} dims, found {x.shape[-1]}")
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin, 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +53,10 @@ class Step:
 
 
 class At:
-    """Coordinates of the rows [batch, seq] of one call.
+    """Coordinates of the rows [batch, seq] of one call. Tokens may have more leading dims (`lead`): each combination of
+    them is a batch row here, and `merge` and `split` go between the two.
 
-    position: int64 [seq] or [batch, seq]; None counts rows from 0, or from the start of each document.
+    position: int64 [seq] or as the tokens; None counts rows from 0, or from the start of each document.
     document: int64 [batch, seq], equal on the rows of one document, which are neighbours; None is one document.
     valid:    bool [batch, seq]; rows that are False are padding: they see and change nothing.
     starts:   bool [batch, seq], rows that start a document; None where only row 0 of each batch row does.
@@ -71,7 +73,8 @@ class At:
         document: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> None:
-        batch, seq = tokens_shape
+        self.lead = tuple(tokens_shape[:-1])
+        batch, seq = prod(self.lead), tokens_shape[-1]
         self.batch, self.seq, self.device = batch, seq, device
         self.starts: Tensor | None = None
         self._step: Step | None = None
@@ -80,13 +83,25 @@ class At:
         self.gathered: Gathered | None = None
         self.mesh: Any = None
         self.losses: dict[str, Tensor] = {}
-        self._position = None if position is None else position.expand(batch, seq)
+        position, document, valid = (x if x is None else self._flat(x) for x in (position, document, valid))
+        self._position = position
         if document is not None:
-            document = document.expand(batch, seq)
             self.starts = torch.ones(batch, seq, dtype=torch.bool, device=document.device)
             self.starts[:, 1:] = document[:, 1:] != document[:, :-1]
         self.document, self.valid = document, valid
         self.plain = position is None and document is None and valid is None
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """A coordinate of rows in the shape of the tokens, or one that broadcasts to [batch, seq], as [batch, seq]."""
+        return self.merge(x.expand(*self.lead, self.seq)) if x.dim() > 2 else x.expand(self.batch, self.seq)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """x[*lead, ..] -> [batch, ..]."""
+        return x if len(self.lead) == 1 else x.flatten(0, len(self.lead) - 1)
+
+    def split(self, x: Tensor) -> Tensor:
+        """x[batch, ..] -> [*lead, ..]."""
+        return x if len(self.lead) == 1 else x.unflatten(0, self.lead)
 
     @classmethod
     def uniform(cls, shape: tuple[int, int], device: torch.device, step: Step) -> At:
@@ -147,6 +162,7 @@ class At:
         """bool [batch, seq]: `valid`, also where all rows are."""
         return self.valid if self.valid is not None else torch.ones_like(self.position, dtype=torch.bool)
 
+<<<<<<< HEAD
     def part(self, *axes: str) -> At:
         """The rows of this rank, where the sequence is split over axes of the mesh."""
         if ("part", axes) not in self.memo:
@@ -168,6 +184,15 @@ class At:
             made.memo["since"] = self.since[:, here]
             self.memo["part", axes] = made
         return self.memo["part", axes]
+=======
+    def flat(self) -> At:
+        """The same rows as [batch, seq]; what is found for them once a call is found for both."""
+        if "flat" not in self.memo:
+            self.memo["flat"] = copy(self)
+            self.memo["flat"].lead = (self.batch,)
+        flat: At = self.memo["flat"]
+        return flat
+>>>>>>> ha
 
     def quiet(self) -> At:
         """These coordinates for another model, whose losses and sums nobody asks for."""
@@ -323,7 +348,13 @@ def take_row(x: Tensor, axis: int, index: int, at: At) -> Tensor:
 
 
 def next_token(tokens: Tensor, at: At, by: int = 1) -> Tensor:
-    """The token `by` rows later, int64 [batch, seq]; -1 where the document or the padding-free part ends before."""
+    """The token `by` rows later, int64 [*, seq]; -1 where the document or the padding-free part ends before."""
+    if len(at.lead) > 1:
+        return at.split(_next(at.merge(tokens), at, by))
+    return _next(tokens, at, by)
+
+
+def _next(tokens: Tensor, at: At, by: int) -> Tensor:
     target = torch.full_like(tokens, -1)
     if by >= tokens.shape[1]:
         return target
@@ -341,7 +372,7 @@ def reduce_rows(
 ) -> Tensor:
     """Reduce dims of x, among them the sequence: "sum", "mean", "max_over" or "count" over the valid rows.
 
-    rows: the axes of x that [batch, seq] are, if it has them; where bool like x: the places that count.
+    rows: the axes of x that the dims of the tokens are, if it has them; where bool like x: the places that count.
     """
     valid = _valid(x, at, rows)
     if where is not None:
@@ -368,6 +399,7 @@ def _valid(x: Tensor, at: At, rows: tuple[int, ...]) -> Tensor | None:
     if at.valid is None or not rows:
         return None
     shape = [1] * x.dim()
-    for axis, size in zip(rows, at.valid.shape, strict=True):
+    valid = at.split(at.valid)
+    for axis, size in zip(rows, valid.shape, strict=True):
         shape[axis] = size
-    return at.valid.view(shape)
+    return valid.reshape(shape)

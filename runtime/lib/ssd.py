@@ -42,8 +42,9 @@ def ssd(
     restarts with each document; padding rows leave it as it is (dt = 0 after the softplus).
     Raises ValueError where G does not divide H.
     """
-    if u.shape[2] % b.shape[2]:
-        raise ValueError(f"ssd: {u.shape[2]} heads are not a multiple of {b.shape[2]} groups")
+    if u.shape[-2] % b.shape[-2]:
+        raise ValueError(f"ssd: {u.shape[-2]} heads are not a multiple of {b.shape[-2]} groups")
+    u, dt, b, c = (at.merge(x) for x in (u, dt, b, c))
     if is_past(past):
         return _decode(u, dt, b, c, A_log, D, dt_bias, at, chunk, past)
     if at.valid is not None:
@@ -53,7 +54,7 @@ def ssd(
         dt = torch.where(valid, dt, -torch.inf)
     # Decays stay as precise as the work asks, whatever autocast makes of the products around.
     with torch.autocast(u.device.type, enabled=False):
-        return _Ssd.apply(u, dt, b, c, A_log, D, dt_bias, at.starts, chunk)
+        return at.split(_Ssd.apply(u, dt, b, c, A_log, D, dt_bias, at.starts, chunk))
 
 
 class _Ssd(torch.autograd.Function):

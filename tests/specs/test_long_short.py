@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heddle.dsl.load import load_text, shipped_folder
+from heddle.dsl.load import load, load_text, shipped_folder
 from heddle.lowering.passes.stream import state_bytes
 from heddle.lowering.pipeline import lower
 from heddle.runtime.check import program_of
@@ -183,10 +183,10 @@ def test_the_decoding_state_is_bounded():
 # --- Long Range Arena ---------------------------------------------------------------------------------
 
 
-def classifier(span, rank, heads, layers):
-    text = 'use lra from "lra.spec"\nmodel made = lra(vocab = 9, classes = 3, context = 20, span = {}, rank = {}, '
-    text = text.format(span, rank) + f"hidden = {4 * heads}, ffn = 6, layers = {layers}, heads = {heads})\n"
-    program = program_of(load_text(text, folder=shipped_folder() / "lra"), objective="classify")
+def classifier(span, rank, heads, layers, family="lra", objective="classify"):
+    text = f'use {family} from "lra.spec"\nmodel made = {family}(vocab = 9, classes = 3, context = 20, '
+    text += f"span = {span}, rank = {rank}, hidden = {4 * heads}, ffn = 6, layers = {layers}, heads = {heads})\n"
+    program = program_of(load_text(text, folder=shipped_folder() / "lra"), objective=objective)
     model = instantiate(build(program)).cast(torch.float64)
     source = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -195,13 +195,23 @@ def classifier(span, rank, heads, layers):
     return model
 
 
-def lra_reference(tokens: Tensor, p: dict[str, Tensor], span: int, layers: int) -> Tensor:
-    """One sequence int64[T] -> scores [classes]; the released code for Long Range Arena, its class token in the last
-    layer (`cls_last_layer`)."""
+def affine(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+    w, b = p[f"{name}.weight"], p[f"{name}.bias"]
+    return torch.tensordot(x, w, (list(range(1, x.dim())), list(range(b.dim(), w.dim())))) + b
+
+
+def scored(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """The head of both models: x[d] -> scores [classes]."""
+    return affine(affine(x[None], p, "linear").relu(), p, "scores")[0]
+
+
+def lra_reference(tokens: Tensor, weights: dict[str, Tensor], span: int, layers: int) -> Tensor:
+    """One sequence int64[T] -> what its class token becomes [d]; the released code for Long Range Arena, its class
+    token in the last layer (`cls_last_layer`)."""
+    p = {name.removeprefix("read."): w for name, w in weights.items()}
 
     def lin(x: Tensor, name: str) -> Tensor:
-        w, b = p[f"{name}.weight"], p[f"{name}.bias"]
-        return torch.tensordot(x, w, (list(range(1, x.dim())), list(range(b.dim(), w.dim())))) + b
+        return affine(x, p, name)
 
     def ln(x: Tensor, name: str) -> Tensor:
         return norm(x[:, None], p[f"{name}.weight"], p[f"{name}.bias"])[:, 0]
@@ -244,7 +254,7 @@ def lra_reference(tokens: Tensor, p: dict[str, Tensor], span: int, layers: int) 
     cls = p["summary.weight"][0]
     cls = cls + ls(ln(X, "norm1"), "", cls)
     cls = cls + mlp(ln(cls, "norm2"), "")
-    return lin(lin(ln(cls, "final"), "linear").relu(), "scores")[0]
+    return ln(cls, "final")[0]
 
 
 @settings(max_examples=6)
@@ -260,17 +270,51 @@ def test_the_classifier_is_the_released_one(span, rank, heads, layers, length, p
     valid = (torch.arange(length + padding) < length).expand(2, -1)
     label = torch.randint(0, 3, (2,), generator=source)
     p = {name: view.detach().clone().requires_grad_() for name, _, view in model.named_logical_parameters()}
-    wanted = torch.stack([lra_reference(t[:length], p, span, layers) for t in tokens])
+    wanted = torch.stack([scored(lra_reference(t[:length], p, span, layers), p) for t in tokens])
+    judge(model, tokens, valid, label, wanted, p)
+
+
+def judge(model, tokens, valid, label, wanted, p):
+    """Scores, loss, count and every gradient are those of the reference."""
     with torch.no_grad():
         found = model(tokens, valid=valid)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
     (loss,) = model.losses(tokens, valid=valid, label=label).values()
     theirs = torch.nn.functional.cross_entropy(wanted, label, reduction="sum")
     torch.testing.assert_close(loss, theirs, rtol=0, atol=1e-9)
-    assert model.counts(tokens, label=label) == {"ce": 2}
+    assert model.counts(tokens, label=label) == {"ce": len(label)}
     loss.backward()
     grads = torch.autograd.grad(theirs, list(p.values()), materialize_grads=True)
     for (name, holder, view), there in zip(model.named_logical_parameters(), grads, strict=True):
         grad = torch.zeros_like(holder) if holder.grad is None else holder.grad
         mine = grad.as_strided(view.shape, view.stride(), view.storage_offset())
         torch.testing.assert_close(mine, there, rtol=0, atol=1e-8 * max(1, float(there.abs().max())), msg=name)
+
+
+@settings(max_examples=6)
+@given(
+    span=st.integers(1, 4), rank=st.integers(1, 3), heads=st.integers(1, 2), layers=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=6).filter(lambda x: len(x) % 2 == 0),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_classifier_of_pairs_is_the_released_one(span, rank, heads, layers, lengths, seed):
+    """Two documents, each of its own length, through one reader."""
+    model = classifier(span, rank, heads, layers, "lra_pair", "classify_pair")
+    source = torch.Generator().manual_seed(seed)
+    batch, longest = len(lengths) // 2, max(lengths)
+    tokens = torch.randint(0, 9, (batch, 2, longest), generator=source)
+    valid = torch.arange(longest) < torch.tensor(lengths).view(batch, 2, 1)
+    label = torch.randint(0, 3, (batch,), generator=source)
+    p = {name: view.detach().clone().requires_grad_() for name, _, view in model.named_logical_parameters()}
+    of = iter(lengths)
+    each = [[lra_reference(t[: next(of)], p, span, layers) for t in pair] for pair in tokens]
+    wanted = torch.stack([scored(torch.cat((a, b, a * b, a - b)), p) for a, b in each])
+    judge(model, tokens, valid, label, wanted, p)
+
+
+def test_the_released_retrieval_model_has_its_parameters():
+    """Counted from the released classes: embeddings, the class token, two layers, a norm, the head of four vectors."""
+    d, f, r = 64, 128, 254
+    layer = 2 * (2 * d) + 4 * (d * d + d) + 2 * (2 * d) + (d * 2 * r + 2 * r) + (d * f + f) + (f * d + d)
+    wanted = 512 * d + 4096 * d + d + 2 * layer + 2 * d + (4 * d * f + f) + (f * 2 + 2)
+    assert program_of(load(shipped_folder() / "lra" / "retrieval.spec")).num_parameters() == wanted

@@ -13,6 +13,7 @@ def emit(use: Any) -> str:
         if at == "None":
             return f"torch.{'ones' if which == 'valid' else 'zeros'}({use.graph.size(dim)}, dtype=torch.int64)" if (
                 which != "position") else f"torch.arange({use.graph.size(dim)})"  # fmt: skip
-        return f"{at}.{ {'position': 'position', 'document': 'keys().document'}.get(which, 'validity') }"
+        rows = f"{at}.{ {'position': 'position', 'document': 'keys().document'}.get(which, 'validity') }"
+        return rows if len(use.graph.dims[dim].lead) == 1 else f"{at}.split({rows})"
     (size,) = use.sizes("D")
     return f"torch.arange({size}, dtype=torch.float32)"
