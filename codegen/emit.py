@@ -42,12 +42,8 @@ def emit_module(program: GraphProgram, version: str) -> str:
     inputs = tuple(v.name for v in program.model.body.inputs)
     model.input_names = "" if inputs == ("tokens",) else repr(inputs)
     model.follows = _follows(program, masks)
-<<<<<<< HEAD
-    model.vocab = _vocab(program)
+    model.vocab, model.shape = _vocab(program), _shape(program.model)
     classes = [c for c in classes if c is not model]
-=======
-    model.vocab, model.shape = _vocab(program.model), _shape(program.model)
->>>>>>> ha
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
         if program.program.beside():
@@ -77,7 +73,6 @@ def emit_module(program: GraphProgram, version: str) -> str:
     )
 
 
-<<<<<<< HEAD
 def _stored(program: GraphProgram) -> list[tuple[str, str]]:
     """How each weight lies on the mesh, by path; iterations are one line where all agree."""
     if program.laid is None:
@@ -129,10 +124,6 @@ def _partial(program: GraphProgram) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _vocab(program: GraphProgram) -> int | None:
-    """How many tokens there are: the least of the dims that the first input names places of, on all ranks."""
-    graph = program.model
-=======
 def _shape(graph: Graph) -> tuple[int | None, ...]:
     """The sizes of the dims of the tokens, where they are more than batch and sequence."""
     dims = next((d for d in graph.dims.values() if d.clock == TOKENS), None)
@@ -141,9 +132,9 @@ def _shape(graph: Graph) -> tuple[int | None, ...]:
     return tuple(graph.size(name) for name in (*dims.lead, dims.name))
 
 
-def _vocab(graph: Graph) -> int | None:
-    """How many tokens there are: the least of the dims that the first input names places of."""
->>>>>>> ha
+def _vocab(program: GraphProgram) -> int | None:
+    """How many tokens there are: the least of the dims that the first input names places of, on all ranks."""
+    graph = program.model
     first = graph.body.inputs[0].name if graph.body.inputs else None
     found = [
         _whole_size(graph, node.bound(formal)[0], program)

@@ -100,22 +100,17 @@ class Model(Filled):
                 )
         return [given[name] for name in wanted]
 
-<<<<<<< HEAD
-    def _at(self, tokens: Tensor, position: Tensor | None, document: Tensor | None, valid: Tensor | None) -> At:
-        at = At(tokens.shape, tokens.device, position, document, valid)
-        at.mesh = self.mesh
-        if self.axes and self.mesh is None:
-            raise RuntimeError(f"{type(self).__name__} is one rank's part of a model: give it its `mesh` first")
-        return at
-=======
     def _rows(self, tokens: Tensor, *coordinates: Tensor | None) -> At:
         """The coordinates of tokens. Raises ValueError where these do not have the dims that the model reads."""
         wanted = zip(self.shape, tokens.shape, strict=False)
         if tokens.dim() != len(self.shape) or any(size not in (None, found) for size, found in wanted):
             sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
             raise ValueError(f"{type(self).__name__}: tokens are {list(tokens.shape)}, must be [{sizes}]")
-        return At(tokens.shape, tokens.device, *coordinates)
->>>>>>> ha
+        if self.axes and self.mesh is None:
+            raise RuntimeError(f"{type(self).__name__} is one rank's part of a model: give it its `mesh` first")
+        at = At(tokens.shape, tokens.device, *coordinates)
+        at.mesh = self.mesh
+        return at
 
     # Whole documents.
 
@@ -128,11 +123,7 @@ class Model(Filled):
         **more: Tensor,
     ) -> Tensor:
         """tokens int64[batch, seq] -> logits [batch, seq, vocab]; document, position, valid as in `At`."""
-<<<<<<< HEAD
-        at = self._at(tokens, position, document, valid)
-=======
         at = self._rows(tokens, position, document, valid)
->>>>>>> ha
         return self.run(tokens, *self._more(more, at), at, STATELESS)
 
     def losses(
@@ -147,11 +138,7 @@ class Model(Filled):
 
         With `gathered`, as a training step asks, the losses that blocks state beside the objective are there, too.
         """
-<<<<<<< HEAD
-        at = self._at(tokens, None, document, valid)
-=======
         at = self._rows(tokens, None, document, valid)
->>>>>>> ha
         at.gathered = gathered
         return self.losses_of(tokens, *self._more(more, at, self.scored), at)
 
@@ -159,11 +146,7 @@ class Model(Filled):
         self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None, **more: Tensor
     ) -> dict[str, Tensor]:
         """{loss: number of scored tokens}: without weights, so that micro-batches can be added up first."""
-<<<<<<< HEAD
-        at = self._at(tokens, None, document, valid)
-=======
         at = self._rows(tokens, None, document, valid)
->>>>>>> ha
         return self.counts_of(tokens, *self._more(more, at, self.scored), at)
 
     # Other models, which an objective asks.

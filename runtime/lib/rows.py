@@ -162,7 +162,6 @@ class At:
         """bool [batch, seq]: `valid`, also where all rows are."""
         return self.valid if self.valid is not None else torch.ones_like(self.position, dtype=torch.bool)
 
-<<<<<<< HEAD
     def part(self, *axes: str) -> At:
         """The rows of this rank, where the sequence is split over axes of the mesh."""
         if ("part", axes) not in self.memo:
@@ -184,7 +183,7 @@ class At:
             made.memo["since"] = self.since[:, here]
             self.memo["part", axes] = made
         return self.memo["part", axes]
-=======
+
     def flat(self) -> At:
         """The same rows as [batch, seq]; what is found for them once a call is found for both."""
         if "flat" not in self.memo:
@@ -192,7 +191,6 @@ class At:
             self.memo["flat"].lead = (self.batch,)
         flat: At = self.memo["flat"]
         return flat
->>>>>>> ha
 
     def quiet(self) -> At:
         """These coordinates for another model, whose losses and sums nobody asks for."""

@@ -29,18 +29,10 @@ def emit(use: Any) -> str:
 def count(use: Any) -> str:
     """The number of places of a loss: valid rows, or batch rows, times the static dims."""
     if len(use.operands) > 1:
-<<<<<<< HEAD
         return f"lib.count_rows({use.args[1]}, {use.rows_of(1)}, {_rows(use) or ()})"
-    static = 1
-    for d in use.bound("D"):
-        static *= use.graph.size(d) or 1
-    rows = f"{use.rows_of(0)}.count()" if _rows(use) is not None else "at.batch"
-=======
-        return f"lib.count_rows({use.args[1]}, at, {_rows(use) or ()})"
     along = [use.graph.dims[d] for d in use.bound("D") if use.graph.dims[d].clock is not None]
     static = prod(use.graph.size(d) or 1 for d in use.bound("D") if not any(d in (*s.lead, s.name) for s in along))
-    rows = "at.count()" if along else "at.lead[0]"
->>>>>>> ha
+    rows = f"{use.rows_of(0)}.count()" if along else "at.lead[0]"
     return rows if static == 1 else f"{static} * {rows}"
 
 
