@@ -60,6 +60,10 @@ class Use:
     def weight_sizes(self, weight: str | None) -> tuple[int, ...]:
         return self.dim_sizes(self.graph.values[weight or ""].type.dims)
 
+    def is_batch(self, dim: str) -> bool:
+        """Whether a dim numbers the rows of a batch: the first of what positions vary along."""
+        return any(d.clock == TOKENS and d.lead[:1] == (dim,) for d in self.graph.dims.values())
+
     def is_cut(self, formal: str) -> bool:
         """Whether a dim of a formal is one rank's part."""
         return any(self.graph.dims[d].axes for d in self.node.bound(formal))

@@ -11,6 +11,7 @@ from ..dsl import syntax as sx
 from ..dsl.checkpoint import tensor_map
 from ..dsl.diagnostics import Diagnostic, SpecError, fail
 from ..dsl.elaborate import Lent, elaborate, entries, is_complete
+from ..dsl.layout import layout_of
 from ..dsl.load import File, Found, load, load_text, standard_index
 from ..dsl.names import check_names
 from ..dsl.program import Program
@@ -69,9 +70,26 @@ def check_file(file: File) -> Checked:
             programs[name] = program_of(file, name)
         except SpecError as error:
             found.extend(d for d in error.diagnostics if d not in found)
+    found.extend(_layout_errors(file, programs))
     if found:
         raise SpecError(found)
     return Checked(file, programs)
+
+
+def _layout_errors(file: File, programs: dict[str, Program]) -> list[Diagnostic]:
+    """What is wrong with the layouts that a file declares, by themselves and for its last model."""
+    found: list[Diagnostic] = []
+    own = [name for name, d in file.declared.items() if getattr(d, "keyword", "") == "layout"]
+    for name in own:
+        try:
+            layout = layout_of(file, name)
+            if programs:
+                from ..lowering.pipeline import lower  # networkx: only where there is a layout
+
+                lower(list(programs.values())[-1], layout=layout)
+        except SpecError as error:
+            found.extend(d for d in error.diagnostics if d not in found)
+    return found
 
 
 def proved(file: File, model: str | None = None, overrides: Mapping[str, Any] | None = None) -> Program:

@@ -221,11 +221,11 @@ def _uneven(graph: Graph, dim: str, size: int, axis: str, ranks: int, split: Spl
     """7 heads do not go 2 ways: with the numbers of ranks that do."""
     fits = [n for n in range(1, max(size, ranks) + 1) if size % n == 0 or (shared and n % size == 0)]
     below, above = [n for n in fits if n < ranks][-1:], [n for n in fits if n > ranks][:1]
-    near = " or ".join(str(n) for n in [*below, *above])
+    near = " or ".join(f"`{axis} = {n}`" for n in [*below, *above])
     span = graph.body.span
     return fail("uneven-split", f"`{dim}` = {size} does not divide over the {ranks} ranks of `{axis}`", split.span,
                 f"{size} / {ranks} = {size / ranks:g}", (Label(span, f"`{dim}` is a dim of `{graph.body.block}`"),),
-                help=f"`{axis} = {near}` would do")  # fmt: skip
+                help=f"{near} would do")  # fmt: skip
 
 
 def local_size(size: int | None, atoms: tuple[str, ...], mesh: Mesh) -> int | None:

@@ -3,6 +3,7 @@
 from . import spmd
 from .attend import Source, attend
 from .buffers import STATELESS, Slots
+from .chance import dropout
 from .clocks import Clock, on, summarise
 from .conv import Conv, ParallelConv, causal_conv, conv_behind, rows_before
 from .experts import route, top_k
@@ -59,6 +60,7 @@ __all__ = [
     "conv_behind",
     "count_rows",
     "cross_entropy",
+    "dropout",
     "embed",
     "embed_part",
     "empty",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .buffers import STATELESS, Slots
+from .chance import name_sites
 from .clocks import Clock, on
 from .filled import Beside, Filled
 from .gathered import Gathered
@@ -57,6 +58,9 @@ class Model(Filled):
     partial: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     # What the objective owns; none of the modules of this one, so that it is not saved with it.
     beside: Beside | None = None
+    # What random numbers depend on, and how many rows of the whole batch stand before those of this rank's first.
+    chance: int | None = None
+    before: int = 0
     # Why the model cannot be decoded token by token, where it cannot.
     late: str | None = None
 
@@ -109,7 +113,10 @@ class Model(Filled):
         if self.axes and self.mesh is None:
             raise RuntimeError(f"{type(self).__name__} is one rank's part of a model: give it its `mesh` first")
         at = At(tokens.shape, tokens.device, *coordinates)
-        at.mesh = self.mesh
+        if not hasattr(self, "site"):
+            name_sites(self)
+        at.mesh, at.chance = self.mesh, self.chance
+        at.before = self.before + (self.mesh.place(*self.rows) * at.batch if self.mesh is not None and self.rows else 0)
         return at
 
     # Whole documents.

@@ -19,18 +19,18 @@ def recompute(run: Callable[..., Any], at: At, *given: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return run(*given)
-    ran = [False]
+    ran, uses = [False], dict(at.uses)
 
     def once(*inputs: Any) -> Any:
         if not ran[0]:
             ran[0] = True
             return run(*inputs)
-        stated = at.gathered, at.losses
+        stated, at.uses = (at.gathered, at.losses, at.uses), dict(uses)
         at.gathered, at.losses = None if stated[0] is None else Gathered(), {}
         try:
             return run(*inputs)
         finally:
-            at.gathered, at.losses = stated
+            at.gathered, at.losses, at.uses = stated
 
     # Random numbers are counted, not drawn from a state: there is none to keep.
     return checkpoint(once, *given, use_reentrant=False, preserve_rng_state=False)

@@ -61,6 +61,8 @@ class At:
     valid:    bool [batch, seq]; rows that are False are padding: they see and change nothing.
     starts:   bool [batch, seq], rows that start a document; None where only row 0 of each batch row does.
     step:     the stream's `Step`, in prefill and decode only.
+    before: how many rows of the batch stand before these, on other ranks or in other micro-batches.
+    chance: what random numbers of this call depend on; None draws it from torch's generator when it is first asked.
     mesh: where this rank stands among others, in a module that is laid out over several.
     gathered: takes what blocks state beside their results, in training; None where nobody asked. `losses` are theirs.
     """
@@ -82,6 +84,9 @@ class At:
         self.memo: dict[Any, Any] = {}
         self.gathered: Gathered | None = None
         self.mesh: Any = None
+        self.before = 0
+        self.chance: int | None = None
+        self.uses: dict[Any, int] = {}
         self.losses: dict[str, Tensor] = {}
         position, document, valid = (x if x is None else self._flat(x) for x in (position, document, valid))
         self._position = position
@@ -191,6 +196,12 @@ class At:
             self.memo["flat"].lead = (self.batch,)
         flat: At = self.memo["flat"]
         return flat
+
+    def draw(self) -> int:
+        """The number that this call's random numbers depend on."""
+        if self.chance is None:
+            self.chance = int(torch.randint(2**62, ()))
+        return self.chance
 
     def quiet(self) -> At:
         """These coordinates for another model, whose losses and sums nobody asks for."""
