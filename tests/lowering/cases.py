@@ -194,6 +194,7 @@ def run(
     if at is None and case.sequence:
         batch = math.prod(case.size(d) for d in case.lead)
         at = lib.At((batch, case.size(case.sequence)), None, document=document)
+    at = lib.At((1, 1)) if at is None else at
     weights = {a.name: tensors[a.name] for a in case.given if a.weight}
     names = {"torch": torch, "F": F, "lib": lib, "at": at, "state": lib.STATELESS if state is None else state}
     names |= {"self": _owner(code, weights, training), **code.masks}
