@@ -104,7 +104,8 @@ def _pipe(program: GraphProgram) -> str:
     if pipe is None:
         return ""
     owns = "".join(f"\n{' ' * 12}{stage.owns!r}," for stage in pipe.stages)
-    return f'lib.Pipe(\n        "{pipe.axis}", {pipe.size}, {pipe.chunks}, {pipe.microbatches},\n        ({owns}\n        ),\n    )'
+    numbers = f'"{pipe.axis}", {pipe.size}, {pipe.chunks}, {pipe.microbatches}'
+    return f"lib.Pipe(\n        {numbers},\n        ({owns}\n        ),\n    )"
 
 
 def _rows(program: GraphProgram) -> tuple[str, ...]:

@@ -471,7 +471,7 @@ class Writer:
                 sizes.append(f"{rows}.seq // at.mesh.size({parts_of})" if dim.axes else f"{rows}.seq")
             else:
                 node = self.graph.producers[value]
-                raise fail("not-built-yet", f"a border of stages where `{name}` crosses is not built yet", node.spans[0])
+                raise fail("not-built-yet", f"a border of stages that `{name}` crosses is not built yet", node.spans[0])
         return f"({', '.join(sizes)},)"
 
     def stated(self) -> list[Line]:

@@ -171,8 +171,8 @@ class Op:
     what is contracted with a weight.
 
     What a cut over ranks must know: `rigid` formals are needed whole; `offset` those of `index` that can be told where
-    a rank's part begins; `lift(node, graph)` takes a use with a statistic, a window or a scan apart into uses that can be
-    cut. Of those: `hands_over` says that the result is each rank's own, `handed` names operands that are each rank's
+    a rank's part begins; `lift(node, graph)` takes a use with a statistic, a window or a scan apart into uses that can
+    be cut. Of those: `hands_over` says that the result is each rank's own, `handed` names operands that are each rank's
     own, `meets` that ranks tell each other something in it.
 
     `verify(node, graph)` raises `SpecError` for a use that only the whole body shows to be wrong.

@@ -39,7 +39,8 @@ def mark_recompute(program: GraphProgram) -> GraphProgram:
         for node in graph.nodes:
             names = _names(node)
             if node.op not in STRUCTURE:
-                chosen = [s for s, now in zip(layout.recompute, states, strict=True) if s.accepts(s.advance(now, names))]
+                each = zip(layout.recompute, states, strict=True)
+                chosen = [s for s, now in each if s.accepts(s.advance(now, names))]
                 hits.update(chosen)
                 own.setdefault(node.name, set()).add(bool(chosen))
                 continue
@@ -52,11 +53,11 @@ def mark_recompute(program: GraphProgram) -> GraphProgram:
                 after, taken = [], bool(every)
                 for s, now in zip(layout.recompute, states, strict=True):
                     known = (instance.name, body.body.block)
-                    each = {s.advance(now, known, (i, count) if count else None) for i in range(max(1, count))}
-                    if len(each) != 1:
+                    ends = {s.advance(now, known, (i, count) if count else None) for i in range(max(1, count))}
+                    if len(ends) != 1:
                         raise fail("not-built-yet", "recomputing some iterations of one block is not built yet",
                                    layout.span, help=f"`recompute {s.steps[-1].name}` recomputes all")  # fmt: skip
-                    after.append(each.pop())
+                    after.append(ends.pop())
                     if s.accepts(after[-1]):
                         hits.add(s)
                         taken = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ...dsl.diagnostics import fail
 from ...dsl.layout import Stages
@@ -58,7 +58,7 @@ def _sizes(layers: int, stages: int, told: Stages, program: GraphProgram) -> tup
         raise fail("stages-do-not-fit", f"`{name}` has {layers} layers, which is too few for {stages} stages",
                    told.span, help=f"at most {layers} stages")  # fmt: skip
     borders = [layers * i // stages for i in range(stages + 1)]
-    return tuple(b - a for a, b in zip(borders, borders[1:], strict=False))
+    return tuple(b - a for a, b in pairwise(borders))
 
 
 def _check(told: Stages, ranks: int) -> None:
@@ -68,7 +68,8 @@ def _check(told: Stages, ranks: int) -> None:
     if told.chunks > 1 and told.microbatches % ranks:
         near = ranks * (told.microbatches // ranks + 1)
         raise fail("too-few-microbatches", f"an interleaved schedule takes micro-batches in groups of {ranks}",
-                   told.span, f"{told.microbatches} is no multiple", help=f"`microbatches = {near}` would do")  # fmt: skip
+                   told.span, f"{told.microbatches} is no multiple",
+                   help=f"`microbatches = {near}` would do")  # fmt: skip
 
 
 def _split(root: Graph, sizes: tuple[int, ...]) -> tuple[Graph, dict[str, int], dict[str, str]]:
@@ -143,8 +144,8 @@ def _stages(graph: Graph, where: dict[str, int], count: int) -> tuple[Stage, ...
     takes: list[tuple[str, ...]] = [()] * count
     wanted: set[str] = set()
     for i in reversed(range(1, count)):  # what a later stage reads goes through those between
-        produced_here = {r.name for n in graph.nodes if n.name in made[i].nodes and n.name not in free for r in n.results}
-        wanted = (wanted - produced_here) | made[i].reads
+        here = (n for n in graph.nodes if n.name in made[i].nodes and n.name not in free)
+        wanted = (wanted - {r.name for n in here for r in n.results}) | made[i].reads
         takes[i] = tuple(v for v in graph.values if v in wanted)
     found = []
     for i in range(count):

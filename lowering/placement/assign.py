@@ -59,7 +59,7 @@ def assign(program: GraphProgram, layout: Layout) -> Assignment:
         for dim, splits in wanted.get(graph.name, {}).items():
             atoms = tuple(atom for s in splits for axis in s.axes for atom in mesh.names(axis))
             size = graph.dims[dim].size
-            own[dim] = _fitting(size, tuple(sorted(atoms, key=mesh.names().index)), mesh)
+            own[dim] = fitting(size, tuple(sorted(atoms, key=mesh.names().index)), mesh)
         found.dims[graph.name] = own
     return found
 
@@ -147,7 +147,7 @@ def _once(dim: str, splits: tuple[Split, ...]) -> None:
             seen[axis] = split
 
 
-def _fitting(size: int | None, atoms: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
+def fitting(size: int | None, atoms: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
     """The outer factors that a dim has places for."""
     if size is None:
         return atoms
@@ -192,7 +192,8 @@ def _factored(program: GraphProgram, layout: Layout, wanted: Wanted, errors: Col
             graph, dim, split = cuts[axis][wrong[1] if wrong[1] in cuts[axis] else wrong[0]]
             with errors.collecting():
                 raise fail("not-built-yet", f"`{axis}` would be factored at {wrong[0]} and at {wrong[1]} ranks, which "
-                           "do not nest; that is not built yet", split.span, f"because of `{dim}` in `{graph.name}`")  # fmt: skip
+                           "do not nest; that is not built yet", split.span,
+                           f"because of `{dim}` in `{graph.body.block}`")  # fmt: skip
             continue
         sizes = [b // a for a, b in pairwise(chain)]
         names = [axis] if len(sizes) == 1 else [f"{axis}.{i}" for i in range(len(sizes))]
@@ -201,7 +202,7 @@ def _factored(program: GraphProgram, layout: Layout, wanted: Wanted, errors: Col
 
 
 def _shared(graph: Graph) -> Iterator[tuple[str, str]]:
-    """(dim, dim that it divides into runs) for each pair of grouped dims: the first may have fewer places than ranks."""
+    """(dim, dim that it divides into runs) for each pair of grouped dims: the first may have less places than ranks."""
     for node in (n for n in graph.nodes if n.op not in STRUCTURE):
         for formal, other in op_of(node).grouped:
             if op_of(node).setting(other) is None:

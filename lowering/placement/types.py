@@ -141,14 +141,14 @@ def steps(have: Place, want: Place, mesh: Mesh) -> tuple[Step, ...]:
     order = mesh.names()
     made: list[Step] = []
     now, back = have, want
-    for i, atoms in enumerate(have.splits):
-        kept = tuple(a for a in atoms if a in want.splits[i]) if i < len(want.splits) else ()
-        if atoms[: len(kept)] != kept:  # what stays split inside of what is gathered is gathered and split anew
+    for i, held in enumerate(have.splits):
+        kept = tuple(a for a in held if a in want.splits[i]) if i < len(want.splits) else ()
+        if held[: len(kept)] != kept:  # what stays split inside of what is gathered is gathered and split anew
             for atom in kept:
                 back = back.put(atom, N if not have.has_gradient else R, order)
     gathered = [a for a in reversed(order) if isinstance(now.on(a), int) and now.on(a) != back.on(a)]
     other = [a for a in order if not isinstance(now.on(a), int) and now.on(a) != back.on(a)]
-    for target, atoms in ((back, [*gathered, *other]), (want, list(order))):
+    for target, atoms in ((back, gathered + other), (want, list(order))):
         for atom in atoms:
             src, dst = now.on(atom), target.on(atom)
             if src == dst:

@@ -7,13 +7,20 @@ is worked out in parts; one that is read as a whole (keys under a mask) is neede
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from ...dsl.program import Node
-from ..graph import Graph, op_of
+from ...dsl.program import Node, Value
+from ..graph import op_of
 from ..op import Op
 
 Slot = tuple[str, str, tuple[tuple[str, str | None], ...]]
+
+
+class Values(Protocol):
+    """What is asked of a graph: its values by name, on whole dims."""
+
+    @property
+    def values(self) -> dict[str, Value]: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Cut:
     parts: str | None = None
 
 
-def slots(node: Node, graph: Graph) -> tuple[tuple[str, tuple[tuple[str, str | None], ...]] | None, ...]:
+def slots(node: Node, graph: Values) -> tuple[tuple[str, tuple[tuple[str, str | None], ...]] | None, ...]:
     """For each operand its name in the signature, and (dim, formal) for each of its dims; leading dims have None."""
     op = op_of(node)
     named = [o for o in op.signature.operands if not o.repeated]
@@ -62,7 +69,7 @@ def _formals(op: Op, node: Node, operand: Any, dims: tuple[str, ...], which: int
     return tuple(found.items())
 
 
-def cut_of(node: Node, graph: Graph, dim: str, together: Any) -> Cut | None:
+def cut_of(node: Node, graph: Values, dim: str, together: Any) -> Cut | None:
     """How a use is computed with a dim cut over a factor of the mesh, None where it cannot be.
 
     `together(first, other)` says of two grouped dims how they meet on this factor: "both" are cut, only the "first"
@@ -105,11 +112,11 @@ def _parts(op: Op, node: Node, dim: str, together: Any) -> str | None:
     """The setting that counts equal runs of a dim, each with a statistic of its own, where a cut falls between runs."""
     for formal, name in op.grouped:
         if op.setting(name) is not None and node.bound(formal)[0] == dim:
-            return name if together(dim, (name, node.attr(name, op.setting(name).default))) == "both" else None
+            return name if together(dim, (name, node.attr(name, 1))) == "both" else None
     return None
 
 
-def _joint(op: Op, node: Node, graph: Graph, dim: str, together: Any) -> tuple[str, ...] | None:
+def _joint(op: Op, node: Node, graph: Values, dim: str, together: Any) -> tuple[str, ...] | None:
     """The dims that are cut with one: what divides it into runs, and what it divides."""
     for formal, other in op.grouped:
         if op.setting(other) is not None:

@@ -21,7 +21,7 @@ _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293
 def name_sites(model: nn.Module) -> None:
     """Give each module a number of its own, from its path in the spec: what it draws is its own."""
     for path, module in model.named_modules():
-        module.site = zlib.crc32(spec_path(model, path).encode()) if path else 0  # type: ignore[assignment]
+        module.site = zlib.crc32(spec_path(model, path).encode()) if path else 0
 
 
 def _mixed(x: Tensor) -> Tensor:

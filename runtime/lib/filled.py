@@ -50,5 +50,6 @@ class Filled(nn.Module):
                 castable.append(holder)
         return castable
 
+
 class Beside(Filled):
     """What an objective owns: trained with a model, and no part of it."""

@@ -69,7 +69,8 @@ def initialise(module: nn.Module, table: Mapping[str, tuple[Any, ...]], seed: in
     unknown = sorted(set(table) - set(entries.values()))
     if missing or unknown:
         raise ValueError(f"initialise: no entry for {missing}, no parameter for {unknown}")
-    stored, mesh = getattr(module, "stored", None), getattr(module, "mesh", None)
+    stored: Any = getattr(module, "stored", None)
+    mesh: Any = getattr(module, "mesh", None)
     for path, view in views.items():
         kind, *values = table[entries[path]]
         if not stored:

@@ -280,13 +280,11 @@ def ssd_before(decay: Tensor, state: Tensor, group: Group) -> Tensor:
     entering = torch.zeros_like(states[0])
     for rank in range(group.size):  # all of them, so that each rank takes part in the backward of the gathers
         further = decays[rank][..., None, None] * entering + states[rank]
-        entering = further if rank < group.rank else torch.where(further.new_zeros((), dtype=torch.bool), further, entering)
+        entering = torch.where(torch.tensor(rank < group.rank, device=state.device), further, entering)
     return entering
 
 
-def ssd_behind(
-    y: Tensor, dt: Tensor, c: Tensor, A_log: Tensor, dt_bias: Tensor, enter: Tensor, at: At
-) -> Tensor:
+def ssd_behind(y: Tensor, dt: Tensor, c: Tensor, A_log: Tensor, dt_bias: Tensor, enter: Tensor, at: At) -> Tensor:
     """y [B, T, H, P] of rows by themselves, and what a state that enters [B, H, P, N] adds to those of its document."""
     _, logs = _logs(dt, A_log, dt_bias, at)
     scale = torch.where((at.segment == 0)[..., None], logs.cumsum(1).exp(), 0)
