@@ -143,7 +143,8 @@ def steps(have: Place, want: Place, mesh: Mesh) -> tuple[Step, ...]:
     now, back = have, want
     for i, atoms in enumerate(have.splits):
         kept = tuple(a for a in atoms if a in want.splits[i]) if i < len(want.splits) else ()
-        if atoms[: len(kept)] != kept:  # what stays split inside of what is gathered is gathered and split anew
+        # What stays split inside of what is gathered, or of what is yet to be split, is gathered and split anew.
+        if atoms[: len(kept)] != kept or kept and want.splits[i][: len(kept)] != kept:
             for atom in kept:
                 back = back.put(atom, N if not have.has_gradient else R, order)
     gathered = [a for a in reversed(order) if isinstance(now.on(a), int) and now.on(a) != back.on(a)]
