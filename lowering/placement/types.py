@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from ...dsl.diagnostics import InternalError
 
@@ -141,12 +141,18 @@ def steps(have: Place, want: Place, mesh: Mesh) -> tuple[Step, ...]:
     order = mesh.names()
     made: list[Step] = []
     now, back = have, want
-    for i, atoms in enumerate(have.splits):
-        kept = tuple(a for a in atoms if a in want.splits[i]) if i < len(want.splits) else ()
-        # What stays split inside of what is gathered, or of what is yet to be split, is gathered and split anew.
-        if atoms[: len(kept)] != kept or kept and want.splits[i][: len(kept)] != kept:
-            for atom in kept:
-                back = back.put(atom, N if not have.has_gradient else R, order)
+    for i, atoms in enumerate(want.splits):
+        before = have.splits[i] if i < len(have.splits) else ()
+        stay = len([*takewhile(lambda pair: pair[0] == pair[1], zip(before, atoms, strict=False))])
+        again = [a for a in atoms[stay:] if a in before]
+        moved = [a for a in atoms[stay:] if a not in before and isinstance(have.on(a), int)]
+        added = [a for a in atoms[stay:] if a not in before]
+        alike = moved == added and len({(mesh.axis(a), have.on(a)) for a in moved}) == 1
+        if again or moved and not (alike and stay == len(before)):  # what is split inside of what comes later is whole first, then all in order
+            for atom in added:
+                back = back.put(atom, have.on(atom), order)
+            for atom in (*again, *moved):
+                back = back.put(atom, R if have.has_gradient else N, order)
     gathered = [a for a in reversed(order) if isinstance(now.on(a), int) and now.on(a) != back.on(a)]
     other = [a for a in order if not isinstance(now.on(a), int) and now.on(a) != back.on(a)]
     for target, atoms in ((back, [*gathered, *other]), (want, list(order))):
