@@ -153,7 +153,7 @@ def steps(have: Place, want: Place, mesh: Mesh) -> tuple[Step, ...]:
                 back = back.put(atom, have.on(atom), order)
             for atom in (*again, *moved):
                 back = back.put(atom, R if have.has_gradient else N, order)
-    gathered = [a for a in reversed(order) if isinstance(now.on(a), int) and now.on(a) != back.on(a)]
+    gathered = [a for atoms in have.splits for a in reversed(atoms) if now.on(a) != back.on(a)]
     other = [a for a in order if not isinstance(now.on(a), int) and now.on(a) != back.on(a)]
     for target, atoms in ((back, [*gathered, *other]), (want, list(order))):
         for atom in atoms:
