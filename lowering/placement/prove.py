@@ -91,7 +91,8 @@ class _Proof:
         return tuple(self.found)
 
     def note(self, graph: str, value: str, factor: str | None, expected: str, found: str, span: Span = NOWHERE) -> None:
-        self.found[Finding(graph, value, factor, expected, found, span)] = None
+        where = self.program.graphs[graph].body.span if span is NOWHERE else span
+        self.found[Finding(graph, value, factor, expected, found, where)] = None
 
     def _mesh(self) -> None:
         """The factors of an axis have its ranks together."""
@@ -99,6 +100,8 @@ class _Proof:
         if layout is None:
             return
         for axis, size in layout.mesh:
+            if layout.stages is not None and axis == layout.stages.axis:
+                continue  # the ranks of a pipeline run other layers, not other parts
             ranks = prod(a.size for a in self.mesh.atoms if a.axis == axis)
             if ranks != size:
                 self.note(self.program.program.root, axis, axis, f"factors of {size} ranks", f"{ranks} ranks")
@@ -224,7 +227,9 @@ class _Walk:
         return [self._as_typed(r, k) for r, k in zip(node.results, use.results(self.proof.rows), strict=True)]
 
     def _behind(self, node: Node, have: list[Known | None]) -> list[Known | None]:
-        """Behind the step all sums are made, and everything is whole on every rank."""
+        """Behind the step all sums are made, and everything is whole on every rank: nothing is left to be told."""
+        if node.op == "convert":
+            raise Unproved(node.name, None, "no conversion behind the step", str(node.attr("kind")))
         for name, k in zip(node.operands, have, strict=True):
             for atom in self.mesh.names() if k is not None and name not in self.sums else ():
                 if k is not None and k.on(atom) not in (N, R, I):
