@@ -331,4 +331,3 @@ class _Walk:
     def _span(self, name: str) -> Span:
         node = self.graph.producers.get(name)
         return NOWHERE if node is None else span_of(node)
-

@@ -148,15 +148,16 @@ def steps(have: Place, want: Place, mesh: Mesh) -> tuple[Step, ...]:
         moved = [a for a in atoms[stay:] if a not in before and isinstance(have.on(a), int)]
         added = [a for a in atoms[stay:] if a not in before]
         alike = moved == added and len({(mesh.axis(a), have.on(a)) for a in moved}) == 1
-        if again or moved and not (alike and stay == len(before)):  # what is split inside of what comes later is whole first, then all in order
+        # What is split inside of what comes later is whole first, then all in order.
+        if again or moved and not (alike and stay == len(before)):
             for atom in added:
                 back = back.put(atom, have.on(atom), order)
             for atom in (*again, *moved):
                 back = back.put(atom, R if have.has_gradient else N, order)
     gathered = [a for atoms in have.splits for a in reversed(atoms) if now.on(a) != back.on(a)]
     other = [a for a in order if not isinstance(now.on(a), int) and now.on(a) != back.on(a)]
-    for target, atoms in ((back, [*gathered, *other]), (want, list(order))):
-        for atom in atoms:
+    for target, todo in ((back, [*gathered, *other]), (want, [*order])):
+        for atom in todo:
             src, dst = now.on(atom), target.on(atom)
             if src == dst:
                 continue
