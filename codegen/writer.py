@@ -500,7 +500,7 @@ class Writer:
     def count_of(self, loss: str) -> tuple[str, tuple[Node, ...]]:
         """The number of places that a loss is a sum over, and the nodes that must run for it."""
         node = self.graph.producers[loss]
-        while _pointwise(node):  # a loss times a number
+        while node.op == "convert" or _pointwise(node):  # the same loss in another place, or times a number
             node = self.graph.producers[next(o for o in node.operands if o is not None)]
         wanted = {node.operands[1]} if len(node.operands) > 1 else set()
         needed: list[Node] = []

@@ -163,7 +163,7 @@ class Op:
     `per_weight` are the operations a row for each element of its weights, where that is all an op does;
     `coordinates` is true if it reads position and document of its sequence. `stacked` names the op that does several
     of these side by side, `epilogues` are pointwise ops that it can apply to its result.
-    `random` ops draw anew each time, so equal ones are not one.
+    `random` ops draw anew each time, so equal ones are not one; through `detached` ones no gradient flows.
 
     What a cut of a dim must know: `grouped` are pairs of a formal and what divides it into equal runs (another formal
     of one dim, or a setting), each run with something of its own; `coupled` formals of which places belong together in
@@ -196,6 +196,7 @@ class Op:
     stacked: str | None = None
     epilogues: tuple[str, ...] = ()
     random: bool = False
+    detached: bool = False
     grouped: tuple[tuple[str, str], ...] = ()
     coupled: tuple[str, ...] = ()
     scored: str | None = None

@@ -14,6 +14,7 @@ from .passes.fuse_parallel import fuse_parallel
 from .passes.hoist import hoist
 from .passes.infer_types import infer_types
 from .passes.mark_recompute import mark_recompute
+from .passes.prove_placement import prove_placement
 from .passes.settle import settle
 from .passes.shard import shard
 from .passes.stage import stage
@@ -25,6 +26,7 @@ PASSES: tuple[Pass, ...] = (
     settle,  # before fusion, which may join what runs at different times
     hoist,  # before fusion, which must not mix constants with data
     shard,  # before fusion, whose products must be of parts that lie alike; identity without a layout
+    prove_placement,  # behind shard, and at once: what follows joins what is on one rank
     stage,  # behind placement: what crosses a border has its type
     mark_recompute,  # behind placement: a collective inside is made again, too
     fuse_parallel,  # before state, which belongs to the fused op

@@ -41,7 +41,7 @@ class _Sharder:
         self.order = self.mesh.names()
         self.signatures: dict[str, Signature] = {}
         self.graphs: dict[str, Graph] = {}
-        self.laid = Laid(self.mesh)
+        self.laid = Laid(self.mesh, whole=program.graphs)
         self.wants: dict[str, dict[str, dict[str, set[str]]]] = {}
         self._splitting: dict[str, frozenset[str]] = {}
 

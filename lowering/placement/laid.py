@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..graph import Graph
 from .types import I, Mesh, Place, R
 
 
@@ -50,6 +51,7 @@ class Laid:
     """`places[graph][value]`: where each value is; `weights[graph][weight]` how each is stored.
 
     `sums[graph][name]` are the factors over which what a block states (`loss:lm`, `sum:load`, `mean:name`) is partial.
+    `whole` are the graphs as they were before, on whole dims.
     """
 
     mesh: Mesh
@@ -57,3 +59,4 @@ class Laid:
     weights: dict[str, dict[str, Stored]] = field(default_factory=dict)
     sums: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     pipe: Pipe | None = None
+    whole: dict[str, Graph] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from ...dsl.diagnostics import InternalError
 
@@ -141,15 +141,23 @@ def steps(have: Place, want: Place, mesh: Mesh) -> tuple[Step, ...]:
     order = mesh.names()
     made: list[Step] = []
     now, back = have, want
-    for i, held in enumerate(have.splits):
-        kept = tuple(a for a in held if a in want.splits[i]) if i < len(want.splits) else ()
-        if held[: len(kept)] != kept:  # what stays split inside of what is gathered is gathered and split anew
-            for atom in kept:
-                back = back.put(atom, N if not have.has_gradient else R, order)
-    gathered = [a for a in reversed(order) if isinstance(now.on(a), int) and now.on(a) != back.on(a)]
+    for i, atoms in enumerate(want.splits):
+        before = have.splits[i] if i < len(have.splits) else ()
+        stay = len([*takewhile(lambda pair: pair[0] == pair[1], zip(before, atoms, strict=False))])
+        again = [a for a in atoms[stay:] if a in before]
+        moved = [a for a in atoms[stay:] if a not in before and isinstance(have.on(a), int)]
+        added = [a for a in atoms[stay:] if a not in before]
+        alike = moved == added and len({(mesh.axis(a), have.on(a)) for a in moved}) == 1
+        # What is split inside of what comes later is whole first, then all in order.
+        if again or moved and not (alike and stay == len(before)):
+            for atom in added:
+                back = back.put(atom, have.on(atom), order)
+            for atom in (*again, *moved):
+                back = back.put(atom, R if have.has_gradient else N, order)
+    gathered = [a for atoms in have.splits for a in reversed(atoms) if now.on(a) != back.on(a)]
     other = [a for a in order if not isinstance(now.on(a), int) and now.on(a) != back.on(a)]
-    for target, atoms in ((back, gathered + other), (want, list(order))):
-        for atom in atoms:
+    for target, todo in ((back, [*gathered, *other]), (want, [*order])):
+        for atom in todo:
             src, dst = now.on(atom), target.on(atom)
             if src == dst:
                 continue

@@ -22,6 +22,7 @@ OPS = (
         text="logits[*, V+] -> m[*]",
         meaning="the largest of each row, through which no gradient flows; made by the compiler",
         monoid=Monoid("V", ("max",), peers="all", receiver_free=True),
+        detached=True,
         flops=lambda sizes, attrs: float(sizes["V"]),
         source="ours: part of the state of the loss's monoid",
     ),

@@ -162,7 +162,7 @@ _ANY = {"x": _KINDS, "y": _KINDS}
 OPS = (
     *(
         Op(name, "x[D] -> z[D]", meaning, infer_with=_infer, linear=LINEAR.get(name, ()), flops=_flops,
-           operand_kinds=_ANY, source="ours")
+           operand_kinds=_ANY, detached=name == "constant", source="ours")
         for name, meaning in UNARY.items()
     ),
     *(
