@@ -21,7 +21,10 @@ FLOORS = ("dsl", "lowering", "codegen", "runtime")
 ADDS = {"dsl": {"lark", "pydantic"}, "lowering": {"networkx"}, "codegen": {"jinja2"}}
 LIB = "heddle.runtime.lib"
 
-FAMILIES = ("nemotron", "llama", "mistral", "minitron", "retro", "bloom", "megatron", "gpt")
+FAMILIES = (
+    "nemotron", "llama", "mistral", "minitron", "retro", "bloom", "megatron", "gpt", "transformer_ls", "transformer-ls",
+    "long_short", "long-short", "lra", "instructretro",
+)  # fmt: skip
 # (file, family) -> why a family's name stands in the compiler. Nearly always it belongs into a spec instead.
 NAMED = {
     ("dsl/elaborate/expressions.py", "megatron"): "whose notation the `|` in a pattern string is",

@@ -1,5 +1,5 @@
 """Cross entropy over a vocabulary that is cut: the largest, the sum of exponentials and the target's logit meet across
-ranks (Megatron-LM's vocabulary-parallel cross entropy)."""
+ranks (Shoeybi et al. 2019, section 3)."""
 
 from __future__ import annotations
 
