@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..dsl.diagnostics import fail
 from ..dsl.layout import Layout
-from .compile import Artifact
+from .compile import Artifact, module_class
 from .errors import UserError
 from .lib.mesh import Axes
 from .lib.processes import Processes
@@ -81,10 +81,12 @@ def _product(sizes: Iterable[int]) -> int:
 
 def check_stored(layout: Layout) -> None:
     """Raises `SpecError` `not-built-yet` for what is to be stored in parts and cannot be yet."""
+    whole = layout.stored_over("parameters")
     for what, axes, span in layout.stored:
-        if what != "optimizer" and any(layout.size(a) > 1 for a in axes):
+        if what == "gradients" and any(layout.size(a) > 1 and a not in whole for a in axes):
             where = ", ".join(f"`{a}`" for a in axes)
-            raise fail("not-built-yet", f"storing {what} over {where} is not built yet", span, help="`optimizer` is")
+            raise fail("not-built-yet", f"storing gradients alone over {where} is not built yet", span,
+                       help="`parameters` with them, or `optimizer`, is")  # fmt: skip
 
 
 def over_of(artifact: Artifact, layout: Layout) -> Axes:
@@ -93,12 +95,19 @@ def over_of(artifact: Artifact, layout: Layout) -> Axes:
     return () if laid is None else tuple(a for x in layout.stored_over("optimizer") for a in laid.mesh.names(x))
 
 
+def axes_of(artifact: Artifact) -> dict[str, int]:
+    """The axes of the mesh of an artifact's module, the outermost first."""
+    return dict(module_class(artifact.source, artifact.name).axes)
+
+
 def groups(artifact: Artifact, over: Axes) -> list[Axes]:
     """Every set of axes along which a step of a laid out model talks, in one order on all ranks."""
     laid = artifact.lowered.laid
     assert laid is not None
     order = laid.mesh.names()
-    found: dict[Axes, None] = {order: None, over: None}
+    found: dict[Axes, None] = {tuple(axes_of(artifact)): None, over: None}
+    if laid.pipe is not None:
+        found.update(dict.fromkeys(((laid.pipe.axis,), (laid.pipe.axis, "back"))))
     for graph in artifact.lowered.graphs.values():
         for node in graph.nodes:
             found.update({tuple(axes): None for name, axes in node.attrs if name == "axes"})
@@ -125,9 +134,7 @@ def connected(
     if on_gpu:
         torch.cuda.set_device(here.local)
     patience = timedelta(seconds=timeout)
-    laid, over = artifacts[0].lowered.laid, over_of(artifacts[0], layout)
-    assert laid is not None
-    axes = {a.name: a.size for a in laid.mesh.atoms}
+    axes, over = axes_of(artifacts[0]), over_of(artifacts[0], layout)
     asked = dict.fromkeys(axes for artifact in artifacts for axes in groups(artifact, over))
     with _said(artifacts, here):
         try:

@@ -154,7 +154,7 @@ def _take_pieces(model: Model, files: list[Path], folder: Path) -> None:
     path = files[0] if len(files) == 1 else files[0].parent
     more = any(name not in boxes for name in saved.names())
     left_out = _left_out(model, folder) if more else set()
-    given = {n: saved.shape(n) for n in saved.names() if n not in left_out}
+    given = {n: saved.shape(n) for n in saved.names() if n not in left_out and (model.pipe is None or n in boxes)}
     _check_fit({n: b.whole for n, b in boxes.items()}, given, path)
     if any(saved.dtype(n) == torch.bfloat16 for n in saved.names()):
         model.cast(torch.bfloat16)

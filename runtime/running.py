@@ -25,11 +25,13 @@ from .folder import load as load_folder
 from .folder import read_spec, take_weights, weights_identity, write_spec
 from .lib import Model
 from .lib.mesh import Mesh
+from .lib.pipeline import keep_stages
 from .paths import split_entry
 from .retrieval import Asked, Feed, Index, Looked
 from .retrieval.index import tokenizer_identity
 from .train import Report, TrainConfig, train
 from .train.checkpoint import latest
+from .train.piped import check_pipe
 from .train.rows import Ranks, check_rows
 
 
@@ -71,10 +73,14 @@ def train_model(
     about |= {n: weights_identity(folder) for n, folder in folders.items()}
     with ranks_of([a for a in (artifact, judged) if a is not None], laid, config, timeout) as (mesh, ranks):
         model = instantiate(artifact, seed=config.seed, mesh=mesh)
+        if model.pipe is not None:
+            keep_stages(model)
         if start is not None:
             take_weights(model, start)
         lend_folders(model, folders)
         judge = instantiate(judged, seed=None, mesh=mesh) if judged is not None else None
+        if judge is not None and judge.pipe is not None:
+            keep_stages(judge)
         feeds = feeds_of(model, give, tokenizer)
         _check_inputs(model, feeds)
         # What one rank writes for all is there before the others look for it.
@@ -103,7 +109,9 @@ def ranks_of(
 
     if layout is not None:
         check_stored(layout)
-        check_rows(module_class(artifacts[0].source, artifacts[0].name), config)
+        kind = module_class(artifacts[0].source, artifacts[0].name)
+        check_rows(kind, config)
+        check_pipe(kind, config)
     here = world()
     check_fits(layout, here)
     if layout is None or here.size == 1:

@@ -38,21 +38,29 @@ class Gathered:
         self.means[name, axes] = [before[0] + total.detach(), before[1] + count]
 
     @torch.no_grad()
-    def settle(self, mesh: Mesh | None = None) -> dict[str, float]:
+    def settle(self, mesh: Mesh | None = None, stages: tuple[str, tuple[str, ...]] | None = None) -> dict[str, float]:
         """Update every buffer, and give the metrics; those of one name are averaged over the blocks that state them.
-        On a mesh the sums of all its ranks are made first."""
+
+        On a mesh the sums of all its ranks are made first. stages: the axis whose ranks have other blocks each, and all
+        names that any of them states.
+        """
         if mesh is not None:
             self._sum_over(mesh)
         found: dict[str, list[float]] = {}
         for block, sums in self.sums.items():
             for name, value in block.after_step(sums).items():  # type: ignore[operator]
                 found.setdefault(name, []).append(float(value))
-        metrics = {name: sum(values) / len(values) for name, values in found.items()}
-        means: dict[str, list[Any]] = {}
+        means: dict[str, tuple[float, float]] = {}
         for (name, _), (total, count) in self.means.items():
-            before = means.setdefault(name, [0.0, 0])
-            means[name] = [before[0] + float(total), before[1] + int(count)]
-        return metrics | {name: total / max(1, count) for name, (total, count) in means.items()}
+            before = means.get(name, (0.0, 0))
+            means[name] = before[0] + float(total), before[1] + int(count)
+        metrics = {name: (sum(values), len(values)) for name, values in found.items()} | means
+        if mesh is not None and stages is not None:
+            axis, names = stages
+            own = torch.tensor([metrics.get(name, (0.0, 0)) for name in names], dtype=torch.float64).view(-1, 2)
+            whole = mesh[axis].all_reduce(own)
+            metrics = {name: (float(t), float(n)) for name, (t, n) in zip(names, whole, strict=True) if n}
+        return {name: total / max(1, count) for name, (total, count) in metrics.items()}
 
     def _sum_over(self, mesh: Mesh) -> None:
         """Sums of parts become whole, all of the same axes and dtype in one message."""

@@ -18,6 +18,7 @@ from ..lib import Model
 from ..lib.laid import Laid, laid_parameters
 from ..lib.mesh import Axes, Mesh
 from .config import TrainConfig
+from .laying import is_first_of
 from .optimizer import Optimizer
 
 BUCKET = 1 << 26
@@ -51,7 +52,7 @@ class Divided(Optimizer):
     def __init__(self, model: Model, config: TrainConfig, over: Axes = ()):
         assert model.mesh is not None
         self.mesh: Mesh = model.mesh
-        self.over = over
+        self.model, self.pipe, self.tied, self.over = model, model.pipe, model.tied, over
         names = {id(p): name for name, p in model.named_parameters()}
         self.laid: dict[str, Laid] = {names[id(laid.holder)]: laid for laid in laid_parameters(model)}
         self.sums: dict[str, Tensor] = {}
@@ -99,8 +100,9 @@ class Divided(Optimizer):
     def reduce(self) -> None:
         """Make the sums that gradients still are: each once, those of the same axes in messages of `BUCKET`."""
         waiting: dict[Owed, list[tuple[str, Tensor]]] = {}
-        for name in self.weights:
-            if (grad := self._gradient(name)) is not None:
+        found = self._tied({name: self._gradient(name) for name in self.weights})
+        for name, grad in found.items():
+            if grad is not None:
                 owed = Owed(self.laid[name].sync, self.is_divided(name), grad.dtype)
                 waiting.setdefault(owed, []).append((name, grad))
         for owed, gradients in waiting.items():
@@ -111,6 +113,18 @@ class Divided(Optimizer):
                     if master is not weight:
                         weight.grad = None
                     master.grad = grad
+
+    def _tied(self, gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """The gradient of a weight that several stages have is the sum over them; other ranks add nothing."""
+        mine = {laid.path: name for name, laid in self.laid.items()}
+        for path, like in self.tied.items() if self.pipe is not None else ():
+            assert self.pipe is not None
+            own = gradients.get(mine.get(path, ""))
+            wide = torch.promote_types(like.dtype, torch.float32)
+            whole = self.mesh[self.pipe.axis].all_reduce(torch.zeros_like(like, dtype=wide) if own is None else own)
+            if path in mine:
+                gradients[mine[path]] = whole
+        return gradients
 
     def _summed(self, owed: Owed, bucket: list[tuple[str, Tensor]]) -> list[Tensor]:
         """Whole gradients, shaped like the parameters."""
@@ -141,13 +155,13 @@ class Divided(Optimizer):
         them."""
         squares: dict[Axes, list[Tensor]] = {}
         for name, master in self.masters.items():
-            if master.grad is not None:
+            if master.grad is not None and is_first_of(self.laid[name].path, self.model):
                 squares.setdefault(self.spread(name), []).append(master.grad.double().square().sum())
         total = torch.zeros((), dtype=torch.float64)
         for axes, found in squares.items():
             own = torch.stack(found).sum()
             total = total.to(own.device) + (self.mesh[axes].all_reduce(own) if axes else own)
-        return total.sqrt()
+        return (total if self.pipe is None else self.mesh[self.pipe.axis].all_reduce(total)).sqrt()
 
     def spread(self, name: str) -> Axes:
         """The axes whose ranks step different parts of a parameter."""

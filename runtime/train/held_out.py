@@ -6,11 +6,11 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..data import Packed
 from ..lib import Model
 from ..lib.laid import global_counts
+from .piped import through_stages
 from .rows import filled, mine, sum_of_parts
 
 
@@ -26,13 +26,17 @@ def evaluate(model: Model, data: Packed, batch: int, rows: int | None = None) ->
         chosen = list(range(start, min(start + batch, count)))
         piece = mine(filled(data.rows(chosen), -len(chosen) % ranks), model)
         more: dict[str, Any] = dict(data.inputs(piece))
-        sums: dict[str, Tensor] = model.losses(piece.tokens, piece.document, **more)
         counts: dict[str, Any] = model.counts(piece.tokens, piece.document, **more)
-        if model.mesh is None:
+        if model.mesh is not None:
+            counts = global_counts(model, counts)
+        if model.pipe is not None:
+            sums = through_stages(model, [piece], [more], counts, None, backward=False)
             total += sum(float(v) for v in sums.values())
         else:
-            total += float(sum_of_parts(model, {n: v.double() for n, v in sums.items()}))
-            counts = global_counts(model, counts)
+            sums = model.losses(piece.tokens, piece.document, **more)
+            alone = model.mesh is None
+            parts = {n: v.double() for n, v in sums.items()}
+            total += sum(float(v) for v in sums.values()) if alone else float(sum_of_parts(model, parts))
         scored += sum(int(counts[name]) for name in sums)
     model.train(was_training)
     return total / max(1, scored)

@@ -23,6 +23,7 @@ from . import checkpoint
 from .config import TrainConfig
 from .held_out import evaluate
 from .optimizer import Optimizer
+from .piped import check_pipe, metrics_of, through_stages, total_of
 from .progress import Bar, Board, Log, Nothing
 from .rows import Ranks, another_model, check_rows, mine, sum_of_parts
 from .signals import Stop
@@ -96,6 +97,7 @@ class _Run:
 
     def open(self, resume: bool | Literal["auto"]) -> None:
         check_rows(self.model, self.config)
+        check_pipe(self.model, self.config)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -229,7 +231,9 @@ class _Run:
             )
         rate = self.config.learning_rate(self.step)
         self.optimizer.step(rate)
-        metrics = gathered.settle(self.model.mesh)
+        pipe = self.model.pipe
+        stages = (pipe.axis, metrics_of(self.model)) if pipe is not None else None
+        metrics = gathered.settle(self.model.mesh, stages)
         record = {
             "step": self.step,
             "loss": loss,
@@ -254,6 +258,10 @@ class _Run:
                 counts[name] = counts.get(name, torch.zeros((), dtype=torch.int64)) + count
         if self.model.mesh is not None:
             counts = global_counts(self.model, counts)
+        if self.model.pipe is not None:
+            sums = through_stages(self.model, batches, [more[id(b)] for b in batches], counts, gathered)
+            self.optimizer.gather()
+            return total_of(sums, counts)
         total = torch.zeros((), dtype=torch.float64)
         parts: dict[str, Tensor] = {}
         for batch in batches:

@@ -40,21 +40,35 @@ layout narrow = tp with:
 layout both = tp with:
     mesh data = 2, tensor = 1
 
+layout stored = rows with:
+    shard parameters over data
+
+layout pipe:
+    mesh pipe = 2, tensor = 2
+    shard vocab?, heads?, kv_heads?, ffn?, groups? over tensor
+    stages over pipe, microbatches = 2
+
 layout plain:
     mesh data = 4
     shard batch over data
 """
-LLAMA = """use llama from "llama/llama.spec"
+LLAMA = (
+    """use llama from "llama/llama.spec"
 
 model tiny = llama(vocab = 256, hidden = 24, ffn = 48, layers = 2, heads = 4, kv_heads = 2)
-""" + LAYOUTS
-EXPERTS = """use nemotron_h from "nemotron_h/nemotron_h.spec"
+"""
+    + LAYOUTS
+)
+EXPERTS = (
+    """use nemotron_h from "nemotron_h/nemotron_h.spec"
 
 model tiny = nemotron_h(
     vocab = 256, hidden = 24, heads = 4, kv_heads = 2, head_dim = 8, ssm_heads = 4, ssm_head_dim = 8, state = 8,
     groups = 2, chunk = 8, experts = 4, active = 2, expert_ffn = 8, always_ffn = 16, latent = 16, scale = 2.5,
     pattern = "MEM*E")
-""" + LAYOUTS
+"""
+    + LAYOUTS
+)
 LONG = not settings.default.derandomize
 """`make soak`: all moments, and the real torchrun."""
 
@@ -98,14 +112,14 @@ def four(tmp_path_factory):
     jobs = []
     for name, spec in (("llama", LLAMA), ("experts", EXPERTS)):
         words = [*write_project(folder / name, spec), "--accumulate", "2", "--save-every", "1", "--eval-every", "2"]
-        layouts = ("tp", "wide", "plain") if name == "llama" else ("tp",)
+        layouts = ("tp", "wide", "plain", "pipe") if name == "llama" else ("tp", "stored", "pipe")
         for layout in layouts:
             jobs.append([*words, "--steps", "3", "--layout", layout, "-o", str(folder / name / layout)])
         runs[name] = words
     words = runs["llama"]
     first = folder / "llama" / "first"
     jobs.append([*words, "--steps", "2", "--layout", "tp", "-o", str(first)])
-    for layout in ("rows", "wide", "tp"):
+    for layout in ("stored", "wide", "pipe"):
         out = folder / "llama" / f"to-{layout}"
         jobs += [["copy", str(first), str(out)]]
         jobs += [[*words, "--steps", "4", "--layout", layout, "-o", str(out), "--resume"]]
@@ -116,7 +130,18 @@ def four(tmp_path_factory):
     return folder, runs, ended
 
 
-@pytest.mark.parametrize(("family", "layout"), [("llama", "tp"), ("llama", "wide"), ("llama", "plain"), ("experts", "tp")])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("llama", "tp"),
+        ("llama", "wide"),
+        ("llama", "plain"),
+        ("llama", "pipe"),
+        ("experts", "tp"),
+        ("experts", "stored"),
+        ("experts", "pipe"),
+    ],
+)
 def test_four_ranks_are_one_process(four, family, layout):
     """fp64, three steps of two micro-batches: losses, norms, metrics, buffers, every weight and moment to 1e-10."""
     folder, runs, _ = four
@@ -134,7 +159,7 @@ def test_any_layout_goes_on_with_what_another_saved(four):
     mine = folder / "llama" / "to-one"
     shutil.copytree(first, mine)
     alone([*runs["llama"], "--steps", "4", "-o", str(mine), "--resume"])
-    for out in ("rows", "wide", "tp", "one"):
+    for out in ("stored", "wide", "pipe", "one"):
         is_same(folder / "llama" / f"to-{out}", one)
 
 
