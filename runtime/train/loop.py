@@ -217,8 +217,10 @@ class _Run:
         gathered = Gathered()
         with torch.random.fork_rng(devices=[]):
             # What is drawn in a step depends on the seed and the step alone, so a resumed run draws the same.
-            torch.manual_seed(self.config.seed + 1_000_003 * (self.step + 1))
+            self.model.chance = self.config.seed + 1_000_003 * (self.step + 1)
+            torch.manual_seed(self.model.chance)
             total = self._gradient(batches, gathered)
+            self.model.chance = None
         self.optimizer.reduce()
         norm = float(self.optimizer.clip(self.config.clip))
         self.step += 1
@@ -264,7 +266,8 @@ class _Run:
             return total_of(sums, counts)
         total = torch.zeros((), dtype=torch.float64)
         parts: dict[str, Tensor] = {}
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            self.model.before = i * self.config.batch
             sums = self.model.losses(batch.tokens, batch.document, gathered=gathered, **more[id(batch)])
             shares = [s / counts[n].clamp(min=1) for n, s in sums.items()]
             loss = torch.stack(shares).sum()
@@ -273,6 +276,7 @@ class _Run:
             total += loss.detach().double()
             for name, share in zip(sums, shares, strict=True):
                 parts[name] = parts.get(name, 0) + share.detach().double()
+        self.model.before = 0
         return total if self.model.mesh is None else sum_of_parts(self.model, parts)
 
     def _evaluate(self) -> float | None:

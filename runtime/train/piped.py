@@ -35,8 +35,10 @@ def through_stages(
     """
 
     def at_of(i: int) -> At:
+        assert model.mesh is not None
+        model.before = i * len(batches[i].tokens) * model.mesh.size(*model.rows)
         at: At = model._rows(batches[i].tokens, None, batches[i].document, None)
-        at.gathered = gathered
+        at.gathered, model.before = gathered, 0
         return at
 
     inputs = [

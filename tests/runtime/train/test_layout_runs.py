@@ -69,6 +69,28 @@ model tiny = nemotron_h(
 """
     + LAYOUTS
 )
+CHANCE = (
+    """
+model tiny(vocab = 256, hidden = 24, heads = 4):
+    tokens[batch, seq]: token
+    embedding = embed(tokens, vocab -> hidden)
+    x = embedding
+    for layer in 2:
+        norm1 = rms_norm(x)
+        x = x + dropout(attention(norm1, heads, kv_heads = 2), 0.1)
+        norm2 = rms_norm(x)
+        x = x + dropout(gated_mlp(norm2, 2 * hidden), 0.2)
+    final = rms_norm(x)
+    logits = linear(final, hidden -> vocab)
+    return logits
+"""
+    + LAYOUTS
+)
+RUNS = {
+    "llama": (LLAMA, ("tp", "wide")),
+    "experts": (EXPERTS, ("tp", "stored", "pipe")),
+    "chance": (CHANCE, ("tp", "pipe")),
+}
 LONG = not settings.default.derandomize
 """`make soak`: all moments, and the real torchrun."""
 
@@ -110,9 +132,8 @@ def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     runs = {}
     jobs = []
-    for name, spec in (("llama", LLAMA), ("experts", EXPERTS)):
+    for name, (spec, layouts) in RUNS.items():
         words = [*write_project(folder / name, spec), "--accumulate", "2", "--save-every", "1", "--eval-every", "2"]
-        layouts = ("tp", "wide", "plain", "pipe") if name == "llama" else ("tp", "stored", "pipe")
         for layout in layouts:
             jobs.append([*words, "--steps", "3", "--layout", layout, "-o", str(folder / name / layout)])
         runs[name] = words
@@ -130,18 +151,7 @@ def four(tmp_path_factory):
     return folder, runs, ended
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [
-        ("llama", "tp"),
-        ("llama", "wide"),
-        ("llama", "plain"),
-        ("llama", "pipe"),
-        ("experts", "tp"),
-        ("experts", "stored"),
-        ("experts", "pipe"),
-    ],
-)
+@pytest.mark.parametrize(("family", "layout"), [(f, x) for f, (_, layouts) in RUNS.items() for x in layouts])
 def test_four_ranks_are_one_process(four, family, layout):
     """fp64, three steps of two micro-batches: losses, norms, metrics, buffers, every weight and moment to 1e-10."""
     folder, runs, _ = four
