@@ -480,11 +480,20 @@ class Writer:
         for label, value in self.parts.losses:
             lines.append(Line(f'at.lose("{label}", {self.expression(value)})'))
         for label, value in self.parts.means:
-            lines.append(Line(f'at.gathered.mean("{label}", {self.expression(value)}, {self.count_of(value)[0]})'))
+            axes = self._partial(f"mean:{label}")
+            more = f", {axes}" if axes else ""
+            mean = f"{self.expression(value)}, {self.count_of(value)[0]}{more}"
+            lines.append(Line(f'at.gathered.mean("{label}", {mean})'))
         if self.parts.sums:
-            given = ", ".join(f"{self._names[v]}={self._names[v]}" for v in self.parts.sums)
-            lines.append(Line(f"at.gathered.add(self, {given})"))
+            given = [f"{self._names[v]}={self._names[v]}" for v in self.parts.sums]
+            partial = {self._names[v]: axes for v in self.parts.sums if (axes := self._partial(f"sum:{v}"))}
+            lines.append(Line(f"at.gathered.add({', '.join(['self', *[repr(partial)] * bool(partial), *given])})"))
         return lines
+
+    def _partial(self, name: str) -> tuple[str, ...]:
+        """The axes of the mesh over which what this block states is a sum of parts."""
+        laid = self.program.laid
+        return () if laid is None else laid.sums.get(self.graph.name, {}).get(name, ())
 
     def after(self) -> list[Line]:
         """The method that runs behind a step: updates of buffers, then the metrics that it gives."""

@@ -6,6 +6,8 @@ Exit codes: 0 fine, 2 the user's error (diagnostics on stderr), 1 ours.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +50,8 @@ def reported(form: str = "text") -> Iterator[None]:
     try:
         yield
     except SpecError as error:
-        _print_diagnostics(error, form)
+        if not _rank():  # what is wrong with a spec is wrong on every rank
+            _print_diagnostics(error, form)
         raise typer.Exit(2) from None
     except UserError as error:
         _print_user_error(error, form)
@@ -58,6 +61,11 @@ def reported(form: str = "text") -> Iterator[None]:
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise typer.Exit(0) from None
+
+
+def _rank() -> int:
+    """Which of the processes that torchrun started this is; 0 for one alone."""
+    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
 
 
 def _print_diagnostics(error: SpecError, form: str) -> None:
@@ -75,21 +83,42 @@ def _print_user_error(error: Any, form: str) -> None:
             json.dumps({"diagnostics": [{"code": error.code, "message": error.message, "help": error.help}]}, indent=1)
         )
         return
-    typer.echo(f"error[{error.code}]: {error.message}", err=True)
+    rank = f"rank {_rank()}: " if _rank() else ""
+    typer.echo(f"{rank}error[{error.code}]: {error.message}", err=True)
     if error.help:
         first, *more = error.help.split("\n")
         typer.echo("\n".join([f"  = help: {first}", *(f"          {line}" for line in more)]), err=True)
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command whose errors are reported; `--format json` prints them as data."""
+class Resuming(typer.core.TyperCommand):
+    """A command whose `--resume` may be followed by `auto`."""
 
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        with reported(kwargs.get("format", "text")):
-            function(*args, **kwargs)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`--resume auto` is one word."""
+        words: list[str] = []
+        for word in args:
+            if word == "auto" and words and words[-1] == "--resume":
+                words[-1] = "--resume-or-begin"
+            else:
+                words.append("--resume-or-begin" if word == "--resume=auto" else word)
+        return super().parse_args(ctx, words)
 
-    return app.command()(run)
+
+def command_as(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose errors are reported; `--format json` prints them as data. `settings` are those of Typer."""
+
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            with reported(kwargs.get("format", "text")):
+                function(*args, **kwargs)
+
+        return app.command(**settings)(run)
+
+    return made
+
+
+command = command_as()
 
 
 def overrides(pairs: list[str] | None, dotted: bool = False) -> dict[str, Any]:
@@ -257,7 +286,7 @@ def compile(  # noqa: A001
     typer.echo(str(write(build(proved(load(path), model, overrides(set)), target), out) / "model.py"))
 
 
-@command
+@command_as(cls=Resuming)
 def train(
     spec: Spec,
     data: Annotated[list[Path], typer.Option(help="text files or folders, .jsonl, or Megatron .bin/.idx")],
@@ -287,12 +316,20 @@ def train(
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="a model that the objective asks: teacher=FOLDER")
     ] = None,
     start: Annotated[Path | None, typer.Option(metavar="FOLDER", help="the weights to begin with")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the latest checkpoint, bit for bit")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the latest checkpoint, bit for bit; `--resume auto`: or begin")
+    ] = False,
+    begin: Annotated[bool, typer.Option("--resume-or-begin", hidden=True)] = False,
+    layout: Annotated[
+        str | None, typer.Option(metavar="NAME", help="a layout of the file, for the processes that torchrun started")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds that a rank waits for others")] = 600.0,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
     """Train a model on text; Ctrl-C saves first, --resume goes on."""
-    settings = {k: v for k, v in locals().items() if k not in ("spec", "set", "format", "option")}
+    settings = {k: v for k, v in locals().items() if k not in ("spec", "set", "format", "option", "begin")}
+    settings["resume"] = "auto" if begin else resume
     from pydantic import ValidationError
 
     from .running import train_model
@@ -302,6 +339,31 @@ def train(
     except ValidationError as error:
         first = error.errors()[0]
         raise typer.BadParameter(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
+
+
+@command_as(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def launch(
+    context: typer.Context,
+    spec: Spec,
+    layout: Annotated[str, typer.Option(metavar="NAME", help="a layout of the file")],
+    nnodes: Annotated[int, typer.Option(min=1, help="machines; the ranks are shared evenly among them")] = 1,
+    restarts: Annotated[int, typer.Option(min=0, help="how often ranks that died are started again")] = 3,
+    endpoint: Annotated[str, typer.Option(metavar="HOST:PORT", help="where machines meet (more than one)")] = "",
+    slurm: Annotated[Path | None, typer.Option(metavar="FILE", help="write a script for sbatch, start nothing")] = None,
+    time: Annotated[str, typer.Option(help="the script's time limit")] = "04:00:00",
+    show: Annotated[bool, typer.Option("--show", help="print the command, start nothing")] = False,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Train a layout's model on as many processes as its mesh has ranks; all else is as for `heddle train`."""
+    from .launch import plan_launch, run_command, write_script
+
+    words = plan_launch(spec, layout, nnodes, restarts, endpoint, context.args, slurm is not None)
+    if slurm is not None:
+        typer.echo(str(write_script(slurm, words, nnodes, time)))
+    elif show:
+        typer.echo(shlex.join(words))
+    else:
+        run_command(words)
 
 
 @command
@@ -445,6 +507,8 @@ def main() -> None:
         raise
     except Exception as error:
         typer.echo(f"internal error: {type(error).__name__}: {error}", err=True)
+        for note in getattr(error, "__notes__", ()):
+            typer.echo(f"  = note: {note}", err=True)
         typer.echo("  = help: this is a fault of Heddle, not of your spec; please report it with the spec", err=True)
         raise SystemExit(1) from error
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,10 @@ from .check import program_of
 from .compile import build, instantiate
 from .errors import UserError
 from .lib import Model
+
+if TYPE_CHECKING:
+    from .huggingface.tensors import Tensors
+    from .train.pieces import Saved
 
 RECORD = "model.json"
 
@@ -58,21 +63,40 @@ def read_spec(folder: Path) -> tuple[File, str | None, dict[str, Any]]:
     raise UserError("not-a-model", f"`{folder}` holds no model", help="a model folder has model.json or model.spec")
 
 
-def weights_file(folder: Path) -> Path:
-    """The weights of a model folder: its own, or those of the latest whole checkpoint. Raises UserError."""
+def weights_files(folder: Path) -> list[Path]:
+    """The weights of a model folder: its own, or those of the latest whole checkpoint; several files where several
+    ranks wrote them. Raises UserError."""
     if (folder / "model.safetensors").is_file():
-        return folder / "model.safetensors"
-    from .train.checkpoint import latest
+        return [folder / "model.safetensors"]
+    from .train.checkpoint import files_of, latest
 
     found = latest(folder / "checkpoints")
     if found is None:
         raise UserError("no-weights", f"`{folder}` holds no weights", help="train it, or import a checkpoint")
-    return found / "model.safetensors"
+    return files_of(found, "model")
 
 
-def load(
-    folder: str | Path, dtype: torch.dtype | str | None = None, settings: dict[str, Any] | None = None
-) -> Model:
+def weights_of(folder: Path) -> Tensors | Saved:
+    """The weights of a model folder, to be read one at a time. Raises UserError: no-weights, damaged-weights."""
+    from .huggingface.tensors import Tensors
+    from .train.pieces import Saved
+
+    files = weights_files(folder)
+    if len(files) == 1 and files[0].name == "model.safetensors":
+        return Tensors(files)
+
+    return Saved(files)
+
+
+def weights_identity(folder: Path) -> str:
+    """What tells weights from others: the same for the same files."""
+    from .retrieval.index import checksum
+
+    sums = [checksum(path) for path in weights_files(folder)]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def load(folder: str | Path, dtype: torch.dtype | str | None = None, settings: dict[str, Any] | None = None) -> Model:
     """Open a model folder: compile its spec and load its weights. `settings` are other values of the model's
     parameters; an optional input that is None is left out, and the weights that only it needs with it. Raises
     `SpecError`, `UserError`."""
@@ -99,22 +123,45 @@ def lend(model: Model, folders: Mapping[str, Path]) -> Model:
 
 
 def take_weights(model: Model, folder: Path) -> None:
-    """Load the weights of a model folder. Raises UserError: no-such-file, no-weights, damaged-weights,
-    weights-do-not-fit."""
+    """Load the weights of a model folder; a rank of several takes its part. Raises UserError: no-such-file,
+    no-weights, damaged-weights, weights-do-not-fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file as load_tensors
 
     if not folder.is_dir():
         raise UserError("no-such-file", f"there is no folder `{folder}`")
-    path = weights_file(folder)
+    files = weights_files(folder)
+    if model.mesh is not None or len(files) > 1:
+        _take_pieces(model, files, folder)
+        return
     try:
-        state = load_tensors(path)
+        state = load_tensors(files[0])
     except (SafetensorError, OSError) as error:
-        raise UserError("damaged-weights", f"`{path}` cannot be read: {error}") from None
+        raise UserError("damaged-weights", f"`{files[0]}` cannot be read: {error}") from None
     if any(name not in model.state_dict() for name in state):
         left_out = _left_out(model, folder)
         state = {name: tensor for name, tensor in state.items() if name not in left_out}
-    _fill(model, state, path)
+    _fill(model, state, files[0])
+
+
+def _take_pieces(model: Model, files: list[Path], folder: Path) -> None:
+    """Fill a model with its parts of what files have."""
+    from .train.laying import Laying
+    from .train.pieces import Saved
+
+    saved, laying = Saved(files), Laying(model)
+    boxes = {name: laying.box(name) for name in laying.tensors}
+    path = files[0] if len(files) == 1 else files[0].parent
+    more = any(name not in boxes for name in saved.names())
+    left_out = _left_out(model, folder) if more else set()
+    given = {n: saved.shape(n) for n in saved.names() if n not in left_out and (model.pipe is None or n in boxes)}
+    _check_fit({n: b.whole for n, b in boxes.items()}, given, path)
+    if any(saved.dtype(n) == torch.bfloat16 for n in saved.names()):
+        model.cast(torch.bfloat16)
+        laying = Laying(model)
+    with torch.no_grad():
+        for name, tensor in laying.tensors.items():
+            tensor.copy_(saved.read({name: boxes[name]})[name])
 
 
 def _left_out(model: Model, folder: Path) -> set[str]:
@@ -132,20 +179,21 @@ def _left_out(model: Model, folder: Path) -> set[str]:
 
 
 def _fill(model: Model, state: dict[str, torch.Tensor], path: Path) -> None:
-    own = model.state_dict()
-    missing = [k for k in own if k not in state]
-    extra = [k for k in state if k not in own]
-    wrong = [
-        f"{k} is {list(state[k].shape)}, the spec says {list(own[k].shape)}"
-        for k in own
-        if k in state and own[k].shape != state[k].shape
-    ]
+    own, given = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (model.state_dict(), state))
+    _check_fit(own, given, path)
+    kinds = {t.dtype for t in state.values() if t.is_floating_point()}
+    if kinds == {torch.bfloat16} or torch.bfloat16 in kinds:
+        model.cast(torch.bfloat16)
+    model.load_state_dict(state)
+
+
+def _check_fit(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raises UserError `weights-do-not-fit` with all that is missing, unknown or of another shape."""
+    missing = [k for k in own if k not in given]
+    extra = [k for k in given if k not in own]
+    wrong = [f"{k} is {list(given[k])}, the spec says {list(own[k])}" for k in own if k in given and own[k] != given[k]]
     problems = (
         [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(extra)}"] * bool(extra) + wrong
     )
     if problems:
         raise UserError("weights-do-not-fit", f"`{path}` does not fit the spec: {'; '.join(problems)}")
-    kinds = {t.dtype for t in state.values() if t.is_floating_point()}
-    if kinds == {torch.bfloat16} or torch.bfloat16 in kinds:
-        model.cast(torch.bfloat16)
-    model.load_state_dict(state)

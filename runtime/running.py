@@ -3,44 +3,55 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..dsl.elaborate import DEFAULT
-from ..dsl.load import load
+from ..dsl.layout import Layout, layout_of
+from ..dsl.load import File, load
 from ..dsl.program import Program
 from ..lowering.passes.stream import require_causal
 from ..lowering.pipeline import lower
 from .check import program_of
-from .compile import build, instantiate
+from .compile import Artifact, build, instantiate, module_class
 from .data import Packed, open_corpus, open_tokenizer, split
 from .errors import UserError
 from .folder import lend as lend_folders
 from .folder import load as load_folder
-from .folder import read_spec, take_weights, weights_file, write_spec
+from .folder import read_spec, take_weights, weights_identity, write_spec
 from .lib import Model
+from .lib.mesh import Mesh
+from .lib.pipeline import keep_stages
 from .paths import split_entry
 from .retrieval import Asked, Feed, Index, Looked
-from .retrieval.index import checksum, tokenizer_identity
+from .retrieval.index import tokenizer_identity
 from .train import Report, TrainConfig, train
 from .train.checkpoint import latest
+from .train.piped import check_pipe
+from .train.rows import Ranks, check_rows
 
 
 def train_model(
-    spec: str, overrides: dict[str, Any], data: list[Path], out: Path, tokenizer: str, held_out: float, resume: bool,
+    spec: str, overrides: dict[str, Any], data: list[Path], out: Path, tokenizer: str, held_out: float,
+    resume: bool | Literal["auto"],
     give: list[str] | None = None, objective: str = DEFAULT, option: dict[str, Any] | None = None,
-    lend: list[str] | None = None, start: Path | None = None, **settings: Any,
+    lend: list[str] | None = None, start: Path | None = None, layout: str | None = None, timeout: float = 600.0,
+    **settings: Any,
 ) -> Report:  # fmt: skip
     """Compile a model, train it on text, and leave in `out` all that `heddle generate` and `--resume` need.
 
     `objective` is the block that trains it, `option` values of its parameters, `lend` those that are models
     (`["teacher=FOLDER"]`); the held-out loss is that of next tokens whatever trains. `start` is a folder with the
-    weights to begin with.
+    weights to begin with. `layout` is one of the file's, for the processes that torchrun started; a rank waits
+    `timeout` seconds for others.
     """
     path, name = split_entry(spec)
     file = load(path)
+    laid = layout_of(file, layout) if layout is not None else None
     folders = lent_folders(lend, tokenizer)
     lent = {n: read_spec(folder) for n, folder in folders.items()}
     program = program_of(file, name, overrides, objective, option, lent)
@@ -53,31 +64,74 @@ def train_model(
     words = open_tokenizer(tokenizer)
     corpus = open_corpus(data, words, vocab=_vocab(program))
     kept, held = split(corpus, held_out) if held_out > 0 else (corpus, None)
-    model = instantiate(build(program), seed=config.seed)
-    if start is not None:
-        take_weights(model, start)
-    lend_folders(model, folders)
+    artifact = build(program, layout=laid)
     plain = program_of(file, name, overrides) if objective != DEFAULT else program
-    judge = instantiate(build(plain), seed=None) if plain is not program and plain.objectives else None
+    judged = build(plain, layout=laid) if plain is not program and plain.objectives else None
     rows = Packed(kept, config.seq, config.seed)
     others = Packed(held, config.seq) if held is not None and len(held.tokens) >= config.seq else None
-    feeds = feeds_of(model, give, tokenizer)
-    _check_inputs(model, feeds)
-    # A run that is there keeps its spec, also where `train` refuses to go on with it.
-    if latest(out / "checkpoints") is None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_spec(out, file, program.name, overrides)
-            (out / "tokenizer.txt").write_text(tokenizer + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError("cannot-write", f"cannot write to `{out}`: {error.strerror}") from None
-    for name, feed in feeds.items():
-        rows.given[name] = Looked(feed, rows, out / "retrieved" / name)
-        if others is not None:
-            others.given[name] = Looked(feed, others, out / "retrieved" / f"{name}-held-out")
     about: dict[str, Any] = {"objective": [objective, option or {}]} if objective != DEFAULT else {}
-    about |= {n: checksum(weights_file(folder)) for n, folder in folders.items()}
-    return train(model, rows, config, out, others, resume, judge=judge, about=about)
+    about |= {n: weights_identity(folder) for n, folder in folders.items()}
+    with ranks_of([a for a in (artifact, judged) if a is not None], laid, config, timeout) as (mesh, ranks):
+        model = instantiate(artifact, seed=config.seed, mesh=mesh)
+        if model.pipe is not None:
+            keep_stages(model)
+        if start is not None:
+            take_weights(model, start)
+        lend_folders(model, folders)
+        judge = instantiate(judged, seed=None, mesh=mesh) if judged is not None else None
+        if judge is not None and judge.pipe is not None:
+            keep_stages(judge)
+        feeds = feeds_of(model, give, tokenizer)
+        _check_inputs(model, feeds)
+        # What one rank writes for all is there before the others look for it.
+        for first in (True, False):
+            if (mesh is None or mesh.rank == 0) == first:
+                if first:
+                    _write_run(out, file, program.name, overrides, tokenizer)
+                for name, feed in feeds.items():
+                    rows.given[name] = Looked(feed, rows, out / "retrieved" / name)
+                    if others is not None:
+                        others.given[name] = Looked(feed, others, out / "retrieved" / f"{name}-held-out")
+            if mesh is not None:
+                mesh[tuple(mesh.axes)].barrier()
+        return train(model, rows, config, out, others, resume, judge=judge, about=about, ranks=ranks)
+
+
+@contextmanager
+def ranks_of(
+    artifacts: list[Artifact], layout: Layout | None, config: TrainConfig, timeout: float
+) -> Iterator[tuple[Mesh | None, Ranks | None]]:
+    """The mesh of the processes that torchrun started, (None, None) for one process.
+
+    Raises UserError: mesh-does-not-fit, uneven-batch, rank-failed; `SpecError` not-built-yet.
+    """
+    from .distributed import check_fits, check_stored, connected, world
+
+    if layout is not None:
+        check_stored(layout)
+        kind = module_class(artifacts[0].source, artifacts[0].name)
+        check_rows(kind, config)
+        check_pipe(kind, config)
+    here = world()
+    check_fits(layout, here)
+    if layout is None or here.size == 1:
+        yield None, None
+        return
+    with connected(artifacts, layout, here, timeout) as found:
+        yield found
+
+
+def _write_run(out: Path, file: File, model: str, overrides: dict[str, Any], tokenizer: str) -> None:
+    """What `heddle generate` needs beside checkpoints. A run that is there keeps its spec, also where `train` refuses
+    to go on with it."""
+    if latest(out / "checkpoints") is not None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_spec(out, file, model, overrides)
+        (out / "tokenizer.txt").write_text(tokenizer + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError("cannot-write", f"cannot write to `{out}`: {error.strerror}") from None
 
 
 def _check_text(program: Program) -> None:

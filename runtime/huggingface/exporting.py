@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...dsl.checkpoint import TensorMap, write_config
 from ..check import program_of
 from ..errors import UserError
-from ..folder import read_spec, weights_file
+from ..folder import read_spec, weights_of
 from .folders import copy_beside, new_folder, read_config_file
 from .importing import misfit
 from .maps import declared, for_program, map_of
 from .moving import put_together
 from .tensors import Tensors, writing
+
+if TYPE_CHECKING:
+    from ..train.pieces import Saved
 
 
 def export_folder(folder: str | Path, out: str | Path) -> Path:
@@ -33,7 +36,7 @@ def export_folder(folder: str | Path, out: str | Path) -> Path:
     program = program_of(file, model, overrides)
     where, checkpoint = for_program(file, program)
     mapped = map_of(checkpoint, program)
-    tensors = Tensors([weights_file(folder)])
+    tensors = weights_of(folder)
     problems = misfits(mapped, tensors)
     if problems:
         raise misfit(problems)
@@ -49,7 +52,7 @@ def export_folder(folder: str | Path, out: str | Path) -> Path:
     return out
 
 
-def misfits(mapped: TensorMap, tensors: Tensors) -> list[str]:
+def misfits(mapped: TensorMap, tensors: Tensors | Saved) -> list[str]:
     """Each weight of ours that is missing, left over or misshapen; tensors of theirs whose parts differ in dtype."""
     pieces = {p.name: (p, p.shape) for e in mapped.entries for p in e.pieces}
     for name, (last, shape) in pieces.items():
@@ -69,7 +72,7 @@ def misfits(mapped: TensorMap, tensors: Tensors) -> list[str]:
     return problems
 
 
-def _dtype(config: dict[str, Any], mapped: TensorMap, tensors: Tensors) -> dict[str, str]:
+def _dtype(config: dict[str, Any], mapped: TensorMap, tensors: Tensors | Saved) -> dict[str, str]:
     """The field that names the dtype in which a model is loaded: that of most of its bytes."""
     bytes_of: dict[torch.dtype, int] = {}
     for entry in mapped.entries:
@@ -80,7 +83,7 @@ def _dtype(config: dict[str, Any], mapped: TensorMap, tensors: Tensors) -> dict[
     return {"dtype": name} | ({"torch_dtype": name} if "torch_dtype" in config else {})
 
 
-def _write_weights(path: Path, mapped: TensorMap, tensors: Tensors) -> None:
+def _write_weights(path: Path, mapped: TensorMap, tensors: Tensors | Saved) -> None:
     about = {e.theirs: (tensors.dtype(e.pieces[0].name), e.shape) for e in mapped.entries}
     with writing(path, about) as put:
         for entry in mapped.entries:

@@ -27,8 +27,9 @@ def route(x: Tensor, routing: Tensor, experts: nn.ModuleList, at: At, *more: Any
     out: Tensor | None = None
     for e, expert in enumerate(experts):
         index = weights[:, e].nonzero().squeeze(1)
-        # Without rows an expert still has gradients, which are zeros, and gives the width of the result.
-        if not len(index) and out is not None and not torch.is_grad_enabled():
+        # Without rows an expert still has gradients, which are zeros, and gives the width of the result. On a mesh
+        # other ranks may have rows for it, and it may have to talk to them.
+        if not len(index) and out is not None and at.mesh is None and not torch.is_grad_enabled():
             continue
         y = expert(rows[index], at, STATELESS, *more)
         out = y.new_zeros(len(rows), y.shape[-1]) if out is None else out

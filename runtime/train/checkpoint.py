@@ -1,7 +1,9 @@
 """Checkpoints of a run: folders that appear whole or not at all.
 
 `checkpoints/step-00000123/` has `model.safetensors` (weights by their paths in the spec), `optimizer.safetensors`,
-`state.json` (step, data position, settings) and `manifest.json`, written last, with every file's size and hash.
+`state.json` (step, data position, settings) and `manifest.json`, written last, with every file's size and hash. Where
+several ranks wrote it (`together.py`), folders `model` and `optimizer` stand in place of the two files, with a file of
+each rank's pieces; names and tensors are the same.
 """
 
 from __future__ import annotations
@@ -40,21 +42,26 @@ def save(
         _save_tensors(model, partial / FILES[0])
         _save_tensors(optimizer, partial / FILES[1])
         (partial / FILES[2]).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        manifest = {name: _about(partial / name) for name in FILES}
-        _write_through(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        _put_in_place(partial, out)
-        _sync_folder(folder)
+        manifest = {name: about(partial / name) for name in FILES}
+        write_through(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        put_in_place(partial, out)
+        sync_folder(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             "cannot-write", f"cannot save `{out}`: {error.strerror or error}", help="older checkpoints are as they were"
         ) from None
-    for old in whole(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    remove_old(folder, keep)
     return out
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest whole checkpoints."""
+    for old in whole(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def put_in_place(partial: Path, out: Path) -> None:
     """Rename. A checkpoint of the same step stands aside as `<name>.old`, where it is found, until the new one is
     there."""
     aside = out.with_name(f"{out.name}.old")
@@ -81,14 +88,14 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _write_through(path: Path, text: str) -> None:
+def write_through(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -96,7 +103,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _about(path: Path) -> dict[str, Any]:
+def about(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -109,8 +116,7 @@ def whole(folder: Path) -> list[Path]:
     found = []
     for path in sorted(folder.glob("step-*"), key=lambda p: (p.stem, p.suffix == "")) if folder.is_dir() else []:
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            sizes = all((path / name).stat().st_size == manifest[name]["bytes"] for name in FILES)
+            sizes = all((path / name).stat().st_size == entry["bytes"] for name, entry in _manifest(path).items())
         except (OSError, ValueError, KeyError, TypeError):
             sizes = False
         if sizes:
@@ -120,22 +126,57 @@ def whole(folder: Path) -> list[Path]:
     return found
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    """The files of a checkpoint, with size and hash. Raises OSError, ValueError, KeyError, TypeError."""
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if all(name in manifest for name in FILES):
+        return {name: manifest[name] for name in FILES}
+    kinds = {name.split("/")[0] for name in manifest}
+    if not {"model", FILES[2]} <= kinds <= {"model", "optimizer", FILES[2]}:
+        raise ValueError("a file is missing")
+    return dict(manifest)
+
+
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
     found = whole(folder)
     return found[-1] if found else None
 
 
+def files_of(path: Path, kind: str) -> list[Path]:
+    """The files with the tensors of a checkpoint: "model" or "optimizer"."""
+    one = path / f"{kind}.safetensors"
+    return [one] if one.is_file() else sorted((path / kind).glob("*.safetensors"))
+
+
+def verify(path: Path, share: slice = slice(None)) -> None:
+    """Hold the files of a checkpoint against their hashes, or a share of them. Raises `damaged-weights`."""
+    try:
+        saved = _manifest(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError("damaged-weights", f"`{path / MANIFEST}` is not what was saved") from None
+    for name in list(saved)[share]:
+        if not (path / name).is_file() or about(path / name) != saved[name]:
+            raise UserError("damaged-weights", f"`{path / name}` is not what was saved: its hash differs")
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """Step, data position and settings."""
+    return dict(json.loads((path / FILES[2]).read_text(encoding="utf-8")))
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """(weights, optimizer, state) of a checkpoint; its files are held against their hashes. Raises
     `damaged-weights`."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        saved = {name: manifest[name] for name in FILES}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError("damaged-weights", f"`{path / MANIFEST}` is not what was saved") from None
-    for name in FILES:
-        if not (path / name).is_file() or _about(path / name) != saved[name]:
-            raise UserError("damaged-weights", f"`{path / name}` is not what was saved: its hash differs")
-    state = json.loads((path / FILES[2]).read_text(encoding="utf-8"))
-    return load_file(path / FILES[0]), load_file(path / FILES[1]), state
+    verify(path)
+    return _tensors(path, "model"), _tensors(path, "optimizer"), state_of(path)
+
+
+def _tensors(path: Path, kind: str) -> dict[str, Tensor]:
+    files = files_of(path, kind)
+    if files == [path / f"{kind}.safetensors"]:
+        return load_file(files[0])
+    from .pieces import Saved
+
+    saved = Saved(files)
+    return {name: saved.get(name) for name in saved.names()}

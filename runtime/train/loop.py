@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -17,11 +17,19 @@ from torch import Tensor
 from ..data import Batch, Cursor, Packed
 from ..errors import UserError
 from ..lib import Gathered, Model
+from ..lib.laid import global_counts
+from ..lib.mesh import Mesh
 from . import checkpoint
 from .config import TrainConfig
+from .held_out import evaluate
 from .optimizer import Optimizer
-from .progress import Bar, Board, Log
+from .piped import check_pipe, metrics_of, through_stages, total_of
+from .progress import Bar, Board, Log, Nothing
+from .rows import Ranks, another_model, check_rows, mine, sum_of_parts
 from .signals import Stop
+
+if TYPE_CHECKING:
+    from .shared import Shared
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -40,18 +48,20 @@ class Report:
 
 def train(
     model: Model, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None = None,
-    resume: bool = False, console: Console | None = None, judge: Model | None = None,
-    about: Mapping[str, Any] | None = None,
+    resume: bool | Literal["auto"] = False, console: Console | None = None, judge: Model | None = None,
+    about: Mapping[str, Any] | None = None, ranks: Ranks | None = None,
 ) -> Report:  # fmt: skip
     """Train a model in place. `out` gets `log.jsonl`, `board/` and `checkpoints/`.
 
     `judge` is what the held-out loss is of, if not the model itself: one with the same tensors and another objective.
     `about` is what else must be the same for a run to be resumed.
 
-    `resume` goes on from the newest whole checkpoint, bit for bit: weights, moments, data position. Ctrl-C and SIGTERM
-    save first. Raises UserError: already-there, nothing-to-resume, other-run, not-finite, cannot-write.
+    `resume` goes on from the newest whole checkpoint, bit for bit: weights, moments, data position; "auto" begins
+    where there is none. Ctrl-C and SIGTERM save first. A model that is one rank's part of another is trained by all
+    ranks together, which see the same rows as one process would; `ranks` says how they save. Raises UserError:
+    already-there, nothing-to-resume, other-run, not-finite, cannot-write, uneven-batch.
     """
-    run = _Run(model, data, config, out, held_out, console, judge, about)
+    run = _Run(model, data, config, out, held_out, console, judge, about, ranks)
     run.open(resume)
     with Stop() as stop:
         try:
@@ -64,25 +74,37 @@ class _Run:
     def __init__(
         self, model: Model, data: Packed, config: TrainConfig, out: Path, held_out: Packed | None,
         console: Console | None, judge: Model | None = None, about: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ):  # fmt: skip
         self.model, self.data, self.config, self.out, self.held_out = model, data, config, out, held_out
         self.console, self.about = console, dict(about or {})
         self.folder = out / "checkpoints"
         self.step, self.cursor = 0, Cursor()
+        self.log: Log | Nothing
+        self.board: Board | Nothing
+        self.bar: Bar | Nothing
         model.cast(DTYPES[config.dtype])
-        self.optimizer = Optimizer(model, config)
+        self.mesh = model.mesh or Mesh({})
+        self.everyone = self.mesh[tuple(self.mesh.axes)]
+        self.is_first = self.everyone.rank == 0
+        self.shared = _shared(model, config, self.folder, ranks)
+        self.optimizer = Optimizer(model, config) if self.shared is None else self.shared.optimizer
         self.judge = judge or model
         if judge is not None:
             judge.load_state_dict(model.state_dict(), assign=True)
 
     # --- beginning and end ------------------------------------------------------------------------
 
-    def open(self, resume: bool) -> None:
+    def open(self, resume: bool | Literal["auto"]) -> None:
+        check_rows(self.model, self.config)
+        check_pipe(self.model, self.config)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError("cannot-write", f"cannot write to `{self.out}`: {error.strerror}") from None
         found = checkpoint.latest(self.folder)
+        if resume == "auto":
+            resume = found is not None
         if resume:
             if found is None:
                 raise UserError(
@@ -95,6 +117,10 @@ class _Run:
                 f"`{self.out}` has a run already",
                 help="go on with --resume, or choose another folder with -o",
             )
+        self.everyone.barrier()  # all have seen the checkpoint before anyone writes another
+        if not self.is_first:
+            self.log = self.board = self.bar = Nothing()
+            return
         try:
             self.log = Log(self.out / "log.jsonl", self.step)
         except OSError as error:
@@ -108,7 +134,26 @@ class _Run:
         self.log.close()
 
     def _take_up(self, path: Path) -> None:
+        if self.shared is not None:
+            self.shared.verify(path)
+            state = checkpoint.state_of(path)
+            self._check_run(path, state)
+            self.shared.take_up(path)
+            self.step, self.cursor = state["step"], Cursor(state["row"])
+            return
         weights, moments, state = checkpoint.load(path)
+        self._check_run(path, state)
+        shapes = {name: t.shape for name, t in self.model.state_dict().items()}
+        if {name: t.shape for name, t in weights.items()} != shapes:
+            raise another_model(path)
+        self.model.load_state_dict(weights)
+        try:
+            self.optimizer.load(lambda key, _: moments.get(key))
+        except KeyError as error:
+            raise UserError("damaged-weights", f"`{path}` lacks {error} for the optimizer") from None
+        self.step, self.cursor = state["step"], Cursor(state["row"])
+
+    def _check_run(self, path: Path, state: dict[str, Any]) -> None:
         differing = [k for k, v in self._identity().items() if state["run"].get(k) != v]
         if differing:
             raise UserError(
@@ -116,19 +161,6 @@ class _Run:
                 f"`{path}` is of a run with another {' and '.join(differing)}",
                 help="resume with the settings that it was started with",
             )
-        shapes = {name: t.shape for name, t in self.model.state_dict().items()}
-        if {name: t.shape for name, t in weights.items()} != shapes:
-            raise UserError(
-                "other-run",
-                f"`{path}` is of a run with another model",
-                help="resume with the spec and the --set that it was started with",
-            )
-        self.model.load_state_dict(weights)
-        try:
-            self.optimizer.load(moments)
-        except KeyError as error:
-            raise UserError("damaged-weights", f"`{path}` lacks {error} for the optimizer") from None
-        self.step, self.cursor = state["step"], Cursor(state["row"])
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a run to go on as if it had never stopped."""
@@ -139,9 +171,20 @@ class _Run:
         return {**run, **({"inputs": given} if given else {}), **self.about}
 
     def save(self) -> Path:
-        weights = self.model.state_dict()
+        """Write a checkpoint; ranks that save together go on before it is there."""
         state = {"step": self.step, "row": self.cursor.row, "run": self._identity(), "config": self.config.model_dump()}
+        if self.shared is not None:
+            return self.shared.save(self.step, state)
+        weights = self.model.state_dict()
         return checkpoint.save(self.folder, self.step, weights, self.optimizer.state(), state, self.config.keep)
+
+    def _is_asked(self, stop: Stop) -> bool:
+        """Whether any rank was told to stop. Where a save failed on any, all raise what was wrong."""
+        failed = self.shared is not None and self.shared.saves.failed
+        told = self.everyone.all_reduce(torch.tensor([int(stop.asked), int(failed)]), "max")
+        if self.shared is not None and told[1]:
+            self.shared.saves.wait()
+        return bool(told[0])
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -149,7 +192,7 @@ class _Run:
         begun = time.perf_counter()
         saved: Path | None = None
         self.model.train()
-        while self.step < self.config.steps and not stop.asked:
+        while self.step < self.config.steps and not self._is_asked(stop):
             self._one_step()
             saved = None
             if self.config.eval_every and self.step % self.config.eval_every == 0 and self.step < self.config.steps:
@@ -157,6 +200,8 @@ class _Run:
             if self.step % self.config.save_every == 0:
                 saved = self.save()
         saved = saved or self.save()
+        if self.shared is not None:
+            self.shared.saves.wait()
         stopped = self.step < self.config.steps
         loss = None if stopped else self._evaluate()
         if stopped:
@@ -172,8 +217,11 @@ class _Run:
         gathered = Gathered()
         with torch.random.fork_rng(devices=[]):
             # What is drawn in a step depends on the seed and the step alone, so a resumed run draws the same.
-            torch.manual_seed(self.config.seed + 1_000_003 * (self.step + 1))
+            self.model.chance = self.config.seed + 1_000_003 * (self.step + 1)
+            torch.manual_seed(self.model.chance)
             total = self._gradient(batches, gathered)
+            self.model.chance = None
+        self.optimizer.reduce()
         norm = float(self.optimizer.clip(self.config.clip))
         self.step += 1
         loss = float(total)
@@ -185,7 +233,9 @@ class _Run:
             )
         rate = self.config.learning_rate(self.step)
         self.optimizer.step(rate)
-        metrics = gathered.settle()
+        pipe = self.model.pipe
+        stages = (pipe.axis, metrics_of(self.model)) if pipe is not None else None
+        metrics = gathered.settle(self.model.mesh, stages)
         record = {
             "step": self.step,
             "loss": loss,
@@ -200,20 +250,34 @@ class _Run:
         self.bar.show(self.step, loss, norm, rate, tokens / (time.perf_counter() - begun))
 
     def _gradient(self, batches: list[Batch], gathered: Gathered | None = None) -> Tensor:
-        """Losses over all micro-batches, each sum divided by the count of all: as if they were one batch."""
-        counts: dict[str, Tensor] = {}
+        """Losses over all micro-batches, each sum divided by the count of all: as if they were one batch. On a mesh
+        a rank takes its rows; the loss is that of all ranks, its gradient still to be summed."""
+        counts: dict[str, Any] = {}
+        batches = [mine(batch, self.model) for batch in batches]
         more = {id(batch): self.data.inputs(batch) for batch in batches}
         for batch in batches:
             for name, count in self.model.counts(batch.tokens, batch.document, **more[id(batch)]).items():
                 counts[name] = counts.get(name, torch.zeros((), dtype=torch.int64)) + count
+        if self.model.mesh is not None:
+            counts = global_counts(self.model, counts)
+        if self.model.pipe is not None:
+            sums = through_stages(self.model, batches, [more[id(b)] for b in batches], counts, gathered)
+            self.optimizer.gather()
+            return total_of(sums, counts)
         total = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
+        parts: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            self.model.before = i * self.config.batch
             sums = self.model.losses(batch.tokens, batch.document, gathered=gathered, **more[id(batch)])
-            loss = torch.stack([s / counts[n].clamp(min=1) for n, s in sums.items()]).sum()
+            shares = [s / counts[n].clamp(min=1) for n, s in sums.items()]
+            loss = torch.stack(shares).sum()
             loss.backward()
             self.optimizer.gather()
             total += loss.detach().double()
-        return total
+            for name, share in zip(sums, shares, strict=True):
+                parts[name] = parts.get(name, 0) + share.detach().double()
+        self.model.before = 0
+        return total if self.model.mesh is None else sum_of_parts(self.model, parts)
 
     def _evaluate(self) -> float | None:
         if self.held_out is None:
@@ -226,19 +290,10 @@ class _Run:
         return loss
 
 
-@torch.no_grad()
-def evaluate(model: Model, data: Packed, batch: int, rows: int | None = None) -> float:
-    """Mean loss in nats a scored token over the first `rows` rows (all if None)."""
-    was_training = model.training
-    model.eval()
-    count = min(data.num_rows, rows or data.num_rows)
-    total, scored = 0.0, 0
-    for start in range(0, count, batch):
-        piece = data.rows(list(range(start, min(start + batch, count))))
-        more: dict[str, Any] = dict(data.inputs(piece))
-        sums = model.losses(piece.tokens, piece.document, **more)
-        counts = model.counts(piece.tokens, piece.document, **more)
-        total += sum(float(v) for v in sums.values())
-        scored += sum(int(counts[name]) for name in sums)
-    model.train(was_training)
-    return total / max(1, scored)
+def _shared(model: Model, config: TrainConfig, folder: Path, ranks: Ranks | None) -> Shared | None:
+    """What several ranks need, and one does not even load."""
+    if ranks is None:
+        return None
+    from .shared import Shared
+
+    return Shared(model, config, folder, ranks)

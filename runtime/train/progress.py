@@ -63,6 +63,22 @@ class Board:
             self._writer.close()
 
 
+class Nothing:
+    """What ranks but the first show: nothing."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def show(self, step: int, loss: float, norm: float, rate: float, speed: float) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Bar:
     """The progress bar: loss, tokens a second, gradient norm, time left."""
 

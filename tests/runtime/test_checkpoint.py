@@ -51,7 +51,7 @@ class Failing:
 
     def __init__(self, patch, number, error):
         self.left, self.error, self.calls = number, error, 0
-        for owner, name in ((os, "fsync"), (os, "replace"), (checkpoint, "save_file"), (checkpoint, "_about"),
+        for owner, name in ((os, "fsync"), (os, "replace"), (checkpoint, "save_file"), (checkpoint, "about"),
                             (checkpoint.Path, "write_text"), (checkpoint.Path, "mkdir")):  # fmt: skip
             patch.setattr(owner, name, self.wrap(getattr(owner, name)))
 
