@@ -44,7 +44,9 @@ class Batch:
 
         if not axes:
             return self
-        return Batch(rows(self.tokens), rows(self.document), rows(self.valid), {k: rows(v) for k, v in self.more.items()})
+        return Batch(
+            rows(self.tokens), rows(self.document), rows(self.valid), {k: rows(v) for k, v in self.more.items()}
+        )
 
 
 def start(program: Program, seed: int = 0) -> Any:

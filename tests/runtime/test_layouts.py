@@ -56,7 +56,9 @@ def batch_of(mesh: dict[str, int], seq: int, seed: int, vocab: int, retro: bool,
     rows = 2 * mesh["data"]
     tokens = torch.randint(0, vocab, (rows, seq), generator=source)
     document = (torch.rand(rows, seq, generator=source) < 0.2).cumsum(1) if packed and not retro else None
-    valid = (torch.arange(seq) < torch.randint(1, seq + 1, (rows, 1), generator=source)) if padded and not retro else None
+    valid = (
+        (torch.arange(seq) < torch.randint(1, seq + 1, (rows, 1), generator=source)) if padded and not retro else None
+    )
     more = {"neighbors": torch.randint(0, vocab, (rows, seq // 4, 2, 8), generator=source)} if retro else {}
     return Batch(tokens, document, valid, more)
 
@@ -81,7 +83,9 @@ def check(file: str, drawn: Any, seq: int, seed: int, packed: bool, padded: bool
 
 
 # A case takes a second: it is found, not made small.
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+)
 @given(
     file=st.sampled_from(TWINS), drawn=layouts(), seed=st.integers(0, 2**16), seq=st.sampled_from([8, 16, 24]),
     packed=st.booleans(), padded=st.booleans(),

@@ -1,0 +1,176 @@
+"""Pipelines equal one device: loss, every gradient and the norm, in fp64 to 1e-10; tied weights over stages, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from heddle.dsl.diagnostics import SpecError
+from heddle.dsl.layout import layout_of
+from heddle.dsl.load import load_text, shipped_folder
+from heddle.runtime.check import program_of
+from heddle.runtime.compile import build, module_class
+from heddle.runtime.lib import Gathered
+from heddle.runtime.lib.laid import (
+    global_counts,
+    global_sums,
+    gradient_norm,
+    laid_parameters,
+    part,
+    sync_gradients,
+    take_whole,
+)
+from heddle.runtime.lib.pipeline import keep_stages, pipelined
+from heddle.runtime.lib.schedules import order
+from heddle.runtime.lib.simulated import simulate
+
+from .laid_out import alone, start
+from .test_layouts import BOUND, batch_of
+
+# name: layers, inputs beside the tokens
+TWINS = {
+    "llama/tiny.spec": 3, "nemotron_h/tiny.spec": 5, "nemotron_h/tiny_moe.spec": 5, "nemotron4/tiny.spec": 2,
+    "transformer_ls/tiny_released.spec": 2, "retro/tiny.spec": 3,
+}  # fmt: skip
+
+
+def text_of(mesh: dict[str, int], stages: str, more: str = "") -> str:
+    axes = ", ".join(f"{a} = {n}" for a, n in mesh.items())
+    return f"""
+
+layout drawn:
+    mesh {axes}
+    shard vocab?, heads?, kv_heads?, ffn?, groups? over tensor
+    shard seq? over tensor between blocks
+    shard batch? over data
+    stages over pipe, {stages}
+{more}"""
+
+
+def check(file: str, mesh: dict[str, int], stages: str, batches: int, seed: int, more: str = "") -> list[int]:
+    """Gives how many numbers each rank holds."""
+    path, retro = shipped_folder() / file, file.startswith("retro")
+    loaded = load_text(path.read_text(encoding="utf-8") + text_of(mesh, stages, more), folder=path.parent)
+    program, layout = program_of(loaded), layout_of(loaded)
+    model = start(program, seed)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    # As many rows for each micro-batch as there are ranks of data, so that all are cut alike.
+    batch = batch_of({**mesh, "data": mesh.get("data", 1) * batches}, 8, seed, model.vocab or 8, retro, False, False)
+    one = alone(model, batch)
+    kind = module_class(build(program, layout=layout).source, "staged")
+
+    def rank(where: Any) -> Any:
+        laid = kind().double().eval()
+        laid.mesh = where
+        keep_stages(laid)
+        take_whole(laid, state)
+        mine = batch.cut(laid.rows, where)
+        names = list(mine.more)
+        pieces = list(zip(mine.tokens.chunk(batches), *(mine.more[n].chunk(batches) for n in names), strict=True))
+        counts: dict[str, Any] = {}
+        for tokens, *rest in pieces:
+            for label, n in laid.counts(tokens, **dict(zip(names, rest, strict=True))).items():
+                counts[label] = counts.get(label, 0) + n
+        known, gathered = global_counts(laid, counts), Gathered()
+
+        def at_of(i: int) -> Any:
+            at = laid._rows(pieces[i][0], None, None, None)
+            at.gathered = gathered
+            return at
+
+        sums = pipelined(laid, pieces, known, at_of)
+        sync_gradients(laid)
+        whole = global_sums(laid, sums)
+        loss = sum(whole[k] / known[k].clamp_min(1) for k in whole)
+        far = [(loss - one.loss).abs(), (gradient_norm(laid) - one.norm).abs()]
+        for p in laid_parameters(laid):
+            grad = torch.zeros_like(p.view) if p.holder.grad is None else p.holder.grad
+            far.append(
+                (grad - part(one.grads[p.path], p.splits, where)).abs().max() / (1 + one.grads[p.path].abs().max())
+            )
+        return float(torch.stack([f.reshape(()) for f in far]).max()), sum(p.numel() for p in laid.parameters())
+
+    found = simulate(dict(kind.axes), rank)
+    assert max(f for f, _ in found) < BOUND, (file, mesh, stages, [f for f, _ in found])
+    return [n for _, n in found]
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+)
+@given(data=st.data(), file=st.sampled_from(sorted(TWINS)), seed=st.integers(0, 2**16))
+def test_any_pipeline_equals_one_device(data: Any, file: str, seed: int) -> None:
+    layers = TWINS[file]
+    pipe = data.draw(st.integers(2, min(3, layers)))
+    chunks = data.draw(st.sampled_from([c for c in (1, 2) if pipe * c <= layers]))
+    batches = pipe * data.draw(st.integers(1, 2))
+    mesh = {"pipe": pipe, "data": data.draw(st.sampled_from((1, 2))), "tensor": data.draw(st.sampled_from((1, 2)))}
+    how = f"schedule = interleaved(chunks = {chunks}), " if chunks > 1 else ""
+    more = "    recompute blocks\n" * data.draw(st.booleans()) + "    shard parameters over data\n" * data.draw(
+        st.booleans()
+    )
+    check(file, mesh, f"{how}microbatches = {batches}", batches, seed, more)
+
+
+def test_ranks_hold_their_stages_only() -> None:
+    """A tied table is on the first and the last stage; the rest is on one."""
+    path = shipped_folder() / "transformer_ls/tiny_released.spec"
+    whole = program_of(load_text(path.read_text(encoding="utf-8"), folder=path.parent)).num_parameters()
+    held = check("transformer_ls/tiny_released.spec", {"pipe": 2}, "microbatches = 2", 2, 0)
+    assert sum(held) - whole == 256 * 16  # the table, once more
+
+
+def test_uneven_stages() -> None:
+    a, b = check("nemotron_h/tiny.spec", {"pipe": 2}, "microbatches = 2, layers = [1, 4]", 2, 0)
+    c, d = check("nemotron_h/tiny.spec", {"pipe": 2}, "microbatches = 2, layers = [4, 1]", 2, 0)
+    assert a < b and c > d and a + b == c + d
+
+
+@pytest.mark.parametrize(
+    ("stages", "code"),
+    [
+        ("microbatches = 1", "too-few-microbatches"),
+        ("microbatches = 3, schedule = interleaved(chunks = 2)", "too-few-microbatches"),
+        ("microbatches = 2, layers = [2, 1]", "stages-do-not-fit"),
+        ("microbatches = 2, layers = [1, 1, 3]", "stages-do-not-fit"),
+        ("microbatches = 2, schedule = interleaved(chunks = 3)", "stages-do-not-fit"),
+        ("microbatches = 2, depth = 3", "unknown-setting"),
+    ],
+)
+def test_stages_that_cannot_be(stages: str, code: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        check("nemotron_h/tiny.spec", {"pipe": 2}, stages, 2, 0)
+    assert caught.value.diagnostics[0].code == code
+
+
+# Megatron-LM's tables (facts: arXiv 2104.04473, section 2.2; schedules.py): ranks, chunks, micro-batches, rank, order.
+PUBLISHED = [
+    (4, 1, 6, 0, "F0 F1 F2 F3 B0 F4 B1 F5 B2 B3 B4 B5"),
+    (4, 1, 6, 3, "F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5"),
+    (2, 2, 4, 0, "F0.0 F1.0 F0.1 F1.1 F2.0 B0.1 F3.0 B1.1 F2.1 B0.0 F3.1 B1.0 B2.1 B3.1 B2.0 B3.0"),
+    (2, 2, 4, 1, "F0.0 F1.0 F0.1 B0.1 F1.1 B1.1 F2.0 B0.0 F3.0 B1.0 F2.1 B2.1 F3.1 B3.1 B2.0 B3.0"),
+    (4, 2, 8, 2, "F0.0 F1.0 F2.0 F3.0 F0.1 F1.1 F2.1 B0.1 F3.1 B1.1 F4.0 B2.1 F5.0 B3.1 F6.0 B0.0 F7.0 B1.0 F4.1 B2.0 F5.1 "
+                 "B3.0 F6.1 B4.1 F7.1 B5.1 B6.1 B7.1 B4.0 B5.0 B6.0 B7.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "chunks", "batches", "rank", "wanted"), PUBLISHED)
+def test_orders_are_the_published_ones(ranks: int, chunks: int, batches: int, rank: int, wanted: str) -> None:
+    found = [str(a) if chunks > 1 else f"{a.kind}{a.batch}" for a in order(rank, ranks, batches, chunks)]
+    assert found == wanted.split()
+
+
+@given(ranks=st.integers(1, 6), rounds=st.integers(1, 4), chunks=st.integers(1, 4), data=st.data())
+def test_orders_run_everything_once_and_forward_first(ranks: int, rounds: int, chunks: int, data: Any) -> None:
+    batches = ranks * rounds
+    for rank in range(ranks):
+        found = order(rank, ranks, batches, chunks)
+        assert sorted((a.kind, a.batch, a.chunk) for a in found) == sorted(
+            (k, b, c) for k in "FB" for b in range(batches) for c in range(chunks)
+        )
+        place = {(a.kind, a.batch, a.chunk): i for i, a in enumerate(found)}
+        assert all(place["F", b, c] < place["B", b, c] for b in range(batches) for c in range(chunks))
