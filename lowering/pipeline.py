@@ -13,6 +13,7 @@ from .passes.drop_dead import drop_dead
 from .passes.fuse_parallel import fuse_parallel
 from .passes.hoist import hoist
 from .passes.infer_types import infer_types
+from .passes.keep_contracts import keep_contracts
 from .passes.mark_recompute import mark_recompute
 from .passes.prove_placement import prove_placement
 from .passes.settle import settle
@@ -27,6 +28,7 @@ PASSES: tuple[Pass, ...] = (
     hoist,  # before fusion, which must not mix constants with data
     shard,  # before fusion, whose products must be of parts that lie alike; identity without a layout
     prove_placement,  # behind shard, and at once: what follows joins what is on one rank
+    keep_contracts,  # behind placement: all collectives are there
     stage,  # behind placement: what crosses a border has its type
     mark_recompute,  # behind placement: a collective inside is made again, too
     fuse_parallel,  # before state, which belongs to the fused op
