@@ -70,6 +70,7 @@ def emit_module(program: GraphProgram, version: str) -> str:
         stored=_stored(program),
         partial=_partial(program),
         rows=_rows(program),
+        result=_result(program),
     )
 
 
@@ -112,6 +113,14 @@ def _rows(program: GraphProgram) -> tuple[str, ...]:
     """The axes over which the rows of a batch are split."""
     inputs = program.model.body.inputs
     return program.model.dims[inputs[0].type.dims[0]].axes if inputs and inputs[0].type.dims else ()
+
+
+def _result(program: GraphProgram) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """The axes that split each dim of what the model returns, and those over which it is a sum of parts."""
+    if program.laid is None or not program.model.body.outputs:
+        return (), ()
+    place = program.laid.places[program.model.name][program.model.body.outputs[0]]
+    return place.splits, tuple(atom for atom, letter in place.letters if letter == "P")
 
 
 def _partial(program: GraphProgram) -> dict[str, tuple[str, ...]]:

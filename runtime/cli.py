@@ -38,6 +38,9 @@ Set = Annotated[
 Give = Annotated[
     list[str] | None, typer.Option("--give", metavar="INPUT=INDEX", help="what gives an input of the model its rows")
 ]
+Layout = Annotated[
+    str | None, typer.Option("--layout", metavar="NAME", help="a layout of the file: what one of its ranks runs")
+]
 Json = Annotated[bool, typer.Option("--json", help="plain data for tools")]
 Format = Annotated[str, typer.Option("--format", metavar="text|json", help="how diagnostics are printed")]
 
@@ -258,14 +261,24 @@ def diff(
 def explain(
     what: Annotated[str, typer.Argument(metavar="CODE | SPEC[:MODEL]", help="an error code, or a spec")],
     after: Annotated[str | None, typer.Option(metavar="PASS", help="print the graphs behind this pass")] = None,
+    layout: Layout = None,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
     """The page of an error code, or a model's graphs behind a pass."""
     from .explain import explain_code, explain_graphs
 
-    looks_like_file = ".spec" in what or after is not None
-    typer.echo(explain_graphs(program_at(what, set), after) if looks_like_file else explain_code(what), nl=False)
+    if ".spec" not in what and after is None:
+        typer.echo(explain_code(what), nl=False)
+        return
+    laid = None
+    if layout is not None:
+        from ..dsl.layout import layout_of
+        from ..dsl.load import load
+        from .paths import split_entry
+
+        laid = layout_of(load(split_entry(what)[0]), layout)
+    typer.echo(explain_graphs(program_at(what, set), after, laid), nl=False)
 
 
 @command
@@ -273,17 +286,22 @@ def compile(  # noqa: A001
     spec: Spec,
     out: Annotated[Path, typer.Option("-o", "--out", help="where artifacts are kept")] = Path("build"),
     target: Annotated[str, typer.Option(help="what to generate code for")] = "cpu",
+    layout: Layout = None,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
     """Write readable PyTorch source for a model; the same spec gives the same bytes."""
+    from ..dsl.layout import layout_of
     from ..dsl.load import load
     from .check import proved
     from .compile import build, write
     from .paths import split_entry
 
     path, model = split_entry(spec)
-    typer.echo(str(write(build(proved(load(path), model, overrides(set)), target), out) / "model.py"))
+    file = load(path)
+    program = proved(file, model, overrides(set))
+    laid = layout_of(file, layout) if layout is not None else None
+    typer.echo(str(write(build(program, target, laid), out) / "model.py"))
 
 
 @command_as(cls=Resuming)

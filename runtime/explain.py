@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..dsl.diagnostics import did_you_mean
+from ..dsl.layout import Layout
 from ..dsl.program import Program
 from .errors import UserError
 
@@ -17,7 +18,7 @@ def explain_code(code: str) -> str:
     return page
 
 
-def explain_graphs(program: Program, after: str | None) -> str:
+def explain_graphs(program: Program, after: str | None, layout: Layout | None = None) -> str:
     """The graphs of a model in the notation of specs, behind a pass (the last if not named). Raises `unknown-pass`."""
     from ..lowering.notation import print_graphs
     from ..lowering.pipeline import PASSES, lower
@@ -29,4 +30,4 @@ def explain_graphs(program: Program, after: str | None) -> str:
             f"no pass is named `{after}`",
             help=did_you_mean(after, names, "a pass") or f"passes, in order: {', '.join(names)}",
         )
-    return print_graphs(lower(program, after))
+    return print_graphs(lower(program, after, layout))

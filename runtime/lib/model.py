@@ -20,6 +20,7 @@ from .mesh import Mesh
 from .pipeline import Pipe
 from .rows import At
 from .sample import check_sampling, choose
+from .spmd import I, P, S, all_gather, all_reduce
 from .stream import Stream
 
 # Prompts are fed in pieces, so that the logits of a long prompt never exist at once.
@@ -52,6 +53,7 @@ class Model(Filled):
     axes: Mapping[str, int] = MappingProxyType({})
     stored: Mapping[str, Any] = MappingProxyType({})
     rows: tuple[str, ...] = ()
+    result: tuple[tuple[tuple[str, ...], ...], tuple[str, ...]] = ((), ())
     pipe: Pipe | None = None
     # Of a pipeline: weights that several stages have, and what they are like.
     tied: Mapping[str, Tensor] = MappingProxyType({})
@@ -131,7 +133,19 @@ class Model(Filled):
     ) -> Tensor:
         """tokens int64[batch, seq] -> logits [batch, seq, vocab]; document, position, valid as in `At`."""
         at = self._rows(tokens, position, document, valid)
-        return self.run(tokens, *self._more(more, at), at, STATELESS)
+        return self._whole(self.run(tokens, *self._more(more, at), at, STATELESS))
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        """What all ranks give together for this rank's rows of the batch."""
+        if self.mesh is None:
+            return logits
+        splits, partial = self.result
+        for axis in partial:
+            logits = all_reduce(logits, self.mesh[axis], src=P, dst=I)
+        for dim, axes in list(enumerate(splits))[1:]:
+            if axes:
+                logits = all_gather(logits, self.mesh[axes], src=S(dim), dst=I)
+        return logits
 
     def losses(
         self,

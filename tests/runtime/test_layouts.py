@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from heddle.dsl.layout import layout_of
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.runtime.check import program_of
+from heddle.runtime.compile import build, module_class
+from heddle.runtime.lib.laid import part, take_whole
+from heddle.runtime.lib.simulated import simulate
 
 from .laid_out import Batch, alone, difference, on_mesh, start
 
@@ -97,3 +100,25 @@ def test_any_layout_equals_one_device(file: str, drawn: Any, seed: int, seq: int
 @pytest.mark.parametrize("file", TWINS)
 def test_every_family_on_all_axes_at_once(file: str) -> None:
     check(file, (dict(data=2, context=2, tensor=2), list(DIMS), True), 16, 1, True, True)
+
+
+@pytest.mark.parametrize("file", ["llama/tiny.spec", "nemotron_h/tiny.spec", "transformer_ls/tiny_released.spec"])
+def test_forward_gives_whole_logits_for_a_ranks_rows(file: str) -> None:
+    mesh = dict(data=2, context=2, tensor=2)
+    path = shipped_folder() / file
+    text = path.read_text(encoding="utf-8") + text_of(mesh, list(DIMS), True, False)
+    loaded = load_text(text, folder=path.parent)
+    program = program_of(loaded)
+    model = start(program)
+    state, tokens = dict(model.state_dict()), torch.randint(0, model.vocab or 8, (4, 8))
+    wanted = model(tokens)
+    kind = module_class(build(program, layout=layout_of(loaded)).source, "laid")
+
+    def rank(where: Any) -> float:
+        laid = kind().double().eval()
+        laid.mesh = where
+        take_whole(laid, state)
+        mine = [laid.rows, ()]
+        return float((laid(part(tokens, mine, where)) - part(wanted, [*mine, ()], where)).abs().max())
+
+    assert max(simulate(dict(kind.axes), rank)) < BOUND
