@@ -70,12 +70,14 @@ def summed(program: GraphProgram, graph: str, label: str, axes: tuple[str, ...])
     return replace(program, laid=replace(program.laid, sums=sums))
 
 
-def reduced(program: GraphProgram, graph: str, value: str, atom: str) -> GraphProgram:
-    """What a block states, summed over the ranks of a factor before it is stated."""
+def stated(
+    program: GraphProgram, graph: str, value: str, atom: str, kind: str = "all_reduce", src: str = "P", dst: str = "I"
+) -> GraphProgram:
+    """What a block states, in another place (summed over the ranks of a factor) before it is stated."""
     own = program.graphs[graph]
     made = node(own, value)
     total = Value(f"{value}_total", made.results[0].type)
-    attrs = (("kind", "all_reduce"), ("axes", (atom,)), ("src", "P"), ("dst", "I"), ("to", total.type.dims))
+    attrs = (("kind", kind), ("axes", (atom,)), ("src", src), ("dst", dst), ("to", total.type.dims))
     at = own.nodes.index(made) + 1
     nodes = (*own.nodes[:at], Node((total,), "convert", (value,), attrs, (), made.spans), *own.nodes[at:])
     emits = tuple((k, label, total.name if v == value else v) for k, label, v in own.body.emits)
@@ -116,7 +118,7 @@ def bias_before_the_sum() -> Mutant:
 
 def auxiliary_loss_summed_twice() -> Mutant:
     """The balance of experts, summed over ranks in the block, and again with the other losses (Megatron-LM #7452)."""
-    return Mutant("aux", "", reduced(EXPERTS.sharded, "sigmoid_router", "balance", "data"))
+    return Mutant("aux", "", stated(EXPERTS.sharded, "sigmoid_router", "balance", "data"))
 
 
 def norm_of_gradients_without_a_shard() -> Mutant:
@@ -129,7 +131,12 @@ def norm_of_gradients_without_a_shard() -> Mutant:
 def loss_over_local_tokens() -> Mutant:
     """A rank's loss divided by the number of its own tokens (Megatron-LM #2206)."""
     program = DENSE.sharded
-    return Mutant("loss", "", summed(reduced(program, "next_token", "lm", "data"), "next_token", "loss:lm", ()))
+    return Mutant("loss", "", summed(stated(program, "next_token", "lm", "data"), "next_token", "loss:lm", ()))
+
+
+def loss_that_is_replicated() -> Mutant:
+    """A loss of which each rank starts the gradient, and all are summed: once a rank."""
+    return Mutant("loss", "", stated(DENSE.sharded, "next_token", "lm", "tensor", "convert", "I", "R"))
 
 
 def gradient_below_experts_without_its_sum() -> Mutant:
@@ -164,6 +171,7 @@ CORPUS: dict[str, tuple[Twin, Callable[[], Mutant], str, str | None, str]] = {
     "auxiliary loss summed twice": (EXPERTS, auxiliary_loss_summed_twice, "balance", "data", "['data']"),
     "norm of gradients without a shard": (SEQUENCE, norm_of_gradients_without_a_shard, "up.weight", None, "((), ())"),
     "loss over local tokens": (DENSE, loss_over_local_tokens, "lm", "data", "those of one rank"),
+    "loss that is replicated": (DENSE, loss_that_is_replicated, "lm", "tensor", "R"),
     "gradient below experts": (EXPERTS, gradient_below_experts_without_its_sum, "some", "tensor", "I"),
     "norm weight without its sum": (SEQUENCE, norm_weight_without_its_sum, "rms_norm", "tensor", "I"),
     "shared keys without their sum": (HYBRID, shared_keys_without_their_sum, "k", "tensor.1", "I"),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heddle.codegen.emit import digest
 from heddle.dsl.layout import Layout
 from heddle.dsl.program import Program
 from heddle.runtime.compile import build, instantiate, module_class
@@ -97,7 +98,8 @@ def logical_gradients(model: Any) -> dict[str, Tensor]:
 def on_mesh(program: Program, layout: Layout, state: dict[str, Tensor], batch: Batch, source: str | None = None,
             steps: int = 1) -> tuple[list[dict[str, float]], Any]:  # fmt: skip
     """Every rank's largest differences from one device, given as a function; and the class of the module."""
-    kind = module_class(source or build(program, layout=layout).source, "laid")
+    source = source or build(program, layout=layout).source
+    kind = module_class(source, f"laid-{digest(source)}/model.py")
 
     def rank(mesh: Any) -> Any:
         model = kind().double().eval()
