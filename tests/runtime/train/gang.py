@@ -24,8 +24,10 @@ CONTEXT.set_forkserver_preload([
     "heddle.runtime.cli", "heddle.runtime.running", "heddle.runtime.train.shared", "heddle.runtime.distributed"])  # fmt: skip
 
 TEXT = [f"the warp is held on the loom, and the weft is drawn through over and under {i}. " * (9 + i) for i in range(4)]
-# Where a process ends at once, counted as it comes by: functions of `train/together.py` and one of the loop.
-MOMENTS = ("step", "start", "_prepare", "save_pieces", "about", "write_through", "put_in_place", "remove_old")
+# Where a process ends at once, counted as it comes by, and on which ranks it comes: functions of `train/together.py`
+# and one of the loop.
+MOMENTS = {"step": (0, 1), "start": (0, 1), "save_pieces": (0, 1), "about": (0, 1), "_prepare": (0,), "write_through": (0,),
+           "put_in_place": (0,), "remove_old": (0,)}  # fmt: skip
 
 
 def write_project(folder: Path, spec: str) -> list[str]:
