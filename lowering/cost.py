@@ -60,6 +60,8 @@ def _at_most(program: GraphProgram, graph: Graph, value: str) -> int | None:
     if node.op == "call":
         callee = program.graphs[graph.instance(node.attr("instance")).bodies[0]]
         return _at_most(program, callee, callee.body.outputs[[r.name for r in node.results].index(value)])
+    if node.op == "convert":  # the same value in another place
+        return _at_most(program, graph, node.operands[0] or "")
     if node.op == "where":  # where(chosen, score, 0)
         return _at_most(program, graph, node.operands[0] or "") if node.attr("y") == 0 else None
     if node.op in ("mul", "div"):
@@ -91,3 +93,15 @@ def _keys_seen(mask: Expr, length: int) -> float:
     behind = length if bounds.behind is None else bounds.behind
     ahead = length if bounds.ahead is None else bounds.ahead
     return sum(min(p, behind) + 1 + min(length - 1 - p, ahead) for p in range(length)) / length
+
+
+def active_share(program: GraphProgram) -> float:
+    """The least share of experts that a row is routed to, of all layers of experts; 1 where rows go to all, or there
+    are none."""
+    shares = [1.0]
+    for graph in program.graphs.values():
+        for node in (n for n in graph.nodes if n.op == "route"):
+            most = _at_most(program, graph, node.operands[1] or "")
+            experts = len(graph.instance(node.attr("instance")).schedule or (0,))
+            shares.append(1.0 if most is None else most / experts)
+    return min(shares)

@@ -304,6 +304,41 @@ def compile(  # noqa: A001
     typer.echo(str(write(build(program, target, laid), out) / "model.py"))
 
 
+@command
+def plan(
+    spec: Spec,
+    layout: Annotated[str | None, typer.Option(help="a layout of the file (the last)")] = None,
+    device: Annotated[str, typer.Option(help="what each rank runs on")] = "h100-80g",
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 with fp32 masters")] = "bf16",
+    microbatch: Annotated[int, typer.Option(min=1, help="rows of a rank's micro-batch")] = 1,
+    seq: Annotated[int, typer.Option(min=2, help="tokens of a row")] = 4096,
+    batch: Annotated[int | None, typer.Option(min=1, help="rows of a step, of all ranks (a micro-batch each)")] = None,
+    documents: Annotated[
+        bool, typer.Option("--documents/--no-documents", help="rows may hold several documents, as `train` feeds them")
+    ] = True,
+    search: Annotated[int | None, typer.Option(metavar="N", min=1, help="rank the layout's meshes of N ranks")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page, too")] = None,
+    set: Annotated[  # noqa: A002
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a parameter, or `layout.mesh.axis=N`")
+    ] = None,
+    format: Annotated[str, typer.Option(metavar="table|json", help="how it is printed")] = "table",  # noqa: A002
+) -> None:
+    """Memory, messages and time of each rank under a layout, before anything runs."""
+    from .plan.command import plan_spec
+    from .plan.show import print_candidates, print_plan
+    from .plan.step import Feed
+
+    feed = Feed(microbatch, seq, 1, documents)
+    settings = overrides(set, dotted=True)
+    data = plan_spec(spec, settings, layout, device, precision, feed, batch, search, html)
+    if format == "json":
+        _echo_json(data)
+    elif search is None:
+        print_plan(data)
+    else:
+        print_candidates(data["candidates"])
+
+
 @command_as(cls=Resuming)
 def train(
     spec: Spec,

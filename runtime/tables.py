@@ -16,6 +16,14 @@ def amount(number: float) -> str:
     return f"{number:.0f}"
 
 
+def size(number: float) -> str:
+    """Bytes: `8.1 GB`, `960 B`."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= one:
+            return f"{number / one:.2f} {unit}"
+    return f"{number:.0f} B"
+
+
 def print_difference(data: dict[str, Any]) -> None:
     """The tables of `heddle diff`."""
     from .diff import written

@@ -1,0 +1,86 @@
+"""How long `heddle plan` takes, and how much memory: a hybrid of 56 B parameters on 3,072 ranks.
+
+Each round is a process of its own, as a user starts it: its wall time, its processor time and its peak memory. The best
+round counts, for others use this machine, too. Run as `python -m heddle.benchmarks.layouts`; `--json FILE` writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heddle.benchmarks.cpu import device
+
+SPEC = """
+use nemotron_h_56b from "nemotron_h/nemotron_h_56b.spec"
+
+layout big:
+    mesh data = 384, tensor = 8
+    shard vocab, heads, kv_heads, ffn, groups over tensor
+    shard seq over tensor between blocks
+    shard batch, optimizer over data
+"""
+LIMITS = {"seconds": 5.0, "bytes": 2 * 2**30}
+
+
+def once(seq: int) -> dict[str, Any]:
+    """One process that plans: seconds, processor seconds, peak bytes, and its plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        spec = Path(folder) / "big.spec"
+        spec.write_text(SPEC, encoding="utf-8")
+        command = [sys.executable, "-m", "heddle.runtime.cli", "plan", f"{spec}:nemotron_h_56b", "--seq", str(seq)]
+        begun = time.perf_counter()
+        with subprocess.Popen([*command, "--format", "json"], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            told = process.stdout.read()
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - begun
+    if process.returncode:
+        raise RuntimeError(f"the plan ends with {process.returncode}")
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "bytes": peak, "plan": json.loads(told)}
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--seq", type=int, nargs="*", default=[4096, 8192])
+    options.add_argument("--json", type=Path)
+    given = options.parse_args()
+    found = {}
+    print(f"{'seq':>6}{'seconds':>10}{'processor':>11}{'peak memory':>13}   a rank holds, fits, MFU")
+    for seq in given.seq:
+        rounds = [once(seq) for _ in range(given.rounds)]
+        best = min(rounds, key=lambda r: r["seconds"])
+        plan = best["plan"]
+        row = {
+            "seconds": best["seconds"], "all_seconds": [r["seconds"] for r in rounds],
+            "cpu_seconds": min(r["cpu_seconds"] for r in rounds), "bytes": max(r["bytes"] for r in rounds),
+            "ranks": plan["ranks"], "parameters": plan["parameters"], "rank_bytes": plan["stages"][0]["bytes"]["total"],
+            "fits": plan["fits"], "mfu": plan["mfu"],
+        }  # fmt: skip
+        found[str(seq)] = row
+        spent = f"{row['seconds']:>8.2f} s{row['cpu_seconds']:>9.2f} s{row['bytes'] / 2**20:>9.0f} MiB"
+        fits = "yes" if row["fits"] else "no"
+        print(f"{seq:>6}{spent}   {row['rank_bytes'] / 1e9:.1f} GB, {fits}, {row['mfu']:.1%}", flush=True)
+    print(f"wanted: less than {LIMITS['seconds']:g} s and {LIMITS['bytes'] / 2**30:g} GiB; "
+          f"load of this machine: {os.getloadavg()[0]:.1f}")  # fmt: skip
+    if given.json:
+        about = {"device": device(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+        about |= {"load": os.getloadavg()[0], "limits": LIMITS}
+        given.json.write_text(json.dumps({**about, "plans": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Blocks of a generated module under `Hollow`: each kind is run once, both ways, and counts for all that are alike."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..lib import Model
+from ..lib.rows import At
+from .hollow import Hollow, Ledger, Shape, shape_of
+
+_SPEC = re.compile(r"^\s*# (\S+:\d+)  ")
+
+
+class Saved(NamedTuple):
+    """A storage that waits for the backward pass, and who keeps it."""
+
+    block: str
+    line: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """A storage that a block makes and keeps: one of its own for each run."""
+
+    saved: Saved
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """A storage that came with an argument."""
+
+    place: int
+    saved: Saved
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The storage of a result."""
+
+    place: int
+    saved: Saved
+
+
+@dataclass(frozen=True)
+class _Outer:
+    """A storage that was there before: one for all runs."""
+
+    tensor: Tensor
+    saved: Saved
+
+
+@dataclass
+class _Kind:
+    """What one run of a block does: results and gradients by their shapes, what it keeps, what it costs."""
+
+    block: str
+    results: list[Shape | None]
+    moving: list[bool]
+    is_single: bool
+    gradients: list[Shape | None]
+    kept: list[_Fresh | _Argument | _Result | _Outer]
+    forward: Ledger
+    forward_peak: int
+    backward: Ledger
+    backward_peak: int
+
+
+class Blocks:
+    """Runs the blocks of a model in place of themselves. `saved` has every storage that waits for the backward pass,
+    once; weights and buffers do not count. `free` are names of classes that are run each time: what they state beside
+    their results is theirs."""
+
+    def __init__(self, mode: Hollow, model: Model, source: str, free: frozenset[str]) -> None:
+        self.mode, self.model = mode, model
+        self.saved: dict[int, Saved] = {}
+        self._seen: list[Any] = []
+        self._file = sys.modules[type(model).__module__].__file__
+        self._lines = _spec_lines(source)
+        self._kinds: dict[Any, _Kind] = {}
+        self._own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers()) if x.numel()}
+        for path, module in model.named_modules():
+            if type(module).__module__ == type(model).__module__ and module is not model:
+                runs_alone = type(module).__name__ in free
+                module.forward = partial(self._pass if runs_alone else self._call, module, path)
+
+    def where(self) -> tuple[str, str]:
+        """(block, line of the spec) of the statement of the generated module that runs now."""
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename != self._file:
+            frame = frame.f_back
+        return self.mode.block, self._lines.get(frame.f_lineno, "") if frame is not None else ""
+
+    @contextmanager
+    def keeping(self) -> Iterator[dict[int, Saved]]:
+        """What autograd keeps inside."""
+        before, self.saved = self.saved, {}
+        seen: list[Tensor] = []
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in self._own:
+                self.saved.setdefault(storage.data_ptr(), Saved(*self.where(), storage.nbytes()))
+                seen.append(x)  # its address stays its own
+            return x
+
+        found = self.saved
+        try:
+            with saved_tensors_hooks(pack, lambda x: x):
+                yield found
+        finally:
+            self.saved = before
+            self._seen.append(seen)
+
+    def forget(self) -> None:
+        """Let go of what was kept."""
+        self._seen.clear()
+
+    # --- running ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _inside(self, path: str) -> Iterator[None]:
+        before, self.mode.block = self.mode.block, path
+        try:
+            yield
+        finally:
+            self.mode.block = before
+
+    def _pass(self, module: nn.Module, path: str, *args: Any, **more: Any) -> Any:
+        with self._inside(path):
+            return type(module).forward(module, *args, **more)
+
+    def _call(self, module: nn.Module, path: str, *args: Any, **more: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        lent = [a for a in args if isinstance(a, nn.Module)]
+        weights = list(dict.fromkeys(p for m in (module, *lent) for p in m.parameters()))
+        key = (type(module), tuple(_described(a) for a in args), tuple(more.items()), tuple(map(shape_of, weights)))
+        if key not in self._kinds:
+            for _ in range(2):  # what is made once for all layers is there the second time
+                kind = self._tried(module, path, args, more, tensors, weights)
+                if kind is not None:
+                    break
+            if kind is None:
+                return self._pass(module, path, *args, **more)
+            self._kinds[key] = kind
+        results = _Replayed.apply(_Run(self, self._kinds[key], path), *tensors, *weights)
+        return results[0] if self._kinds[key].is_single else results
+
+    def _tried(
+        self, module: nn.Module, path: str, args: tuple[Any, ...], more: dict[str, Any], tensors: list[Tensor],
+        weights: list[nn.Parameter],
+    ) -> _Kind | None:  # fmt: skip
+        """Run a block once, forward and backward, apart from all else; None where it changed its surroundings."""
+        given = iter([t.detach().requires_grad_(t.requires_grad) for t in tensors])
+        inner = [next(given) if isinstance(a, Tensor) else a for a in args]
+        mine = [a for a in inner if isinstance(a, Tensor)]
+        at = [a for a in args if isinstance(a, At)]
+        before = [_state(a) for a in at]
+        with torch.enable_grad(), self.mode.section("forward", path) as forward, self.keeping() as kept:
+            out = type(module).forward(module, *inner, **more)
+        results = list(out) if isinstance(out, tuple) else [out]
+        places = {_place(x): i for i, x in enumerate(mine)}
+        if [_state(a) for a in at] != before or any(_place(r) in places for r in results if r is not None):
+            return None
+        ends = [r for r in results if r is not None and r.requires_grad]
+        asked = [x for x in (*mine, *weights) if x.requires_grad]
+        outer = {_place(t): t for t in self._outside(at)}
+        made = {_place(r): i for i, r in enumerate(results) if r is not None}
+        with self.mode.section("backward", path) as backward:
+            starts = [self.mode.tensor(shape_of(r)) for r in ends]
+            found = iter(torch.autograd.grad(ends, asked, starts, allow_unused=True) if ends and asked else ())
+            gradients = [next(found) if x.requires_grad else None for x in (*mine, *weights)]
+        return _Kind(
+            path, [None if r is None else shape_of(r) for r in results],
+            [r is not None and r.requires_grad for r in results], not isinstance(out, tuple),
+            [None if g is None else shape_of(g) for g in gradients],
+            [_sort(place, s, places, made, outer) for place, s in kept.items()],
+            forward.ledger, forward.peak, backward.ledger, backward.peak,
+        )  # fmt: skip
+
+    def _outside(self, at: list[Any]) -> Iterator[Tensor]:
+        """Tensors that all layers read: coordinates, and what was worked out of them."""
+        for a in at:
+            for x in (*vars(a).values(), *a.memo.values()):
+                yield from (y for y in (x if isinstance(x, (tuple, list)) else (x,)) if isinstance(y, Tensor))
+
+    def keep(self, place: int, saved: Saved) -> None:
+        """Note a storage that waits."""
+        self.saved.setdefault(place, saved)
+
+
+class _Run(NamedTuple):
+    """One run of a block of a known kind, at a path."""
+
+    blocks: Blocks
+    kind: _Kind
+    path: str
+
+    def moved(self, block: str) -> str:
+        return self.path + block[len(self.kind.block) :]
+
+    def at(self, saved: Saved) -> Saved:
+        return saved._replace(block=self.moved(saved.block))
+
+
+class _Replayed(torch.autograd.Function):
+    """A run of a block by what is known of its kind."""
+
+    @staticmethod
+    def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        mode, kind = run.blocks.mode, run.kind
+        mode.peak = max(mode.peak, mode.live + kind.forward_peak)
+        mode.ledger.add(kind.forward, run.moved)
+        results = [None if s is None else mode.tensor(s) for s in kind.results]
+        rooms = []  # what waits stays alive, and its address its own
+        for kept in kind.kept:
+            match kept:
+                case _Fresh(saved):
+                    rooms.append(mode.tensor(Shape((saved.bytes,), (1,), torch.uint8)))
+                case _Argument(i, saved):
+                    rooms.append(tensors[i].detach())
+                case _Result(i, saved):
+                    result = results[i]
+                    assert result is not None
+                    rooms.append(result.detach())
+                case _Outer(tensor, saved):
+                    rooms.append(tensor)
+            run.blocks.keep(_place(rooms[-1]), run.at(saved))
+        ctx.run, ctx.rooms = run, rooms
+        still = [r for r, moving in zip(results, kind.moving, strict=True) if r is not None and not moving]
+        ctx.mark_non_differentiable(*still)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        mode, kind = ctx.run.blocks.mode, ctx.run.kind
+        mode.peak = max(mode.peak, mode.live + kind.backward_peak)
+        mode.ledger.add(kind.backward, ctx.run.moved)
+        ctx.rooms = None
+        return None, *(None if s is None else mode.tensor(s) for s in kind.gradients)
+
+
+def _sort(
+    place: int, saved: Saved, arguments: dict[int, int], results: dict[int, int], outer: dict[int, Tensor]
+) -> _Fresh | _Argument | _Result | _Outer:
+    if place in arguments:
+        return _Argument(arguments[place], saved)
+    if place in results:
+        return _Result(results[place], saved)
+    return _Outer(outer[place], saved) if place in outer else _Fresh(saved)
+
+
+def _place(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _described(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return shape_of(x), x.requires_grad
+    return x if isinstance(x, (int, float, str, bool, type(None))) else id(x)
+
+
+def _state(at: Any) -> Any:
+    """What a block may change in the coordinates that it is given."""
+    return {k: id(v) for k, v in vars(at).items()}, list(at.memo), list(at.losses)
+
+
+def _spec_lines(source: str) -> dict[int, str]:
+    """The line of the spec that each line of a generated module stands under."""
+    found: dict[int, str] = {}
+    now: Callable[[str], str] | str = ""
+    for number, line in enumerate(source.split("\n"), 1):
+        if match := _SPEC.match(line):
+            now = match[1]
+        elif line.lstrip().startswith(("def ", "class ")):
+            now = ""
+        elif now:
+            found[number] = str(now)
+    return found

@@ -1,0 +1,83 @@
+"""What would help a layout that does not fit, each with what it saves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ...dsl.diagnostics import SpecError
+from ...dsl.layout import Layout, Split
+from ...dsl.selectors import Selector
+from ...dsl.selectors import Step as Segment
+from ..tables import size
+from .plan import Plan, Steps, plan
+from .sizes import block_of, optimizer_bytes
+from .step import Feed
+
+
+def helps(p: Plan, steps: Steps) -> list[str]:
+    """Changes of the layout or the batch and how many bytes a rank each would save, the most first."""
+    found = [*_optimizer(p), *_tried(p, steps), *_recompute(p)]
+    order = sorted(found, key=lambda pair: -pair[0])
+    return [f"{what} saves {size(saved)} a rank" for saved, what in order if saved > 0]
+
+
+def _optimizer(p: Plan) -> Iterator[tuple[int, str]]:
+    rows = [a for a, n in p.layout.mesh if n > 1 and any(a in s.axes and s.selector.steps[-1].name == "batch"
+            for s in p.layout.splits)]  # fmt: skip
+    if rows and not p.layout.stored_over("optimizer"):
+        stage = max(p.stages, key=lambda s: s.memory.total)
+        sizes = [(n, count, width) for n, count, width, _ in stage.step.parameters]
+        own = optimizer_bytes(sizes, p.rows)
+        yield stage.memory.optimizer - own, f"`shard optimizer over {', '.join(rows)}`"
+
+
+def _tried(p: Plan, steps: Steps) -> Iterator[tuple[int, str]]:
+    """What another layout would hold, planned as this one was."""
+    for changed, feed, what in (*_between(p), *_fewer(p), *_wider(p)):
+        try:
+            other = plan(p.program, changed, p.device, p.precision, feed, steps)
+        except SpecError:
+            continue
+        yield max(s.memory.total for s in p.stages) - max(s.memory.total for s in other.stages), what
+
+
+def _between(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
+    if any(s.between for s in p.layout.splits):
+        return
+    for axis in _model_axes(p.layout):
+        split = Split(Selector((Segment("seq"),)), (axis,), True)
+        yield replace(p.layout, splits=(*p.layout.splits, split)), p.feed, f"`shard seq over {axis} between blocks`"
+
+
+def _fewer(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
+    if p.feed.rows > 1:
+        rows = p.feed.rows // 2
+        yield p.layout, replace(p.feed, rows=rows), f"--microbatch {rows}"
+    elif p.feed.seq > 1:
+        yield p.layout, replace(p.feed, seq=p.feed.seq // 2), f"--seq {p.feed.seq // 2}"
+
+
+def _wider(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
+    for axis in _model_axes(p.layout):
+        mesh = tuple((a, 2 * n if a == axis else n) for a, n in p.layout.mesh)
+        yield replace(p.layout, mesh=mesh), p.feed, f"`mesh {axis} = {dict(mesh)[axis]}`"
+
+
+def _model_axes(layout: Layout) -> list[str]:
+    """Axes that split dims of weights."""
+    axes = (a for s in layout.splits if not s.between and s.selector.steps[-1].name != "batch" for a in s.axes)
+    return [a for a in dict.fromkeys(axes) if layout.size(a) > 1]
+
+
+def _recompute(p: Plan) -> Iterator[tuple[int, str]]:
+    """What would not have to wait, were a block run again in the backward pass."""
+    stage = max(p.stages, key=lambda s: s.memory.total)
+    saved: Counter[str] = Counter()
+    for x in stage.step.saved:
+        name = block_of(x.block).split(".")[-1]
+        if "." in x.block and name != "*":
+            saved[name] += x.bytes
+    for block, most in saved.most_common(3):
+        yield most, f"`recompute {block}` at most"

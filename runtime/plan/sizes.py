@@ -1,0 +1,72 @@
+"""What a rank holds between steps: weights, gradients and the optimizer's state, by block and by line of the spec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from ...dsl.program import Parameter
+from ...lowering.graph import GraphProgram
+
+
+@dataclass(frozen=True)
+class Held:
+    """A weight as one rank holds it: `shape` is that of its part, `splits` the axes that split each dim, `width` the
+    bytes of a number. `line` declared it."""
+
+    path: str
+    block: str
+    line: str
+    dims: tuple[str, ...]
+    whole: tuple[int, ...]
+    shape: tuple[int, ...]
+    splits: tuple[tuple[str, ...], ...]
+    width: int
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.count * self.width
+
+
+def held(program: GraphProgram, precision: str) -> list[Held]:
+    """Every weight of a rank. Those that an op keeps in fp32 stay so in any precision."""
+    low = 2 if precision == "bf16" else 4
+    return [_held(program, p, 4 if p.weight.keep else low) for p in program.program.parameters()]
+
+
+def _held(program: GraphProgram, p: Parameter, width: int) -> Held:
+    names, whole = tuple(d for d, _ in p.dims), p.shape
+    splits: tuple[tuple[str, ...], ...] = ((),) * len(whole)
+    if program.laid is not None:
+        splits = program.laid.weights[p.body][p.weight.name].splits
+    shape = tuple(n // program.laid.mesh.size(a) if a else n for n, a in zip(whole, splits, strict=True))
+    span = p.weight.span
+    line = f"{span.source.name.replace(chr(92), '/').rsplit('/', 1)[-1]}:{span.line}" if span.source.text else ""
+    return Held(p.name, block_of(p.name), line, names, whole, shape, splits, width)
+
+
+def block_of(path: str) -> str:
+    """The block that a module or a weight is of: iterations are one, weights are their owner's."""
+    parts = path.split(".")
+    depth = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    head = parts[: depth + 2] if depth is not None else parts[:1]
+    return ".".join("*" if part.isdigit() else part for part in head) or "model"
+
+
+def gradient_bytes(weights: list[Held]) -> int:
+    """Gradients are summed in fp32, whatever the weights are."""
+    return sum(w.count * max(4, w.width) for w in weights)
+
+
+def optimizer_bytes(parameters: list[tuple[str, int, int]], ranks: int = 1) -> int:
+    """AdamW's two moments and a count of steps for each parameter of the module (name, number, bytes a number), and a
+    master of those below fp32. Over several ranks each keeps a part, the last padded."""
+    total = 0
+    for _, count, width in parameters:
+        own = ceil(count / ranks)
+        total += 2 * max(4, width) * own + 4 + (4 * own if width < 4 else 0)
+    return total

@@ -1,0 +1,163 @@
+"""`heddle plan`: what it prints, what it searches, and what it says of input that cannot be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from heddle.runtime.cli import app
+
+SPEC = """
+use llama from "llama/llama.spec"
+
+model small = llama(vocab = 256, hidden = 32, ffn = 48, layers = 3, heads = 4, kv_heads = 2)
+
+layout one:
+    mesh data = 1
+
+layout tp:
+    mesh data = 2, tensor = 2
+    shard vocab, heads, kv_heads, ffn over tensor
+    shard seq over tensor between blocks
+    shard batch over data
+
+layout zero = tp with:
+    shard optimizer over data
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    (tmp_path / "a.spec").write_text(SPEC)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words, code=0):
+    result = CliRunner().invoke(app, ["plan", "a.spec", "--seq", "16", *map(str, words)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == code, (result.stdout, result.stderr)
+    return result.stdout, result.stderr
+
+
+def data(*words):
+    return json.loads(run("--format", "json", *words)[0])
+
+
+def test_a_plan_as_data_adds_up():
+    found = data("--layout", "tp", "--precision", "bf16", "--batch", 8)
+    (stage,) = found["stages"]
+    held = stage["bytes"]
+    names = ("parameters", "gradients", "optimizer", "constants", "working", "reserved")
+    assert held["total"] == sum(held[n] for n in names)
+    assert found["microbatches"] == 4 and found["tokens"] == 8 * 16 and found["ranks"] == 4
+    assert sum(w["bytes"] for w in stage["weights"]) == held["parameters"]
+    for what in ("blocks", "lines"):
+        assert sum(row["saved"] for row in stage[what]) == held["saved"]
+    assert sum(row["parameters"] for row in stage["blocks"]) == stage["parameters"]
+    assert sum(row["parameters"] for row in stage["lines"]) == held["parameters"]
+    assert found["seconds"] == pytest.approx(stage["times"]["total"])
+    assert found["mfu"] == pytest.approx(found["model_flops"] / (found["seconds"] * 4 * 989.5e12))
+    lines = {row["line"] for row in stage["collectives"] if row["phase"] in ("forward", "backward")}
+    assert lines and all(".spec:" in line for line in lines)
+
+
+def test_micro_batches_repeat_what_a_micro_batch_sends_and_not_the_sums():
+    one, four = (data("--layout", "tp", "--batch", n)["stages"][0]["collectives"] for n in (2, 8))
+    for a, b in zip(one, four, strict=True):
+        assert b["count"] == a["count"] * (1 if a["phase"] == "sync" else 4)
+
+
+def test_a_layout_on_one_rank_sends_nothing():
+    stage = data("--layout", "one")["stages"][0]
+    assert stage["collectives"] == []
+    assert stage["parameters"] == data("--layout", "one")["parameters"]
+
+
+def test_a_split_optimizer_leaves_a_part_on_each_rank():
+    plain, split = (data("--layout", name)["stages"][0] for name in ("tp", "zero"))
+    steps = 4 * len(plain["weights"])  # counts of steps are not split
+    assert abs(plain["bytes"]["optimizer"] - 2 * split["bytes"]["optimizer"]) <= 16 * steps
+    kinds = {(row["phase"], row["kind"], tuple(row["axes"])) for row in split["collectives"]}
+    assert {("sync", "reduce_scatter", ("data",)), ("sync", "all_gather", ("data",))} <= kinds
+    assert split["bytes"]["saved"] == plain["bytes"]["saved"]
+
+
+def test_the_mesh_can_be_changed_from_outside():
+    assert data("--layout", "tp", "--set", "tp.mesh.data=8", "--set", "layers=1")["mesh"] == {"data": 8, "tensor": 2}
+
+
+def test_what_does_not_fit_is_said_with_what_would_help(monkeypatch):
+    from dataclasses import replace
+
+    from heddle.runtime.plan import devices
+
+    tiny = replace(devices.DEVICES["h100-80g"], memory=400_000, reserved=0)
+    monkeypatch.setitem(devices.DEVICES, "h100-80g", tiny)
+    found = data("--layout", "tp", "--microbatch", 2)
+    assert not found["fits"] and found["over_bytes"] == found["stages"][0]["bytes"]["total"] - 400_000
+    assert any("`shard optimizer over data` saves" in line for line in found["helps"])
+    assert any("--microbatch 1 saves" in line for line in found["helps"])
+    assert any("`mesh tensor = 4` saves" in line for line in found["helps"])
+    assert any("`recompute gated_mlp` at most saves" in line for line in found["helps"])
+    out, _ = run("--layout", "tp", "--microbatch", 2)
+    assert "does not fit: a rank needs" in out
+    rows = data("--layout", "tp", "--search", 4)["candidates"]
+    assert any(row["why"].startswith("does not fit: ") for row in rows)
+
+
+def test_a_search_ranks_what_fits_and_says_why_the_others_lost():
+    rows = data("--layout", "tp", "--search", 8, "--batch", 8)["candidates"]
+    assert rows[0]["why"] == "the best" and rows[0]["fits"]
+    shown = [row["mfu"] for row in rows if row["fits"]]
+    assert shown == sorted(shown, reverse=True) and len(shown) > 3
+    assert all(row["tokens"] == 8 * 16 for row in rows if row["fits"])
+    assert all("of the best one's speed: " in row["why"] for row in rows[1:] if row["fits"])
+    assert [row["why"] for row in rows if "mfu" not in row and row["mesh"] == {"data": 1, "tensor": 8}] != []
+    assert all(row["why"].startswith("uneven-split: ") for row in rows if "mfu" not in row)
+    assert "the best" in run("--layout", "tp", "--search", 8)[0]
+
+
+def test_tables_and_page(place):
+    out, _ = run("--layout", "tp", "--html", "plan.html")
+    for words in (
+        "optimizer state",
+        "layer.*.attention",
+        "reduce_scatter",
+        "tokens a second",
+        "saved for the backward",
+    ):
+        assert words in out
+    page = (place / "plan.html").read_text()
+    assert page.startswith("<!doctype html>") and "http" not in page
+    assert "ranks 0, 2: heads[0:2]" in page or "ranks 0, 2: kv_heads[0:1]" in page
+    run("--layout", "tp", "--html", "again.html")
+    assert (place / "again.html").read_text() == page
+
+
+@pytest.mark.parametrize(("words", "code"), [
+    (["--device", "h100-80"], "unknown-device"), (["--layout", "tpp"], "unknown-name"),
+    (["--set", "tp.mesh.tensr=2", "--layout", "tp"], "unknown-name"), (["--set", "tp.mesh=2"], "bad-override"),
+    (["--set", "one.mesh.data=2", "--layout", "tp"], "bad-override"), (["--precision", "fp8"], "unknown-setting"),
+    (["--set", "tp.mesh.tensor=3", "--layout", "tp"], "uneven-split"), (["--batch", "3", "--layout", "tp"], "uneven-batch"),
+    (["--html", "no/such/folder.html", "--layout", "tp"], "cannot-write"), (["--set", "width=3"], "no-such-parameter"),
+])  # fmt: skip
+def test_bad_input_is_a_diagnostic(words, code, place):
+    before = sorted(p.name for p in place.iterdir())
+    out, err = run(*words, code=2)
+    assert f"error[{code}]: " in err and not out
+    assert sorted(p.name for p in place.iterdir()) == before
+    assert json.loads(run(*words, "--format", "json", code=2)[0])["diagnostics"][0]["code"] == code
+
+
+@pytest.mark.parametrize("rule", ["stages over tensor", "recompute attention", "shard parameters over data"])
+def test_what_is_not_planned_yet_says_so(rule, place):
+    (place / "a.spec").write_text(f"{SPEC}\nlayout more = tp with:\n    {rule}\n")
+    assert "error[not-built-yet]: a plan " in run("--layout", "more", code=2)[1]
+
+
+def test_a_file_without_a_layout(place):
+    (place / "a.spec").write_text(SPEC.partition("layout one")[0])
+    assert "error[unknown-name]: `a.spec` has no layout" in run(code=2)[1]

@@ -1,0 +1,217 @@
+"""Figures that papers print, from a spec: Narayanan et al. 2021 (sizes, operations, volumes, schedules) and Korthikanti
+et al. 2022 (activation memory). Symbols are theirs: a heads, h hidden, l layers, s tokens, b rows, t tensor ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from heddle.dsl.layout import layout_of
+from heddle.dsl.load import load_text
+from heddle.lowering.cost import flops_per_token
+from heddle.lowering.pipeline import lower
+from heddle.runtime.check import program_of
+from heddle.runtime.compile import build
+from heddle.runtime.plan.devices import device
+from heddle.runtime.plan.estimate import wire_bytes
+from heddle.runtime.plan.hollow import Message
+from heddle.runtime.plan.plan import plan
+from heddle.runtime.plan.schedules import bubble, gpipe, held, interleaved, one_forward_one_backward, table
+from heddle.runtime.plan.step import Feed, measure
+
+V, S = 51200, 2048
+GPT = """
+model gpt(vocab = 51200, context = 2048, hidden = 6144, heads = 64, layers = 48, rate = 0.1, mask = causal):
+    tokens[batch, seq]: token
+    embedding = embed(tokens, vocab -> hidden)
+    place = embed(seq.position, context -> hidden)
+    x = dropout(embedding + place, rate)
+    for layer in layers:
+        norm1 = layer_norm(x)
+        attention = attention(norm1, heads, mask = mask, bias = true)
+        x = x + dropout(attention, rate)
+        norm2 = layer_norm(x)
+        mlp = mlp(norm2, 4 * hidden, gelu, true)
+        x = x + dropout(mlp, rate)
+    final = layer_norm(x)
+    logits = linear(final, hidden -> vocab, weight = embedding.weight)
+    return logits
+
+layout tp:
+    mesh data = 1, tensor = 8
+    shard vocab, heads, kv_heads?, ffn over tensor
+    shard batch over data
+
+layout tp_sp = tp with:
+    shard seq over tensor between blocks
+"""
+# Table 1 of 2021: parameters (1e9), heads, hidden, layers, batch; and 96 B s l h^2 (1 + s/6h + V/16lh), in PFLOP.
+TABLE = [
+    (1.7, 24, 2304, 24, 512, 15.47), (3.6, 32, 3072, 30, 512, 32.66), (7.5, 32, 4096, 36, 512, 67.18),
+    (18.4, 48, 6144, 40, 1024, 324.84), (39.1, 64, 8192, 48, 1536, 1021.23), (76.1, 80, 10240, 60, 1792, 2302.05),
+    (145.6, 96, 12288, 80, 2304, 5641.68), (310.1, 128, 16384, 96, 2160, 11194.01),
+    (529.6, 128, 20480, 105, 2520, 22215.94), (1008.0, 160, 25600, 128, 3072, 51390.51),
+]  # fmt: skip
+
+
+def gpt(layout=None, text=GPT, **settings):
+    file = load_text(text)
+    return program_of(file, "gpt", settings), layout_of(file, layout) if layout else None
+
+
+@pytest.mark.parametrize(("billions", "a", "h", "layers", "batch", "peta"), TABLE)
+def test_sizes_and_operations_of_table_1(billions, a, h, layers, batch, peta):
+    program, _ = gpt(hidden=h, heads=a, layers=layers)
+    count = program.num_parameters()
+    assert count == 12 * layers * h * h + 13 * layers * h + (V + S) * h + 2 * h  # the paper leaves out the last norm
+    assert abs(count / 1e9 - billions) <= 0.0501  # as printed
+    # Each layer runs forward twice and backward once (twice the work); the head only forward once.
+    full = GPT.replace("mask = causal", "mask = full")  # they count every score
+    ours = flops_per_token(lower(gpt(text=full, hidden=h, heads=a, layers=layers)[0]), S)
+    head = 2 * h * V
+    points = ours - layers * (24 * h * h + 4 * S * h) - head  # norms, activations and sums, which they leave out
+    assert 0 < points < 0.012 * ours
+    assert (4 * (ours - points - head) + 3 * head) * batch * S / 1e15 == pytest.approx(peta, abs=0.0051)
+
+
+def difference(layout, t, b, a=16, h=512, s=256):
+    """(bytes that one more layer saves, those of them that lines with dropout save, messages of one more layer)."""
+    steps = []
+    for layers in (2, 3):
+        program, made = gpt(layout, layers=layers, hidden=h, heads=a, context=s)
+        made = replace(made, mesh=(("data", 1), ("tensor", t)))
+        steps.append(measure(build(program, layout=made), Feed(b, s, 1, documents=False), "bf16"))
+    one, two = steps
+    masks = [sum(x.bytes for x in step.saved if x.line.endswith((":10", ":13"))) for step in steps]
+    messages = Counter()
+    for m, n in two.micro.messages.items():
+        messages[m.phase, m.kind, m.bytes] += n
+    for m, n in one.micro.messages.items():
+        messages[m.phase, m.kind, m.bytes] -= n
+    return two.saved_bytes - one.saved_bytes, masks[1] - masks[0], +messages
+
+
+@pytest.mark.parametrize(("t", "b"), [(1, 1), (2, 3), (4, 2), (8, 1)])
+def test_activation_memory_of_a_layer_under_tensor_parallelism(t, b):
+    """sbh (10 + 24/t): the form without scores (their selective recomputation), which a fused attention keeps. Beside it
+    are statistics that they do not count: a mean and a scale of each norm's rows, a sum of each head's rows, in fp32.
+    They count a byte for each place of a mask, and 16 bits for norms' inputs; here dropout keeps its noise in 16 bits,
+    and norms their inputs in 32."""
+    a, h, s = 16, 512, 256
+    saved, masks, messages = difference("tp", t, b)
+    statistics = 2 * 2 * 4 * s * b + 4 * a * s * b // t
+    wide = 2 * s * b * h + 2 * 2 * s * b * h  # of two masks a byte more for each place, of two norms' inputs two
+    assert masks == 2 * 2 * s * b * h
+    assert saved - statistics - wide == s * b * h * (10 + 24 / t)
+    if t > 1:
+        # Two all-reduces of b s h forward and two backward, in 16 bits: 8 b s h (t - 1) / t elements on the wire.
+        assert messages == {("forward", "all_reduce", 2 * b * s * h): 2, ("backward", "all_reduce", 2 * b * s * h): 2}
+        wire = sum(n * wire_bytes(Message("", "", "", k, ("tensor",), size), t) for (_, k, size), n in messages.items())
+        assert wire == pytest.approx(2 * 8 * b * s * h * (t - 1) / t)
+
+
+@pytest.mark.parametrize(("t", "b"), [(2, 3), (4, 2), (8, 1)])
+def test_activation_memory_of_a_layer_with_sequence_parallelism(t, b):
+    """sbh 34/t, and of the inputs of both products the other ranks' parts: they gather these again in the backward
+    pass, we keep what was gathered: 4 sbh (1 - 1/t) more."""
+    a, h, s = 16, 512, 256
+    saved, masks, messages = difference("tp_sp", t, b)
+    statistics = 2 * 2 * 4 * s * b // t + 4 * a * s * b // t
+    wide = (2 + 2 * 2) * s * b * h // t
+    assert masks == 2 * 2 * s * b * h // t
+    assert saved - statistics - wide == s * b * h * 34 / t + 4 * s * b * h * (1 - 1 / t)
+    part, whole = 2 * b * s * h // t, 2 * b * s * h
+    assert messages == {
+        ("forward", "all_gather", part): 2, ("forward", "reduce_scatter", whole): 2,
+        ("backward", "all_gather", part): 2, ("backward", "reduce_scatter", whole): 2,
+    }  # fmt: skip
+
+
+def test_gradients_of_data_ranks_are_summed_once_by_a_ring():
+    """A gradient's bytes, times 2 (d - 1) / d on the wire."""
+    program, layout = gpt("tp", layers=2, hidden=64, heads=4, vocab=64, context=32)
+    for d in (2, 4, 8):
+        made = replace(layout, mesh=(("data", d), ("tensor", 1)))
+        p = plan(program, made, device("a100-80g"), "fp32", Feed(1, 32))
+        sums = {m: n for m, n in p.stages[0].step.once.messages.items() if m.bytes > 8}
+        assert sum(m.bytes * n for m, n in sums.items()) == 4 * program.num_parameters()
+        wire = sum(wire_bytes(m, d) * n for m, n in sums.items())
+        assert wire == pytest.approx(2 * (d - 1) / d * 4 * program.num_parameters())
+
+
+# --- schedules -----------------------------------------------------------------------------------
+
+
+def text(actions, chunks=False):
+    return " ".join(f"{x.kind}{x.microbatch}" + (f".{x.chunk}" if chunks else "") for x in actions)
+
+
+def test_orders_of_one_forward_one_backward():
+    wanted = ["F0 F1 F2 F3 B0 F4 B1 F5 B2 B3 B4 B5", "F0 F1 F2 B0 F3 B1 F4 B2 F5 B3 B4 B5",
+              "F0 F1 B0 F2 B1 F3 B2 F4 B3 F5 B4 B5", "F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5"]  # fmt: skip
+    assert [text(one_forward_one_backward(4, 6, r)) for r in range(4)] == wanted
+    assert [held(one_forward_one_backward(4, 6, r)) for r in range(4)] == [4, 3, 2, 1]
+    assert held(gpipe(4, 6, 0)) == 6
+
+
+INTERLEAVED = {
+    (2, 4): """F0.0 F1.0 F0.1 F1.1 F2.0 B0.1 F3.0 B1.1 F2.1 B0.0 F3.1 B1.0 B2.1 B3.1 B2.0 B3.0
+F0.0 F1.0 F0.1 B0.1 F1.1 B1.1 F2.0 B0.0 F3.0 B1.0 F2.1 B2.1 F3.1 B3.1 B2.0 B3.0""",
+    (
+        4,
+        8,
+    ): """F0.0 F1.0 F2.0 F3.0 F0.1 F1.1 F2.1 F3.1 F4.0 F5.0 F6.0 B0.1 F7.0 B1.1 F4.1 B2.1 F5.1 B3.1 F6.1 B0.0 F7.1 B1.0 B2.0 B3.0 B4.1 B5.1 B6.1 B7.1 B4.0 B5.0 B6.0 B7.0
+F0.0 F1.0 F2.0 F3.0 F0.1 F1.1 F2.1 F3.1 F4.0 B0.1 F5.0 B1.1 F6.0 B2.1 F7.0 B3.1 F4.1 B0.0 F5.1 B1.0 F6.1 B2.0 F7.1 B3.0 B4.1 B5.1 B6.1 B7.1 B4.0 B5.0 B6.0 B7.0
+F0.0 F1.0 F2.0 F3.0 F0.1 F1.1 F2.1 B0.1 F3.1 B1.1 F4.0 B2.1 F5.0 B3.1 F6.0 B0.0 F7.0 B1.0 F4.1 B2.0 F5.1 B3.0 F6.1 B4.1 F7.1 B5.1 B6.1 B7.1 B4.0 B5.0 B6.0 B7.0
+F0.0 F1.0 F2.0 F3.0 F0.1 B0.1 F1.1 B1.1 F2.1 B2.1 F3.1 B3.1 F4.0 B0.0 F5.0 B1.0 F6.0 B2.0 F7.0 B3.0 F4.1 B4.1 F5.1 B5.1 F6.1 B6.1 F7.1 B7.1 B4.0 B5.0 B6.0 B7.0""",
+}
+
+
+@pytest.mark.parametrize(("p", "m"), list(INTERLEAVED))
+def test_interleaved_order_of_each_rank(p, m):
+    assert [text(interleaved(p, m, 2, r), True) for r in range(p)] == INTERLEAVED[p, m].split("\n")
+
+
+def test_interleaved_tables_and_limits():
+    assert [m for m, _ in table(5, 2, 3)] == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
+    assert [c for _, c in table(5, 2, 3)] == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+    for p, v, m in ((4, 2, 8), (8, 4, 32)):
+        assert [held(interleaved(p, m, v, r)) for r in range(p)] == [
+            (v - 1) * p + 2 * (p - 1 - r) + 1 for r in range(p)
+        ]
+    with pytest.raises(ValueError, match="groups of 4 of 6"):
+        interleaved(4, 6, 2, 0)
+
+
+def finish(orders, pieces, p):
+    """When all ranks are done: a forward takes 1, a backward 2; each waits for what it reads."""
+    done, free, at = {}, [0.0] * p, [0] * p
+    while any(at[r] < len(orders[r]) for r in range(p)):
+        moved = False
+        for r in range(p):
+            while at[r] < len(orders[r]):
+                kind, m, c = orders[r][at[r]]
+                piece = c * p + r
+                needs = [("F", m, piece - 1)] if kind == "F" and piece else []
+                if kind == "B":
+                    needs = [("F", m, piece), *([("B", m, piece + 1)] if piece + 1 < pieces else [])]
+                if any(n not in done for n in needs):
+                    break
+                start = max([free[r], *(done[n] for n in needs)])
+                free[r] = done[kind, m, piece] = start + (1 if kind == "F" else 2)
+                at[r] += 1
+                moved = True
+        assert moved, "no rank can go on"
+    return max(free)
+
+
+@pytest.mark.parametrize(("p", "v", "m", "share"), [(4, 2, 8, 0.1875), (4, 2, 16, 0.09375), (8, 4, 32, 0.0546875)])
+def test_bubbles_are_what_ranks_wait(p, v, m, share):
+    assert bubble("interleaved", p, m, v) == share
+    orders = [interleaved(p, m, v, r) for r in range(p)]
+    assert finish(orders, p * v, p) == pytest.approx(3 * m * v * (1 + share))
+    plain = [one_forward_one_backward(p, m, r) for r in range(p)]
+    assert finish(plain, p, p) == pytest.approx(3 * m * (1 + bubble("1f1b", p, m)))
+    assert bubble("gpipe", p, m) == (p - 1) / m
