@@ -17,7 +17,7 @@ class Action(NamedTuple):
 
 
 def order(rank: int, ranks: int, batches: int, chunks: int = 1) -> tuple[Action, ...]:
-    """One forward, one backward (PipeDream-Flush); with chunks, interleaved as in Megatron-LM.
+    """One forward, one backward (PipeDream-Flush); with chunks, interleaved.
 
     Source: Narayanan et al. 2021, Efficient Large-Scale Language Model Training on GPU Clusters, section 2.2.
     Raises ValueError where an interleaved schedule has micro-batches that are no multiple of the ranks.

@@ -13,7 +13,8 @@ def lift(node: Any, graph: Any) -> str:
     rows = graph.dim("rows", taps - 1)
     lead = dims[: dims.index(seq)]
     own = (("S", (seq,)), ("B", (rows,)), ("C", bound["C"]))
-    before = graph.add("rows_before", (x,), (*lead, rows, *bound["C"]), node, bindings=own, into=(rows,), count=taps - 1)
+    halo = (*lead, rows, *bound["C"])
+    before = graph.add("rows_before", (x,), halo, node, bindings=own, into=(rows,), count=taps - 1)
     return graph.add(
         "conv_behind", (x, before, weight, bias), dims, node, name=node.name, bindings=(*own, ("J", bound["J"])),
         taps=taps, act=node.attr("act"),

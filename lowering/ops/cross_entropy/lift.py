@@ -1,5 +1,5 @@
 """Cross entropy over a vocabulary that is cut: the largest, the sum of exponentials and the target's logit meet across
-ranks (Megatron-LM's vocabulary-parallel cross entropy)."""
+ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 
 def lift(node: Any, graph: Any) -> str:
-    """before: loss = cross_entropy(z, t);  after: m = row_max(z); s = sum_exp(z, m); p = picked(z, t); loss = nll(..)."""
+    """before: loss = cross_entropy(z, t)
+
+    after: m = row_max(z);  s = sum_exp(z, m);  p = picked(z, t);  loss = nll(s, t, p, m)
+    """
     z, target = node.operands
     *lead, _ = graph.type_of(z).dims
     lead, bound = tuple(lead), (("V", node.bound("V")),)

@@ -11,7 +11,7 @@ def lift(node: Any, graph: Any) -> str:
     after: decay, state = ssd_leave(u, dt, b, ..);  enter = ssd_before(decay, state)
            inside = ssd_inside(u, dt, b, c, ..);    y = ssd_behind(inside, dt, c, .., enter)
     """
-    u, dt, b, c, a_log, d, dt_bias = node.operands
+    u, dt, b, c, a_log, _, dt_bias = node.operands
     bound = dict(node.bindings)
     dims = graph.type_of(u).dims
     lead = dims[: dims.index(bound["S"][0])]
