@@ -148,8 +148,8 @@ def steps(have: Place, want: Place, mesh: Mesh) -> tuple[Step, ...]:
                 back = back.put(atom, N if not have.has_gradient else R, order)
     gathered = [a for a in reversed(order) if isinstance(now.on(a), int) and now.on(a) != back.on(a)]
     other = [a for a in order if not isinstance(now.on(a), int) and now.on(a) != back.on(a)]
-    for target, atoms in ((back, [*gathered, *other]), (want, list(order))):
-        for atom in atoms:
+    for target, changed in ((back, [*gathered, *other]), (want, list(order))):
+        for atom in changed:
             src, dst = now.on(atom), target.on(atom)
             if src == dst:
                 continue
