@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable
 
 RESERVED = (
-    frozenset(keyword.kwlist) | frozenset(dir(builtins)) | {"self", "at", "state", "stream", "lib", "torch", "nn", "F"}
+    frozenset(keyword.kwlist)
+    | frozenset(dir(builtins))
+    | {"self", "at", "state", "stream", "lib", "spmd", "torch", "nn", "F"}
 )
-GLOBAL = re.compile(r"CAUSAL|FULL|MASK_\d+|CLOCK_\d+|F|Model|True|False|None")
+GLOBAL = re.compile(r"CAUSAL|FULL|MASK_\d+|CLOCK_\d+|[FIPRS]|Model|True|False|None")
 """What a class or a variable would hide: names of the module, and Python's own that begin with a capital."""
 
 # What a module of PyTorch, the library's model and its state have of their own; weights under such a name are lost.
@@ -24,7 +26,7 @@ register_forward_hook register_forward_pre_hook register_full_backward_hook regi
 register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
 register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ run scored self set_extra_state
 set_submodule shape share_memory slots state_dict storage_dtype stream to to_empty train train_beside training type
-vocab xpu zero_grad axes mesh partial pipe result rows stored tied
+vocab xpu zero_grad axes before chance mesh partial pipe result rows site stored tied
 """
 TAKEN = frozenset(_TAKEN.split())
 

@@ -22,6 +22,7 @@ from .norm import (
     group_squares,
     layer_norm,
     rms_norm,
+    row_sums,
     scaled_rows,
 )
 from .pipeline import Pipe
@@ -80,6 +81,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "route",
+    "row_sums",
     "rows_before",
     "scaled_rows",
     "silu_mul",

@@ -216,12 +216,15 @@ class _Conv(torch.autograd.Function):
 # --- of a sequence that ranks share -----------------------------------------------------------------
 
 
-def rows_before(x: Tensor, count: int, group: Group) -> Tensor:
-    """The last `count` rows of the ranks before this one, zeros where there are none.
+def rows_before(x: Tensor, count: int, group: Group, at: At) -> Tensor:
+    """The last `count` rows of the ranks before this one: x [B, T, ...] -> [B, count, ...].
 
-    x [B, T, ...] -> [B, count, ...].
+    Zeros where there are none, and in place of padding.
     """
-    tail = x[:, max(0, x.shape[1] - count) :]
+    first = max(0, x.shape[1] - count)
+    tail = x[:, first:]
+    if at.valid is not None:
+        tail = torch.where(at.valid[:, first:].reshape(*tail.shape[:2], *[1] * (x.dim() - 2)), tail, 0)
     tails = all_gather(tail, group, src=V, dst=R).view(group.size, *tail.shape)
     # A slice of all of them, on every rank: so that each takes part in the backward of the gather.
     joined = torch.cat((x.new_zeros(x.shape[0], count, *x.shape[2:]), *tails), 1)
@@ -231,7 +234,7 @@ def rows_before(x: Tensor, count: int, group: Group) -> Tensor:
 def conv_behind(
     x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None, at: At, act: str | None = None
 ) -> Tensor:
-    """`causal_conv` of x [B, T, *channels] behind rows before [B, taps - 1, *channels]; weight [*channels, taps]."""
+    """`causal_conv` of x [B, T, *channels] behind `before` [B, taps - 1, *channels]; weight [*channels, taps]."""
     taps, channels = weight.shape[-1], x.shape[2:]
     if at.valid is not None:
         x = torch.where(at.valid.reshape(*at.valid.shape, *[1] * len(channels)), x, 0)

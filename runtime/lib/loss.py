@@ -85,8 +85,34 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def sum_exp(logits: Tensor, most: Tensor) -> Tensor:
-    """The sum of exp(logits - most) over the columns that are here; logits [..., V], most [...] -> [...]."""
-    return (wide(logits) - wide(most)[..., None]).exp().sum(-1)
+    """The sum of exp(logits - most) over the columns that are here; logits [..., V], most [...] -> [...].
+
+    A row whose sum gets no gradient gives none: it may hold anything, even NaN.
+    """
+    total: Tensor = _SumExp.apply(logits.reshape(-1, logits.shape[-1]), most.reshape(-1))
+    return total.view(most.shape)
+
+
+class _SumExp(torch.autograd.Function):
+    """Keeps the logits and a number a row; the exponentials are made again, block by block."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, most: Tensor) -> Tensor:
+        total = logits.new_empty(len(logits), dtype=wide(logits[:0]).dtype)
+        for part in _blocks(*logits.shape):
+            total[part] = torch.sub(wide(logits[part]), most[part, None]).exp_().sum(1)
+        ctx.save_for_backward(logits, most, total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        logits, most, total = ctx.saved_tensors
+        none, out = grad == 0, torch.empty_like(logits)
+        for part in _blocks(*logits.shape):
+            slope = torch.sub(wide(logits[part]), most[part, None]).exp_().mul_(grad[part, None])
+            out[part] = slope.masked_fill_(none[part, None], 0)
+        return out, (-grad * total).masked_fill(none, 0).to(most.dtype)
 
 
 def picked(logits: Tensor, target: Tensor, start: int) -> Tensor:
@@ -99,4 +125,6 @@ def picked(logits: Tensor, target: Tensor, start: int) -> Tensor:
 
 def nll(total: Tensor, target: Tensor, found: Tensor, most: Tensor) -> Tensor:
     """Sum of log(total) + most - found over rows whose target is known (not -1); 0-d."""
-    return torch.where(target >= 0, total.log() + wide(most) - found, 0).sum()
+    known = target >= 0
+    # Selected before the logarithm, too: its gradient at NaN is NaN even times 0.
+    return torch.where(known, torch.where(known, total, 1).log() + wide(most) - found, 0).sum()

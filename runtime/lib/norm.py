@@ -138,6 +138,11 @@ def scaled_rows(x: Tensor, weight: Tensor, squares: Tensor, count: int, eps: flo
     return (y * weight).to(x.dtype)
 
 
+def row_sums(x: Tensor, dims: int) -> Tensor:
+    """Sums over the last `dims` dims of x, at least fp32: a mean of fewer bits is off in every place."""
+    return wide(x).sum(tuple(range(-dims, 0)))
+
+
 def centred_squares(x: Tensor, total: Tensor, dims: int, count: int) -> Tensor:
     """Sums over the last `dims` dims of (x - total / count)^2; -> [...]."""
     over = tuple(range(-dims, 0))

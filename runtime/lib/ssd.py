@@ -261,12 +261,14 @@ def ssd_leave(u: Tensor, dt: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, 
     if at.valid is not None:
         u, b = (torch.where(at.valid[:, :, None, None], x, 0) for x in (u, b))
     segment = at.segment
-    total = logs.cumsum(1)
-    decay = torch.where(segment[:, -1:] == 0, total[:, -1].exp(), 0)
+    # Summed from the end: a row's decay must not be the difference of two large sums.
+    behind = F.pad(logs[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))
+    decay = torch.where(segment[:, -1:] == 0, logs.sum(1).exp(), 0)
     last = (segment == segment[:, -1:])[..., None]
-    weight = torch.where(last, soft * (total[:, -1:] - total).exp(), 0)
+    weight = torch.where(last, soft * behind.exp(), 0)
     x = (wide(u) * weight[..., None]).unflatten(2, (b.shape[2], -1))
-    return decay, torch.einsum("btgep,btgn->bgepn", x, wide(b)).flatten(1, 2)
+    with torch.autocast(u.device.type, enabled=False):  # as in `ssd`
+        return decay, torch.einsum("btgep,btgn->bgepn", x, wide(b)).flatten(1, 2)
 
 
 def ssd_before(decay: Tensor, state: Tensor, group: Group) -> Tensor:
@@ -287,10 +289,10 @@ def ssd_before(decay: Tensor, state: Tensor, group: Group) -> Tensor:
 def ssd_behind(y: Tensor, dt: Tensor, c: Tensor, A_log: Tensor, dt_bias: Tensor, enter: Tensor, at: At) -> Tensor:
     """y [B, T, H, P] of rows by themselves, and what a state that enters [B, H, P, N] adds to those of its document."""
     _, logs = _logs(dt, A_log, dt_bias, at)
+    if at.valid is not None:  # selected here, for its gradient is a factor of that of `enter`
+        c = torch.where(at.valid[:, :, None, None], c, 0)
     scale = torch.where((at.segment == 0)[..., None], logs.cumsum(1).exp(), 0)
     held = enter.unflatten(1, (c.shape[2], -1))
-    read = torch.einsum("btgn,bgepn->btgep", wide(c), held).flatten(2, 3)
-    added = read * scale[..., None]
-    if at.valid is not None:
-        added = torch.where(at.valid[:, :, None, None], added, 0)
-    return y + added.to(y.dtype)
+    with torch.autocast(y.device.type, enabled=False):
+        read = torch.einsum("btgn,bgepn->btgep", wide(c), held).flatten(2, 3)
+    return y + (read * scale[..., None]).to(y.dtype)

@@ -42,6 +42,16 @@ POINTWISE = (*UNARY, *BINARY, *COMPARE, *LOGIC, "clip", "outer", "where")
 REDUCTIONS = ("sum", "mean", "max_over", "count")
 
 
+TYPES = {name: getattr(lib.spmd, name) for name in "RIPS"}
+
+
+class Silent(lib.Mesh):
+    """One of several ranks, in code that asks where it is and tells the others nothing."""
+
+    def _wire(self, axes: tuple[str, ...]) -> Any:
+        return None
+
+
 @dataclass(frozen=True)
 class Arg:
     """An operand of the node: `operand` is its name in the signature, `formals` the formal that each dim belongs to."""
@@ -67,6 +77,8 @@ class Case:
     sums: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     reach: tuple[int, int] = (0, 0)
+    place: tuple[int, int] | None = None
+    """Of an op that reads one rank's rows of a sequence: which rank of how many."""
 
     @property
     def op(self) -> Op:
@@ -107,6 +119,7 @@ class Case:
                 d == self.sequence,
                 lead if d == self.sequence else (),
                 clock=TOKENS if d == self.sequence else None,
+                axes=("ranks",) if self.place and d == self.sequence else (),
             )
             for d in names
         )
@@ -191,12 +204,14 @@ def run(
 ) -> tuple[Tensor, ...]:
     """The results of the emitted code. It is differentiable in every operand, weights of modules included."""
     code = case.emitted
+    rank, ranks = case.place or (0, 1)
     if at is None and case.sequence:
         batch = math.prod(case.size(d) for d in case.lead)
-        at = lib.At((batch, case.size(case.sequence)), None, document=document)
+        at = lib.At((batch, case.size(case.sequence) * ranks), None, document=document)
     at = lib.At((1, 1)) if at is None else at
+    at.mesh = Silent({"ranks": ranks}, rank)
     weights = {a.name: tensors[a.name] for a in case.given if a.weight}
-    names = {"torch": torch, "F": F, "lib": lib, "at": at, "state": lib.STATELESS if state is None else state}
+    names = {"torch": torch, "F": F, "lib": lib, "spmd": lib.spmd, **TYPES, "at": at, "state": lib.STATELESS if state is None else state}
     names |= {"self": _owner(code, weights, training), **code.masks}
     names |= {a.name: tensors[a.name] for a in case.given if not a.weight}
     found = eval(_code(code.text), names)
@@ -249,6 +264,18 @@ def draw_case(draw: Draw, name: str, sizes: Any = SIZES, joined: bool = False) -
         "concat": _concat,
         "dot": _dot,
         "take": _take,
+        "convert": _conversion,
+        "group_squares": _group_squares,
+        "scaled_rows": _scaled_rows,
+        "row_sums": _row_sums,
+        "centred_squares": _centred_squares,
+        "centred_rows": _centred_rows,
+        "rows_before": _rows_before,
+        "conv_behind": _conv_behind,
+        "ssd_leave": _ssd_leave,
+        "ssd_before": _ssd_before,
+        "ssd_inside": _ssd_inside,
+        "ssd_behind": _ssd_behind,
     }
     if name in special:
         return special[name](draw, sizes, joined)
@@ -550,9 +577,170 @@ def _coordinate(draw: Draw, sizes: Any, joined: bool) -> Case:
     return Case("coordinate", size, (), (("dim", ("s",)), ("which", which)), "s", ("batch",))
 
 
+# --- what a use is taken apart into ---------------------------------------------------------------
+
+
+def _conversion(draw: Draw, sizes: Any, joined: bool) -> Case:
+    """On a mesh of one rank a conversion is the identity, whatever it is of."""
+    dims = ("a", "b")[: draw(st.integers(1, 2))]
+    size = {d: draw(sizes) for d in dims}
+    pairs = [(k, *p.split(" -> ")) for k, ps in lib.spmd.LEGAL.items() if k != "reinterpret" for p in ps]
+    kind, src, dst = draw(st.sampled_from(pairs))
+    places = draw(st.permutations(range(len(dims))))
+    if kind == "all_to_all" and len(dims) == 1:
+        kind, src, dst = "convert", "R", "S"
+    ends = [places[i % len(dims)] if x == "S" else x for i, x in enumerate((src, dst))]
+    attrs = (("kind", kind), ("axes", ("ranks",)), ("src", ends[0]), ("dst", ends[1]), ("to", dims))
+    return Case("convert", size, (Arg("x", "x", dims, ("*",) * len(dims)),), attrs)
+
+
+def _lead(draw: Draw) -> tuple[str, ...]:
+    return ("batch", "outer")[: draw(st.integers(0, 2))]
+
+
+def _over_several(draw: Draw, lead: tuple[str, ...], sizes: Any) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Dims of a statistic, and all sizes."""
+    over = ("d", "d_inner")[: draw(st.integers(1, 2))]
+    return over, {**{d: draw(SMALL) for d in lead}, **{d: draw(sizes) for d in over}}
+
+
+def _in_runs(draw: Draw, sizes: Any) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, int]]:
+    """Leading dims, dims of a statistic of which the first is `g` runs, and all sizes."""
+    lead = _lead(draw)
+    over, size = _over_several(draw, lead, sizes)
+    size["g"] = draw(SMALL)
+    return lead, over, {**size, "d": size["g"] * draw(SMALL)}
+
+
+def _group_squares(draw: Draw, sizes: Any, joined: bool) -> Case:
+    lead, over, size = _in_runs(draw, sizes)
+    x = Arg("x", "x", (*lead, *over), ("*",) * len(lead) + ("D",) * len(over))
+    return Case("group_squares", size, (x,), (("over", over), ("into", ("g",))), lead=lead, tied={"d": "g"})
+
+
+def _scaled_rows(draw: Draw, sizes: Any, joined: bool) -> Case:
+    """`count` is that of all ranks, so it need not be the number of places that are here."""
+    lead, over, size = _in_runs(draw, sizes)
+    first, many = ("*",) * len(lead), ("D",) * len(over)
+    args = (
+        Arg("x", "x", (*lead, *over), first + many),
+        Arg("weight", "weight", over, many),
+        Arg("s", "s", (*lead, "g"), (*first, "G")),
+    )
+    attrs = (("over", over), ("into", ("g",)), ("eps", draw(EPSILONS)), ("count", draw(st.integers(1, 8))))
+    return Case("scaled_rows", size, args, attrs, lead=lead, tied={"d": "g"})
+
+
+EPSILONS = st.sampled_from((1e-5, 1e-2))
+
+
+def _centred(draw: Draw, sizes: Any) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, int], list[Any]]:
+    lead = _lead(draw)
+    over, size = _over_several(draw, lead, sizes)
+    return lead, over, size, [("over", over), ("count", draw(st.integers(1, 8)))]
+
+
+def _row_sums(draw: Draw, sizes: Any, joined: bool) -> Case:
+    lead = _lead(draw)
+    over, size = _over_several(draw, lead, sizes)
+    x = Arg("x", "x", (*lead, *over), ("*",) * len(lead) + ("D",) * len(over))
+    return Case("row_sums", size, (x,), (("over", over),), lead=lead)
+
+
+def _centred_squares(draw: Draw, sizes: Any, joined: bool) -> Case:
+    lead, over, size, attrs = _centred(draw, sizes)
+    first = ("*",) * len(lead)
+    args = Arg("x", "x", (*lead, *over), first + ("D",) * len(over)), Arg("total", "total", lead, first)
+    return Case("centred_squares", size, args, tuple(attrs), lead=lead)
+
+
+def _centred_rows(draw: Draw, sizes: Any, joined: bool) -> Case:
+    lead, over, size, attrs = _centred(draw, sizes)
+    first, many = ("*",) * len(lead), ("D",) * len(over)
+    args = (
+        Arg("x", "x", (*lead, *over), first + many),
+        Arg("weight", "weight", over, many),
+        Arg("bias", "bias", over, many) if draw(st.booleans()) else None,
+        Arg("total", "total", lead, first),
+        Arg("squares", "squares", lead, first),
+    )
+    attrs += [("eps", draw(EPSILONS)), ("zero_centred", draw(st.booleans()))]
+    return Case("centred_rows", size, args, tuple(attrs), lead=lead)
+
+
+def _place(draw: Draw) -> tuple[int, int]:
+    ranks = draw(st.integers(1, 3))
+    return draw(st.integers(0, ranks - 1)), ranks
+
+
+def _channels(draw: Draw) -> tuple[str, ...]:
+    return ("c_outer", "c")[draw(st.integers(0, 1)) :]
+
+
+def _rows_before(draw: Draw, sizes: Any, joined: bool) -> Case:
+    """A sequence may be shorter than the rows that are asked for."""
+    channels = _channels(draw)
+    size = {"batch": draw(SMALL), "s": draw(sizes), "b": draw(st.integers(0, 4)), **{c: draw(SMALL) for c in channels}}
+    x = Arg("x", "x", ("batch", "s", *channels), ("*", "S", *("C",) * len(channels)))
+    attrs = (("into", ("b",)), ("count", size["b"]), ("axes", ("ranks",)))
+    return Case("rows_before", size, (x,), attrs, "s", ("batch",), place=(0, 1))
+
+
+def _conv_behind(draw: Draw, sizes: Any, joined: bool) -> Case:
+    channels, taps = _channels(draw), draw(sizes)
+    size = {"batch": draw(SMALL), "s": draw(sizes), "b": taps - 1, "taps": taps, **{c: draw(SMALL) for c in channels}}
+    c = ("C",) * len(channels)
+    args = (
+        Arg("x", "x", ("batch", "s", *channels), ("*", "S", *c)),
+        Arg("before", "before", ("batch", "b", *channels), ("*", "B", *c)),
+        Arg("weight", "weight", (*channels, "taps"), (*c, "J")),
+        Arg("bias", "bias", channels, c) if draw(st.booleans()) else None,
+    )
+    return Case("conv_behind", size, args, (("taps", taps),), "s", ("batch",), place=_place(draw))
+
+
+# (dims, formals) of the operands of a scan and of its parts.
+_SCAN = {
+    **dict.fromkeys(("u", "y"), (("batch", "s", "h", "p"), "*SHP")),
+    "dt": (("batch", "s", "h"), "*SH"),
+    **dict.fromkeys(("b", "c"), (("batch", "s", "g", "n"), "*SGN")),
+    **dict.fromkeys(("A_log", "D", "dt_bias"), (("h",), "H")),
+    "decay": (("batch", "h"), "*H"),
+    **dict.fromkeys(("state", "enter"), (("batch", "h", "p", "n"), "*HPN")),
+}
+
+
+def _scan_part(draw: Draw, name: str, sizes: Any, operands: str) -> Case:
+    size = {"batch": draw(SMALL), "s": draw(sizes), "g": draw(SMALL), "p": draw(SMALL), "n": draw(SMALL)}
+    size["h"] = size["g"] * draw(SMALL)
+    # `state` is a name that generated code has taken.
+    args = tuple(Arg("left" if o == "state" else o, o, _SCAN[o][0], tuple(_SCAN[o][1])) for o in operands.split())
+    attrs = (("chunk", draw(st.integers(1, size["s"] + 1))),) if name == "ssd_inside" else ()
+    return Case(name, size, args, attrs, "s", ("batch",), tied=TIED["ssd"], place=_place(draw))
+
+
+def _ssd_leave(draw: Draw, sizes: Any, joined: bool) -> Case:
+    return _scan_part(draw, "ssd_leave", sizes, "u dt b A_log dt_bias")
+
+
+def _ssd_inside(draw: Draw, sizes: Any, joined: bool) -> Case:
+    return _scan_part(draw, "ssd_inside", sizes, "u dt b c A_log D dt_bias")
+
+
+def _ssd_behind(draw: Draw, sizes: Any, joined: bool) -> Case:
+    return _scan_part(draw, "ssd_behind", sizes, "y dt c A_log dt_bias enter")
+
+
+def _ssd_before(draw: Draw, sizes: Any, joined: bool) -> Case:
+    case = _scan_part(draw, "ssd_before", sizes, "decay state")
+    size = {d: n for d, n in case.sizes.items() if d in ("batch", "h", "p", "n")}
+    return Case("ssd_before", size, case.args, (("axes", ("ranks",)),), lead=("batch",))
+
+
 # --- values ---------------------------------------------------------------------------------------
 
-POSITIVE = {("log", "x"), ("sqrt", "x"), ("pow", "x"), ("div", "y"), ("floordiv", "y")}
+POSITIVE = {("log", "x"), ("sqrt", "x"), ("pow", "x"), ("div", "y"), ("floordiv", "y"), ("nll", "s")}
+POSITIVE |= {("scaled_rows", "s"), ("centred_rows", "squares")}
 
 
 def draw_tensors(draw: Draw, case: Case) -> Tensors:
@@ -571,10 +759,12 @@ def draw_tensors(draw: Draw, case: Case) -> Tensors:
         else:
             least, end = (
                 (-1, case.size("v"))
-                if case.name == "cross_entropy"
-                else (0, case.size("v") if "v" in case.sizes else 11)
+                if case.name in ("cross_entropy", "picked")
+                else (-1 if case.name == "nll" else 0, case.size("v") if "v" in case.sizes else 11)
             )
             found[a.name] = torch.randint(least, end, shape, generator=make)
+    if case.name == "sum_exp":  # near the largest logit, as it is made
+        found["m"] = found["logits"].amax(-1) + found["m"].abs()
     return found
 
 
@@ -583,7 +773,8 @@ def draw_document(draw: Draw, case: Case) -> Tensor | None:
     if case.sequence is None:
         return None
     batch = math.prod(case.size(d) for d in case.lead)
-    starts = st.lists(st.booleans(), min_size=case.size(case.sequence), max_size=case.size(case.sequence))
+    size = case.size(case.sequence) * (case.place or (0, 1))[1]
+    starts = st.lists(st.booleans(), min_size=size, max_size=size)
     return torch.tensor([draw(starts) for _ in range(batch)]).view(batch, -1).cumsum(1)
 
 

@@ -25,6 +25,9 @@ def steepness(case: Case, tensors: Tensors) -> float:
     """The largest 1 / sqrt(variance + eps) that a norm multiplies its rounding by; 1 where nothing is normalised."""
     if case.op.setting("eps") is None:
         return 1.0
+    if case.op.setting("count") is not None:  # the squares are given; their own gradient divides by them once more
+        squares = next(tensors[n] for n in ("s", "squares") if n in tensors).detach()
+        return max(1.0, float((squares / case.attr("count") + case.attr("eps")).rsqrt().max())) ** 1.5
     x = flat(case, tensors)["x"].detach()
     if case.name == "layer_norm":
         x = x - x.mean(-1, keepdim=True)
@@ -139,6 +142,39 @@ def _ssd(case: Case, o: Any, document: Any) -> Tensor:
     return by_document(lambda *x: room(case).ssd(*x, *per_head), document, *rows)
 
 
+def _starts(case: Case, document: Tensor | None) -> Tensor:
+    """bool [b, S] of one rank's rows: those that start a document, the first row of all among them."""
+    rank, ranks = case.place
+    size = case.size(case.sequence)
+    if document is None:
+        document = torch.zeros(case.size("batch"), size * ranks, dtype=torch.int64)
+    starts = torch.cat([torch.ones_like(document[:, :1]), document.diff()], 1) != 0
+    return starts[:, rank * size : rank * size + size]
+
+
+def _conv_behind(case: Case, o: Any, document: Any) -> Tensor:
+    """Document by document; the first one of a rank's rows may stand before them already."""
+    rank, ranks = case.place
+    size, x, before = case.size("s"), o["x"], o["before"]
+    first, found = rank * size, []
+    for i, row in enumerate(pieces(document, len(x), size * ranks)):
+        parts = []
+        for s, e in row:
+            near = before[i : i + 1, before.shape[1] - min(first - s, before.shape[1]) :] if s < first else before[:1, :0]
+            if e > first and s < first + size:
+                here = x[i : i + 1, max(s, first) - first : min(e, first + size) - first]
+                parts.append(room(case).conv_behind(here, near, o["weight"], o["bias"])[0])
+        found.append(torch.cat(parts))
+    return torch.stack(found)
+
+
+def _meeting(case: Case, o: Any, _: Any) -> Tensor:
+    """Of one rank alone: before its rows there are none."""
+    if case.name == "rows_before":
+        return room(case).rows_before(o["x"], 0, case.attr("count"))
+    return room(case).ssd_before(o["decay"][None][:0], o["state"][None][:0])
+
+
 def options(case: Case, o: Any, document: Tensor | None) -> list[tuple[Tensor | None, Tensor | float]]:
     """For each source the query that it has of its own, and what is added to its scores, [b, Q, H, S]."""
     batch, seq, count = case.size("batch"), case.size("s"), len(o["k"])
@@ -186,6 +222,30 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "causal_conv": lambda c, o, d: by_document(lambda x: room(c).causal_conv(x, o["weight"], o["bias"]), d, o["x"]),
     "parallel_conv": _parallel_conv,
     "ssd": _ssd,
+    "group_squares": lambda c, o, d: room(c).group_squares(o["x"], c.size("g")),
+    "scaled_rows": lambda c, o, d: room(c).scaled_rows(o["x"], o["weight"], o["s"], c.attr("count"), c.attr("eps")),
+    "row_sums": lambda c, o, d: room(c).row_sums(o["x"]),
+    "centred_squares": lambda c, o, d: room(c).centred_squares(o["x"], o["total"], c.attr("count")),
+    "centred_rows": lambda c, o, d: room(c).centred_rows(
+        *(o[n] for n in ("x", "weight", "bias", "total", "squares")), c.attr("count"), c.attr("eps"), c.attr("zero_centred")
+    ),
+    "row_max": lambda c, o, d: room(c).row_max(o["logits"]),
+    "sum_exp": lambda c, o, d: room(c).sum_exp(o["logits"], o["m"]),
+    "picked": lambda c, o, d: room(c).picked(o["logits"], o["target"]),
+    "nll": lambda c, o, d: room(c).nll(o["s"], o["target"], o["p"], o["m"]),
+    "rows_before": _meeting,
+    "ssd_before": _meeting,
+    "conv_behind": _conv_behind,
+    "ssd_leave": lambda c, o, d: room(c).ssd_leave(
+        *(o[n] for n in ("u", "dt", "b", "A_log", "dt_bias")), _starts(c, d)
+    ),
+    "ssd_inside": lambda c, o, d: room(c).ssd_inside(
+        *(o[n] for n in ("u", "dt", "b", "c", "A_log", "D", "dt_bias")), _starts(c, d)
+    ),
+    "ssd_behind": lambda c, o, d: room(c).ssd_behind(
+        *(o[n] for n in ("y", "dt", "c", "A_log", "dt_bias", "enter")), _starts(c, d)
+    ),
+    "convert": lambda c, o, d: room(c).convert(o["x"]),
     "attend": _attend,
     "dropout": lambda c, o, d: room(c).dropout(o["x"], torch.ones_like(o["x"]), 0.0),
     "index": lambda c, o, d: room(c).index(c.size("d")),
@@ -272,6 +332,42 @@ def _norm(c: Case, o: Any, _: Any) -> Partial:
     return Partial(x.shape[-1], -1, r.identity(x), lambda s, e: r.lift(x[..., s:e]), r.combine, finish)
 
 
+def _summed(f: Callable[[Case, Any, int, int], Tensor]) -> Callable[..., Partial]:
+    """Sums: f gives that of some elements, which add up."""
+
+    def partial(c: Case, o: Any, _: Any) -> Partial:
+        width = next(iter(o.values())).shape[-1] // (c.size("g") if c.name == "group_squares" else 1)
+        none = (torch.zeros_like(f(c, o, 0, width)),)
+        return Partial(
+            width,
+            None,
+            none,
+            lambda s, e: (f(c, o, s, e),),
+            lambda a, b: (a[0] + b[0],),
+            lambda state, s, e: state[0],
+        )
+
+    return partial
+
+
+def _top(c: Case, o: Any, _: Any) -> Partial:
+    z, r = o["logits"], room(c)
+    none = (torch.full(z.shape[:-1], -torch.inf, dtype=z.dtype),)
+    return Partial(
+        z.shape[-1],
+        None,
+        none,
+        lambda s, e: (r.row_max(z[..., s:e]),),
+        lambda a, b: (torch.maximum(a[0], b[0]),),
+        lambda state, s, e: state[0],
+    )
+
+
+def _runs(c: Case, o: Any, s: int, e: int) -> Tensor:
+    """Elements s..e of each run."""
+    return room(c).group_squares(o["x"].unflatten(-1, (c.size("g"), -1))[..., s:e])[..., 0]
+
+
 def _cross_entropy(c: Case, o: Any, _: Any) -> Partial:
     z, target, r = o["logits"], o["target"], room(c)
     return Partial(
@@ -348,6 +444,12 @@ MONOIDS: dict[str, Callable[..., Partial]] = {
     "rms_norm": _norm,
     "layer_norm": _norm,
     "cross_entropy": _cross_entropy,
+    "group_squares": _summed(_runs),
+    "row_sums": _summed(lambda c, o, s, e: room(c).row_sums(o["x"][..., s:e])),
+    "centred_squares": _summed(lambda c, o, s, e: room(c).centred_squares(o["x"][..., s:e], o["total"], c.attr("count"))),
+    "row_max": _top,
+    "sum_exp": _summed(lambda c, o, s, e: room(c).sum_exp(o["logits"][..., s:e], o["m"])),
+    "picked": _summed(lambda c, o, s, e: room(c).picked(o["logits"][..., s:e], o["target"], s)),
     "attend": _keys,
     "causal_conv": _window,
     "parallel_conv": _window,

@@ -20,7 +20,7 @@ def construct(use: Any) -> str:
 def emit(use: Any) -> str:
     """The call; `past` are the rows before a step."""
     if use.op == "rows_before":
-        return f"lib.rows_before({use.args[0]}, {use.attr('count')}, {use.group()})"
+        return f"lib.rows_before({use.args[0]}, {use.attr('count')}, {use.group()}, {use.rows_of(0)})"
     act = f', act="{use.attr("act")}"' if use.attr("act") else ""
     if use.own:
         return f"{use.own}({use.args[0]}, at, past={use.past}{act})"

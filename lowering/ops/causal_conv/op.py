@@ -82,7 +82,8 @@ OPS = (
         per_weight=2.0,
         epilogues=("silu",),
         source="ours: the conv1d over x, B and C together that the families ship, derived",
-    ),    Op(
+    ),
+    Op(
         name="rows_before",
         text="x[*, S+, C] -> r[*, B, C]",
         meaning="the last rows of the ranks before this one, zero where there are none; made by the compiler",

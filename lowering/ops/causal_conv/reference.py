@@ -22,6 +22,17 @@ def window(before: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None) -> Ten
     return y if b is None else y + b
 
 
+def rows_before(x: Tensor, first: int, count: int) -> Tensor:
+    """The `count` rows before row `first` of x[b, S, C], zero where there are none."""
+    rows = torch.cat([torch.zeros(len(x), count, *x.shape[2:], dtype=x.dtype), x[:, :first]], 1)
+    return rows[:, rows.shape[1] - count :]
+
+
+def conv_behind(x: Tensor, before: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x[*, S, C] behind before[*, B, C] -> y[*, S, C]; `before` are rows of the same document."""
+    return window(before, x, w, b)
+
+
 def identity(x: Tensor) -> State:
     """No rows."""
     return (x[..., :0, :],)

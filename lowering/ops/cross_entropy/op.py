@@ -17,7 +17,8 @@ OPS = (
         monoid=Monoid("V", ("max", "sum", "picked"), peers="all", receiver_free=True),
         flops=lambda sizes, attrs: 4.0 * sizes["V"],
         source="ours: a loss is a pair (sum, count), see the design page on loss normalisation",
-    ),    Op(
+    ),
+    Op(
         name="row_max",
         text="logits[*, V+] -> m[*]",
         meaning="the largest of each row, through which no gradient flows; made by the compiler",

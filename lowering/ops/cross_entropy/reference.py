@@ -22,6 +22,27 @@ def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
     return -(picked * known).sum()
 
 
+def row_max(z: Tensor) -> Tensor:
+    """z[*, V] -> m[*], a constant."""
+    return z.detach().amax(-1)
+
+
+def sum_exp(z: Tensor, m: Tensor) -> Tensor:
+    """z[*, V], m[*] -> s[*] = sum_v exp(z_v - m)."""
+    return torch.exp(z - m[..., None]).sum(-1)
+
+
+def picked(z: Tensor, target: Tensor, offset: int = 0) -> Tensor:
+    """z[*, V] of columns offset, offset + 1, .. -> p[*] = z_target, 0 where it is not among them."""
+    here = target[..., None] == offset + torch.arange(z.shape[-1])
+    return torch.where(here, z, torch.zeros_like(z)).sum(-1)
+
+
+def nll(s: Tensor, target: Tensor, p: Tensor, m: Tensor) -> Tensor:
+    """total[] = sum over known targets of log s + m - p."""
+    return finish((m, s, p), target)
+
+
 def identity(z: Tensor) -> State:
     """The state of no columns."""
     return (*no_sum(z), torch.zeros(z.shape[:-1], dtype=z.dtype))
@@ -29,8 +50,7 @@ def identity(z: Tensor) -> State:
 
 def lift(z: Tensor, target: Tensor, offset: int) -> State:
     """(max, sum, the target's logit if it is here) of columns [offset, offset + z.shape[-1])."""
-    here = target[..., None] == offset + torch.arange(z.shape[-1])
-    return (*lift_sums(z), torch.where(here, z, torch.zeros_like(z)).sum(-1))
+    return (*lift_sums(z), picked(z, target, offset))
 
 
 def combine(a: State, b: State) -> State:

@@ -14,6 +14,8 @@ def construct(use: Any) -> str:
 
 def emit(use: Any) -> str:
     """The call."""
+    if use.op == "row_sums":
+        return f"lib.row_sums({use.args[0]}, dims={len(use.bound('D'))})"
     if use.op == "centred_squares":
         return f"lib.centred_squares({', '.join(use.args)}, dims={len(use.bound('D'))}, count={use.attr('count')})"
     if use.op == "centred_rows":

@@ -14,7 +14,7 @@ def lift(node: Any, graph: Any) -> str:
     for d in over:
         count *= graph.size(d)
     bound = (("D", over),)
-    total = graph.add("sum", (x,), lead, node, bindings=bound, over=over)
+    total = graph.add("row_sums", (x,), lead, node, bindings=bound, over=over)
     squares = graph.add("centred_squares", (x, total), lead, node, bindings=bound, over=over, count=count)
     return graph.add(
         "centred_rows", (x, weight, bias, total, squares), dims, node, name=node.name, bindings=bound,

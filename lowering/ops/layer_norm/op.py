@@ -18,10 +18,11 @@ def _start(call: OpCall) -> Init:
     return Init("zeros" if call.settings["zero_centred"] else "ones")
 
 
-def _squares(call: OpCall) -> Typing:
+def _sums(call: OpCall) -> Typing:
+    """One number for what leads."""
     x, over = call.tensors["x"], call.settings["over"]
     lead = tuple(d for d in x.dims if not any(d is e for e in over))
-    return Typing({"D": tuple(over)}, (x, call.tensors["total"]), (("real", lead),))
+    return Typing({"D": tuple(over)}, tuple(call.tensors.values()), (("real", lead),))
 
 
 def _rows(call: OpCall) -> Typing:
@@ -50,12 +51,24 @@ OPS = (
         lift=lift,
         flops=lambda sizes, attrs: 7.0 * sizes["D"],
         source="Ba, Kiros and Hinton 2016, eq. 3; zero-centred: `apply_layernorm_1p` of Megatron-LM",
-    ),    Op(
+    ),
+    Op(
+        name="row_sums",
+        text="x[*, D+] -> t[*]",
+        meaning="the sum along some dims, in no less than fp32; made by the compiler",
+        settings=(Setting("over", "dims"),),
+        infer_with=_sums,
+        linear=(("x",),),
+        monoid=Monoid("D", ("sum",), peers="all", receiver_free=True),
+        flops=lambda sizes, attrs: float(sizes["D"]),
+        source="ours: part of the state of the norm's monoid",
+    ),
+    Op(
         name="centred_squares",
         text="x[*, D+], total[*] -> s[*]",
         meaning="the sum of squares of x - total / count along some dims; made by the compiler",
         settings=(Setting("over", "dims"), Setting("count", "whole", 1, "places on all ranks")),
-        infer_with=_squares,
+        infer_with=_sums,
         monoid=Monoid("D", ("sum",), peers="all", receiver_free=True),
         flops=lambda sizes, attrs: 3.0 * sizes["D"],
         source="ours: the state of the norm's monoid",

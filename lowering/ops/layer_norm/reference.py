@@ -16,6 +16,31 @@ def layer_norm(x: Tensor, g: Tensor, b: Tensor | None = None, eps: float = 1e-5,
     return y if b is None else y + b
 
 
+def row_sums(x: Tensor) -> Tensor:
+    """x[*, D] -> t[*]."""
+    return x.sum(-1)
+
+
+def centred_squares(x: Tensor, total: Tensor, count: int) -> Tensor:
+    """x[*, D], total[*] -> s[*]: the sum over D of (x - mu)^2, mu = total / count."""
+    return ((x - (total / count)[..., None]) ** 2).sum(-1)
+
+
+def centred_rows(
+    x: Tensor,
+    g: Tensor,
+    b: Tensor | None,
+    total: Tensor,
+    squares: Tensor,
+    count: int,
+    eps: float = 1e-5,
+    zero_centred: bool = False,
+) -> Tensor:
+    """x[*, D], total[*], squares[*] -> y[*, D], with mu = total / count and sigma^2 = squares / count."""
+    state = torch.tensor(float(count), dtype=x.dtype), total / count, squares
+    return finish(state, x, g, b, eps, zero_centred)
+
+
 def identity(x: Tensor) -> State:
     """The state of no elements."""
     zero = torch.zeros(x.shape[:-1], dtype=x.dtype)

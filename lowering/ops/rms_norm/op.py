@@ -65,7 +65,8 @@ OPS = (
         monoid=Monoid("D", ("count", "sum_of_squares"), peers="all", receiver_free=True),
         flops=lambda sizes, attrs: 4.0 * sizes["D"],
         source="Zhang and Sennrich 2019, eq. 4; groups: Dao and Gu 2024 (Mamba-2), gated RMSNorm",
-    ),    Op(
+    ),
+    Op(
         name="group_squares",
         text="x[*, D+] -> s[*, G]",
         meaning="the sum of squares of each of equal runs of some dims; made by the compiler",
@@ -88,7 +89,7 @@ OPS = (
         ),
         infer_with=_scaled,
         grouped=(("D", "G"),),
-        linear=(("weight",),),
+        linear=(("x",), ("weight",)),
         flops=lambda sizes, attrs: 2.0 * sizes["D"],
         source="ours: the last step of the norm's monoid",
     ),

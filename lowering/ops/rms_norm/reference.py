@@ -15,6 +15,17 @@ def rms_norm(x: Tensor, g: Tensor, eps: float = 1e-5, groups: int = 1) -> Tensor
     return y.reshape(x.shape) * g
 
 
+def group_squares(x: Tensor, groups: int = 1) -> Tensor:
+    """x[*, D] -> s[*, G]: sums of x^2 over each of G equal parts of D."""
+    return (x**2).unflatten(-1, (groups, -1)).sum(-1)
+
+
+def scaled_rows(x: Tensor, g: Tensor, s: Tensor, count: int, eps: float = 1e-5) -> Tensor:
+    """x[*, D], g[D], s[*, G] -> y[*, D]: x / sqrt(s / count + eps) * g, with s of the part of D that a place is in."""
+    each = (s / count + eps).repeat_interleave(x.shape[-1] // s.shape[-1], -1)
+    return x / torch.sqrt(each) * g
+
+
 def identity(x: Tensor) -> State:
     """The state of no elements."""
     return torch.zeros((), dtype=x.dtype), torch.zeros(x.shape[:-1], dtype=x.dtype)

@@ -50,6 +50,35 @@ def run(
     return y, (decay, S)
 
 
+def ssd_leave(u: Tensor, dt: Tensor, B: Tensor, A_log: Tensor, dt_bias: Tensor, starts: Tensor | None = None) -> State:
+    """decay[b, H] and state[b, H, P, N] of some rows."""
+    return lift(u, dt, B, torch.zeros_like(B), A_log, torch.zeros_like(A_log), dt_bias, starts)
+
+
+def ssd_before(decays: Tensor, states: Tensor) -> Tensor:
+    """The state behind parts in order: decays[parts, b, H], states[parts, b, H, P, N] -> [b, H, P, N]."""
+    both = torch.ones_like(decays[:0].sum(0)), states[:0].sum(0)
+    for part in zip(decays, states, strict=True):
+        both = combine(both, part)
+    return both[1]
+
+
+def ssd_inside(
+    u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor, starts: Tensor | None = None
+) -> Tensor:
+    """The results of some rows as if nothing stood before them."""
+    return finish(identity(u, B), u, dt, B, C, A_log, D, dt_bias, starts)
+
+
+def ssd_behind(
+    y: Tensor, dt: Tensor, C: Tensor, A_log: Tensor, dt_bias: Tensor, enter: Tensor, starts: Tensor | None = None
+) -> Tensor:
+    """y and what the state enter[b, H, P, N] adds to it: the scan of rows that bring nothing of their own."""
+    nothing, zero = torch.zeros_like(y), torch.zeros_like(A_log)
+    state = torch.ones_like(enter[..., 0, 0]), enter
+    return y + finish(state, nothing, dt, torch.zeros_like(C), C, A_log, zero, dt_bias, starts)
+
+
 def identity(u: Tensor, B: Tensor) -> State:
     """(decay, state) of no rows."""
     b, _, h, p = u.shape
