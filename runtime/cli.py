@@ -339,6 +339,34 @@ def plan(
         print_candidates(data["candidates"])
 
 
+@command
+def certify(
+    spec: Spec,
+    layout: Annotated[str | None, typer.Option(metavar="NAME", help="a layout of the file (the last)")] = None,
+    seq: Annotated[int, typer.Option(min=2, help="tokens of a row, where the numbers are run")] = 16,
+    set: Set = None,  # noqa: A002
+    json: Json = False,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Prove a layout, and run it on simulated ranks against one device where the model is small; prints one card."""
+    from ..dsl.layout import layout_of
+    from ..dsl.load import load
+    from .certify import certify as made
+    from .check import proved
+    from .paths import split_entry
+    from .tables import print_card
+
+    path, model = split_entry(spec)
+    file = load(path)
+    card = made(proved(file, model, overrides(set)), layout_of(file, layout), seq)
+    if json:
+        _echo_json(card)
+    else:
+        print_card(card)
+    if not card["holds"]:
+        raise typer.Exit(1)
+
+
 @command_as(cls=Resuming)
 def train(
     spec: Spec,

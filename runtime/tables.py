@@ -83,3 +83,21 @@ def print_summary(data: dict[str, Any]) -> None:
         for weight in data["weights"]:
             dims = ", ".join(f"{d['name']} = {d['size']}" for d in weight["dims"])
             console.print(f"  {weight['path']}  \\[{dims}]  {weight['init']}")
+
+
+def print_card(card: dict[str, Any]) -> None:
+    """A certificate, a line for each thing that was looked at."""
+    mesh = ", ".join(f"{axis} = {n}" for axis, n in card["mesh"].items())
+    proof, numbers, pipeline = card["proof"], card["numbers"], card["pipeline"]
+    print(f"{card['model']} under `{card['layout']}` ({mesh}): {card['ranks']} ranks, {card['artifact']}")
+    made = ", ".join(f"{n} {kind}" for kind, n in proof["conversions"].items()) or "none"
+    print(f"proved: where {proof['values']} values are, and their gradients; conversions: {made}")
+    print(f"        {proof['weights']} weights, {proof['split']} split, {proof['owed']} with a sum owed once a step")
+    if pipeline:
+        print(f"stages: {len(pipeline['stages'])}, each layer in one; the schedule ends")
+    if numbers["close"] is None:
+        print(f"numbers: not run here ({numbers['why']})")
+        return
+    word = "equal" if numbers["close"] else "DIFFER FROM"
+    print(f"numbers: loss, norm and {numbers['compared'] - 2} gradients of simulated ranks {word} one device in fp64; the "
+          f"largest difference is {numbers['difference']:.1e} (`{numbers['worst']}`)")  # fmt: skip

@@ -1,0 +1,206 @@
+"""`heddle certify`: what is known of a model under a layout, as one card that a machine can read.
+
+Two opinions that share nothing but the declarations of ops: the static proof, for any size; and numbers, where the
+model is small enough to run here: every rank, simulated, against one device in fp64.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dsl.layout import Layout
+from ..dsl.program import Program
+from ..lowering.graph import GraphProgram
+from .compile import Artifact, build, instantiate
+from .lib import Gathered
+from .lib.laid import (
+    global_counts,
+    global_sums,
+    gradient_norm,
+    laid_parameters,
+    part,
+    sync_gradients,
+    take_whole,
+)
+from .lib.pipeline import keep_stages, pipelined
+from .lib.schedules import order
+from .lib.simulated import simulate
+
+MOST_WEIGHTS, MOST_RANKS = 4_000_000, 16
+"""What is run here: as many weights on as many ranks."""
+CLOSE = 1e-10
+"""How near numbers of ranks must be to those of one device, in fp64, relative to their size or to one."""
+
+
+def certify(program: Program, layout: Layout, seq: int, seed: int = 0) -> dict[str, Any]:
+    """The card: `holds` says whether all that was looked at holds. Raises `SpecError` for a layout that cannot be, and
+    `UnprovedLayout` (a fault of ours) for one that is not proved."""
+    artifact = build(program, layout=layout)
+    lowered = artifact.lowered
+    card: dict[str, Any] = {
+        "model": program.name,
+        "layout": layout.name,
+        "ranks": layout.ranks,
+        "mesh": dict(layout.mesh),
+        "artifact": artifact.name,
+        "proof": _proof(lowered),
+        "pipeline": _pipeline(lowered),
+        "numbers": _numbers(program, artifact, layout, seq, seed),
+    }
+    card["holds"] = card["numbers"]["close"] is not False and card["pipeline"].get("once", True)
+    return card
+
+
+def _proof(lowered: GraphProgram) -> dict[str, Any]:
+    """What was proved when the layout was compiled: it would not have compiled otherwise."""
+    laid = lowered.laid
+    kinds = Counter(n.attr("kind") for g in lowered.graphs.values() for n in g.nodes if n.op == "convert")
+    weights = [stored for own in laid.weights.values() for stored in own.values()]
+    return {
+        "values": sum(len(places) for places in laid.places.values()),
+        "conversions": dict(sorted(kinds.items())),
+        "weights": len(weights),
+        "split": sum(any(s.splits) for s in weights),
+        "owed": sum(bool(s.sync) for s in weights),
+        "contracts": len(lowered.layout.expects) if lowered.layout is not None else 0,
+    }
+
+
+def _pipeline(lowered: GraphProgram) -> dict[str, Any]:
+    """That each layer is in exactly one stage, and that no rank waits for what another never sends."""
+    pipe = lowered.laid.pipe
+    if pipe is None:
+        return {}
+    layers = Counter(path for stage in pipe.stages for path in stage.owns if path.rpartition(".")[2].isdigit())
+    orders = [order(rank, pipe.size, pipe.microbatches, pipe.chunks) for rank in range(pipe.size)]
+    return {
+        "stages": [list(stage.owns) for stage in pipe.stages],
+        "once": all(n == 1 for n in layers.values()),
+        "ends": _ends(orders, pipe.size, pipe.chunks),
+    }
+
+
+def _ends(orders: list[Any], ranks: int, chunks: int) -> bool:
+    """Whether a schedule runs to its end where a rank waits for what it takes, and for nothing else."""
+    done: set[tuple[str, int, int]] = set()
+    at = [0] * ranks
+    last = ranks * chunks - 1
+    moving = True
+    while moving:
+        moving = False
+        for rank, actions in enumerate(orders):
+            while at[rank] < len(actions):
+                kind, batch, chunk = actions[at[rank]]
+                stage = rank + chunk * ranks
+                needs = ("F", batch, stage - 1) if kind == "F" else ("B", batch, stage + 1)
+                if needs[2] not in (-1, last + 1) and needs not in done:
+                    break
+                done.add((kind, batch, stage))
+                at[rank] += 1
+                moving = True
+    return all(at[rank] == len(actions) for rank, actions in enumerate(orders))
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def _numbers(program: Program, artifact: Artifact, layout: Layout, seq: int, seed: int) -> dict[str, Any]:
+    """Loss, norm and every gradient of one step, on simulated ranks against one device; `close` is None where they were
+    not run."""
+    why = _too_large(program, artifact, layout)
+    if why is not None:
+        return {"close": None, "why": why}
+    one = instantiate(build(program), seed=seed).double().eval()
+    state = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    pipe = artifact.lowered.laid.pipe
+    batches = pipe.microbatches if pipe is not None else 1
+    first = artifact.lowered.model.dims[artifact.lowered.model.body.inputs[0].type.dims[0]]
+    rows = 2 * batches * artifact.lowered.laid.mesh.size(first.axes)
+    source = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, one.vocab or 2, (rows, seq), generator=source)
+    sums, counts = one.losses(tokens, gathered=Gathered()), one.counts(tokens)
+    total = torch.stack([sums[k] / max(1, int(counts[k])) for k in sums]).sum()
+    total.backward()
+    norm = torch.stack([p.grad.square().sum() for p in one.parameters() if p.grad is not None]).sum().sqrt()
+    wanted = _gradients(one)
+
+    def rank(mesh: Any) -> dict[str, float]:
+        model = instantiate(artifact, seed=None, mesh=mesh).double().eval()
+        if model.pipe is not None:
+            keep_stages(model)
+        take_whole(model, state)
+        mine = part(tokens, [model.rows, ()], mesh)
+        loss = _step(model, mine, batches)
+        sync_gradients(model)
+        found = {"loss": _far(loss, total.detach()), "norm": _far(gradient_norm(model), norm)}
+        for laid in laid_parameters(model):
+            own = torch.zeros_like(laid.view) if laid.holder.grad is None else laid.holder.grad
+            found[laid.path] = _far(own, part(wanted[laid.path], laid.splits, mesh))
+        return found
+
+    far: dict[str, float] = {}
+    for found in simulate(dict(artifact_axes(artifact)), rank):
+        for name, value in found.items():
+            far[name] = max(far.get(name, 0.0), value)
+    worst = max(far, key=far.__getitem__)
+    return {"close": far[worst] < CLOSE, "worst": worst, "difference": far[worst], "tokens": [rows, seq],
+            "compared": len(far)}  # fmt: skip
+
+
+def artifact_axes(artifact: Artifact) -> dict[str, int]:
+    """The axes of the mesh that an artifact was compiled for, by factors."""
+    return dict(instantiate(artifact, seed=None, device="meta").axes)
+
+
+def _too_large(program: Program, artifact: Artifact, layout: Layout) -> str | None:
+    if program.num_parameters() > MOST_WEIGHTS:
+        return f"{program.num_parameters():,} weights, of which at most {MOST_WEIGHTS:,} are run here"
+    if layout.ranks > MOST_RANKS:
+        return f"{layout.ranks} ranks, of which at most {MOST_RANKS} are run here"
+    if not program.objectives:
+        return "no objective trains it"
+    if [v.name for v in artifact.lowered.model.body.inputs] != ["tokens"]:
+        return "it reads more than tokens"
+    return None
+
+
+def _step(model: Any, tokens: Tensor, batches: int) -> Tensor:
+    """One step's loss, on every rank; gradients stay on the weights."""
+    gathered = Gathered()
+    if model.pipe is None:
+        sums, known = model.losses(tokens, gathered=gathered), global_counts(model, model.counts(tokens))
+        torch.stack([sums[k] / known[k].clamp_min(1) for k in sums]).sum().backward()
+    else:
+        pieces = [(piece,) for piece in tokens.chunk(batches)]
+        counts: dict[str, Any] = {}
+        for (piece,) in pieces:
+            for label, n in model.counts(piece).items():
+                counts[label] = counts.get(label, 0) + n
+        known = global_counts(model, counts)
+
+        def at_of(i: int) -> Any:
+            at = model._rows(pieces[i][0], None, None, None)
+            at.gathered = gathered
+            return at
+
+        sums = pipelined(model, pieces, known, at_of)
+    whole = global_sums(model, sums)
+    return torch.stack([whole[k] / known[k].clamp_min(1) for k in whole]).sum()
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    found = {}
+    for path, holder, view in model.named_logical_parameters():
+        grad = torch.zeros_like(holder) if holder.grad is None else holder.grad
+        found[path] = torch.as_strided(
+            grad, view.size(), view.stride(), view.storage_offset() - holder.storage_offset()
+        )
+    return found
+
+
+def _far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / (1 + b.abs().max())) if a.numel() else 0.0
