@@ -51,7 +51,8 @@ def certify(program: Program, layout: Layout, seq: int, seed: int = 0) -> dict[s
         "pipeline": _pipeline(lowered),
         "numbers": _numbers(program, artifact, layout, seq, seed),
     }
-    card["holds"] = card["numbers"]["close"] is not False and card["pipeline"].get("once", True)
+    pipeline = card["pipeline"]
+    card["holds"] = card["numbers"]["close"] is not False and all(pipeline.get(k, True) for k in ("once", "ends"))
     return card
 
 
@@ -196,9 +197,8 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     found = {}
     for path, holder, view in model.named_logical_parameters():
         grad = torch.zeros_like(holder) if holder.grad is None else holder.grad
-        found[path] = torch.as_strided(
-            grad, view.size(), view.stride(), view.storage_offset() - holder.storage_offset()
-        )
+        offset = view.storage_offset() - holder.storage_offset()
+        found[path] = torch.as_strided(grad, view.size(), view.stride(), offset)
     return found
 
 

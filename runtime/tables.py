@@ -94,10 +94,12 @@ def print_card(card: dict[str, Any]) -> None:
     print(f"proved: where {proof['values']} values are, and their gradients; conversions: {made}")
     print(f"        {proof['weights']} weights, {proof['split']} split, {proof['owed']} with a sum owed once a step")
     if pipeline:
-        print(f"stages: {len(pipeline['stages'])}, each layer in one; the schedule ends")
+        once = "each layer in one" if pipeline["once"] else "A LAYER IN NONE OR TWO"
+        ends = "the schedule ends" if pipeline["ends"] else "THE SCHEDULE STANDS STILL"
+        print(f"stages: {len(pipeline['stages'])}, {once}; {ends}")
     if numbers["close"] is None:
         print(f"numbers: not run here ({numbers['why']})")
         return
     word = "equal" if numbers["close"] else "DIFFER FROM"
-    print(f"numbers: loss, norm and {numbers['compared'] - 2} gradients of simulated ranks {word} one device in fp64; the "
-          f"largest difference is {numbers['difference']:.1e} (`{numbers['worst']}`)")  # fmt: skip
+    print(f"numbers: loss, norm and {numbers['compared'] - 2} gradients of simulated ranks {word} one device in fp64")
+    print(f"         the largest difference is {numbers['difference']:.1e} (`{numbers['worst']}`)")
