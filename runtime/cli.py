@@ -584,14 +584,24 @@ def main() -> None:
     """The `heddle` command. A failure of ours is exit code 1 and names itself as ours."""
     try:
         app()
-    except SystemExit:
+    except SystemExit as end:
+        _leave(end.code)
         raise
     except Exception as error:
         typer.echo(f"internal error: {type(error).__name__}: {error}", err=True)
         for note in getattr(error, "__notes__", ()):
             typer.echo(f"  = note: {note}", err=True)
         typer.echo("  = help: this is a fault of Heddle, not of your spec; please report it with the spec", err=True)
+        _leave(1)
         raise SystemExit(1) from error
+
+
+def _leave(code: Any) -> None:
+    """A rank that failed ends here: what still waits for other ranks would abort the process, with another code."""
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
 from traceback import walk_tb
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..dsl.diagnostics import fail
 from ..dsl.layout import Layout
@@ -138,13 +141,27 @@ def connected(
     asked = dict.fromkeys(axes for artifact in artifacts for axes in groups(artifact, over))
     with _said(artifacts, here):
         try:
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
+            store = _fresh(next(rendezvous("env://", timeout=patience))[0])
+            given = {"store": store, "rank": here.rank, "world_size": here.size, "timeout": patience}
+            dist.init_process_group("nccl" if on_gpu else "gloo", **given)
         except dist.DistError:
             raise UserError("rank-failed", f"rank {here.rank}: the other ranks did not come within {timeout:g} s",
                             help="all ranks start with one MASTER_ADDR and MASTER_PORT") from None  # fmt: skip
         mesh = Processes(axes, asked, timeout)
         yield mesh, Ranks(dist.new_group(backend="gloo", timeout=patience), over)
         dist.destroy_process_group()
+
+
+def _fresh(store: Any) -> Any:
+    """A store without what ranks that died left in it. torchrun keeps one store for all its attempts (torch 2.13), and
+    gloo would look for ranks of the last attempt where they were.
+
+    Machines count their attempts each for itself, so only those of one machine are known by number; `heddle launch`
+    tells torchrun to make each attempt a store of its own.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from .distributed import check_stored
 from .errors import UserError
 from .paths import split_entry
 
+FRESH = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Told to torchrun, so that ranks that are started again do not find what those before them left."""
 GRACE_S = 180
 """How long before its time limit a job is told to save."""
 
@@ -58,7 +61,7 @@ def plan_launch(
 
 def run_command(words: list[str]) -> None:
     """Run torchrun to its end. Raises UserError `rank-failed` where ranks ended with an error, which they have said."""
-    process = subprocess.Popen(words)
+    process = subprocess.Popen(words, env={**os.environ, FRESH: "1"})
     while True:
         try:
             code = process.wait()
@@ -82,6 +85,7 @@ def write_script(path: Path, words: list[str], nnodes: int, time: str) -> Path:
 # Add what your cluster wants: --gpus-per-node, --partition, --account.
 
 # The machines meet at the first of them.
+export {FRESH}=1
 export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # Ahead of the time limit the ranks finish their step and save; the job is queued again, and goes on from there.
