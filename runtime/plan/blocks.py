@@ -62,7 +62,8 @@ class _Outer:
 
 @dataclass
 class _Kind:
-    """What one run of a block does: results and gradients by their shapes, what it keeps, what it costs."""
+    """What one run of a block does: results and gradients by their shapes, what it keeps, what it costs forward `until`
+    it keeps nothing more, what the `rest` costs (a run that is made again stops before), and backward."""
 
     block: str
     results: list[Shape | None]
@@ -70,7 +71,8 @@ class _Kind:
     is_single: bool
     gradients: list[Shape | None]
     kept: list[_Fresh | _Argument | _Result | _Outer]
-    forward: Ledger
+    until: Ledger
+    rest: Ledger
     forward_peak: int
     backward: Ledger
     backward_peak: int
@@ -84,7 +86,8 @@ class Blocks:
     def __init__(self, mode: Hollow, model: Model, source: str, free: frozenset[str]) -> None:
         self.mode, self.model = mode, model
         self.saved: dict[int, Saved] = {}
-        self._seen: list[Any] = []
+        self.told: dict[int, Saved] = {}  # who keeps a storage, where that was found out before
+        self._until = Ledger()  # what was done when the last tensor was kept
         self._file = sys.modules[type(model).__module__].__file__
         self._lines = _spec_lines(source)
         self._kinds: dict[Any, _Kind] = {}
@@ -103,15 +106,17 @@ class Blocks:
 
     @contextmanager
     def keeping(self) -> Iterator[dict[int, Saved]]:
-        """What autograd keeps inside."""
+        """What autograd keeps inside. It holds that, so an address is one storage's until the backward pass."""
         before, self.saved = self.saved, {}
-        seen: list[Tensor] = []
 
         def pack(x: Tensor) -> Tensor:
             storage = x.untyped_storage()
+            self._until = self.mode.ledger.copy()
             if storage.nbytes() and storage.data_ptr() not in self._own:
-                self.saved.setdefault(storage.data_ptr(), Saved(*self.where(), storage.nbytes()))
-                seen.append(x)  # its address stays its own
+                told = self.told.pop(storage.data_ptr(), None)
+                if told is None or told.bytes != storage.nbytes():
+                    told = Saved(*self.where(), storage.nbytes())
+                self.saved.setdefault(storage.data_ptr(), told)
             return x
 
         found = self.saved
@@ -120,11 +125,6 @@ class Blocks:
                 yield found
         finally:
             self.saved = before
-            self._seen.append(seen)
-
-    def forget(self) -> None:
-        """Let go of what was kept."""
-        self._seen.clear()
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -153,8 +153,10 @@ class Blocks:
             if kind is None:
                 return self._pass(module, path, *args, **more)
             self._kinds[key] = kind
-        results = _Replayed.apply(_Run(self, self._kinds[key], path), *tensors, *weights)
-        return results[0] if self._kinds[key].is_single else results
+        run = _Run(self, self._kinds[key], path)
+        results = _Replayed.apply(run, *tensors, *weights)
+        self.mode.ledger.add(run.kind.rest, self.mode.phase, run.moved)
+        return results[0] if run.kind.is_single else results
 
     def _tried(
         self, module: nn.Module, path: str, args: tuple[Any, ...], more: dict[str, Any], tensors: list[Tensor],
@@ -165,12 +167,14 @@ class Blocks:
         inner = [next(given) if isinstance(a, Tensor) else a for a in args]
         mine = [a for a in inner if isinstance(a, Tensor)]
         at = [a for a in args if isinstance(a, At)]
-        before = [_state(a) for a in at]
+        before = self._told(at)
+        around, self._until = self._until, Ledger()
         with torch.enable_grad(), self.mode.section("forward", path) as forward, self.keeping() as kept:
             out = type(module).forward(module, *inner, **more)
+        until, self._until = self._until, around
         results = list(out) if isinstance(out, tuple) else [out]
         places = {_place(x): i for i, x in enumerate(mine)}
-        if [_state(a) for a in at] != before or any(_place(r) in places for r in results if r is not None):
+        if self._told(at) != before or any(_place(r) in places for r in results if r is not None):
             return None
         ends = [r for r in results if r is not None and r.requires_grad]
         asked = [x for x in (*mine, *weights) if x.requires_grad]
@@ -185,18 +189,19 @@ class Blocks:
             [r is not None and r.requires_grad for r in results], not isinstance(out, tuple),
             [None if g is None else shape_of(g) for g in gradients],
             [_sort(place, s, places, made, outer) for place, s in kept.items()],
-            forward.ledger, forward.peak, backward.ledger, backward.peak,
+            until, forward.ledger.without(until), forward.peak, backward.ledger, backward.peak,
         )  # fmt: skip
+
+    def _told(self, at: list[At]) -> Any:
+        """What a block may have changed in the coordinates that it was given, and that is work or part of a loss.
+        Whole numbers that are worked out once for all are neither."""
+        return [list(a.losses) for a in at], [id(x) for x in self._outside(at) if self.mode.is_hollow(x)]
 
     def _outside(self, at: list[Any]) -> Iterator[Tensor]:
         """Tensors that all layers read: coordinates, and what was worked out of them."""
         for a in at:
             for x in (*vars(a).values(), *a.memo.values()):
                 yield from (y for y in (x if isinstance(x, (tuple, list)) else (x,)) if isinstance(y, Tensor))
-
-    def keep(self, place: int, saved: Saved) -> None:
-        """Note a storage that waits."""
-        self.saved.setdefault(place, saved)
 
 
 class _Run(NamedTuple):
@@ -220,9 +225,9 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         mode, kind = run.blocks.mode, run.kind
         mode.peak = max(mode.peak, mode.live + kind.forward_peak)
-        mode.ledger.add(kind.forward, run.moved)
+        mode.ledger.add(kind.until, mode.phase, run.moved)
         results = [None if s is None else mode.tensor(s) for s in kind.results]
-        rooms = []  # what waits stays alive, and its address its own
+        rooms = []
         for kept in kind.kept:
             match kept:
                 case _Fresh(saved):
@@ -235,8 +240,9 @@ class _Replayed(torch.autograd.Function):
                     rooms.append(result.detach())
                 case _Outer(tensor, saved):
                     rooms.append(tensor)
-            run.blocks.keep(_place(rooms[-1]), run.at(saved))
-        ctx.run, ctx.rooms = run, rooms
+            run.blocks.told[_place(rooms[-1])] = run.at(saved)
+        ctx.run = run
+        ctx.save_for_backward(*rooms)  # autograd asks whoever keeps what is saved, here as in a real run
         still = [r for r, moving in zip(results, kind.moving, strict=True) if r is not None and not moving]
         ctx.mark_non_differentiable(*still)
         return tuple(results)
@@ -244,9 +250,10 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         mode, kind = ctx.run.blocks.mode, ctx.run.kind
+        kept = ctx.saved_tensors  # where nothing was kept, this is when it is made again
         mode.peak = max(mode.peak, mode.live + kind.backward_peak)
-        mode.ledger.add(kind.backward, ctx.run.moved)
-        ctx.rooms = None
+        mode.ledger.add(kind.backward, mode.phase, ctx.run.moved)
+        del kept
         return None, *(None if s is None else mode.tensor(s) for s in kind.gradients)
 
 
@@ -268,11 +275,6 @@ def _described(x: Any) -> Any:
     if isinstance(x, Tensor):
         return shape_of(x), x.requires_grad
     return x if isinstance(x, (int, float, str, bool, type(None))) else id(x)
-
-
-def _state(at: Any) -> Any:
-    """What a block may change in the coordinates that it is given."""
-    return {k: id(v) for k, v in vars(at).items()}, list(at.memo), list(at.losses)
 
 
 def _spec_lines(source: str) -> dict[int, str]:

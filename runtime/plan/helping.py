@@ -12,35 +12,34 @@ from ...dsl.selectors import Selector
 from ...dsl.selectors import Step as Segment
 from ..tables import size
 from .plan import Plan, Steps, plan
-from .sizes import block_of, optimizer_bytes
+from .sizes import block_of
 from .step import Feed
 
 
 def helps(p: Plan, steps: Steps) -> list[str]:
     """Changes of the layout or the batch and how many bytes a rank each would save, the most first."""
-    found = [*_optimizer(p), *_tried(p, steps), *_recompute(p)]
-    order = sorted(found, key=lambda pair: -pair[0])
+    order = sorted(_tried(p, steps), key=lambda pair: -pair[0])
     return [f"{what} saves {size(saved)} a rank" for saved, what in order if saved > 0]
-
-
-def _optimizer(p: Plan) -> Iterator[tuple[int, str]]:
-    rows = [a for a, n in p.layout.mesh if n > 1 and any(a in s.axes and s.selector.steps[-1].name == "batch"
-            for s in p.layout.splits)]  # fmt: skip
-    if rows and not p.layout.stored_over("optimizer"):
-        stage = max(p.stages, key=lambda s: s.memory.total)
-        sizes = [(n, count, width) for n, count, width, _ in stage.step.parameters]
-        own = optimizer_bytes(sizes, p.rows)
-        yield stage.memory.optimizer - own, f"`shard optimizer over {', '.join(rows)}`"
 
 
 def _tried(p: Plan, steps: Steps) -> Iterator[tuple[int, str]]:
     """What another layout would hold, planned as this one was."""
-    for changed, feed, what in (*_between(p), *_fewer(p), *_wider(p)):
+    for changed, feed, what in (*_stored(p), *_between(p), *_fewer(p), *_wider(p), *_recompute(p)):
         try:
             other = plan(p.program, changed, p.device, p.precision, feed, steps)
         except SpecError:
             continue
         yield max(s.memory.total for s in p.stages) - max(s.memory.total for s in other.stages), what
+
+
+def _stored(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
+    """What the ranks that split a batch could keep parts of."""
+    batch = [s for s in p.layout.splits if s.selector.steps[-1].name == "batch"]
+    rows = tuple(a for s in batch for a in s.axes if p.layout.size(a) > 1)
+    for what in ("optimizer", "parameters"):
+        if rows and not p.layout.stored_over(what):
+            changed = replace(p.layout, stored=(*p.layout.stored, (what, rows, batch[0].span)))
+            yield changed, p.feed, f"`shard {what} over {', '.join(rows)}`"
 
 
 def _between(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
@@ -71,13 +70,14 @@ def _model_axes(layout: Layout) -> list[str]:
     return [a for a in dict.fromkeys(axes) if layout.size(a) > 1]
 
 
-def _recompute(p: Plan) -> Iterator[tuple[int, str]]:
-    """What would not have to wait, were a block run again in the backward pass."""
+def _recompute(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
+    """The blocks for which most is saved, run again in the backward pass instead."""
     stage = max(p.stages, key=lambda s: s.memory.total)
     saved: Counter[str] = Counter()
     for x in stage.step.saved:
         name = block_of(x.block).split(".")[-1]
         if "." in x.block and name != "*":
             saved[name] += x.bytes
-    for block, most in saved.most_common(3):
-        yield most, f"`recompute {block}` at most"
+    for name in ("blocks", *(n for n, _ in saved.most_common(2))):
+        changed = replace(p.layout, recompute=(*p.layout.recompute, Selector((Segment(name),))))
+        yield changed, p.feed, f"`recompute {name}`"

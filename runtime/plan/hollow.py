@@ -52,12 +52,20 @@ class Ledger:
     work: Counter[Work] = field(default_factory=Counter)
     messages: Counter[Message] = field(default_factory=Counter)
 
-    def add(self, other: Ledger, moved: Callable[[str], str]) -> None:
-        """The same once more, in the block that `moved` says."""
+    def copy(self) -> Ledger:
+        """As it is now."""
+        return Ledger(self.work.copy(), self.messages.copy())
+
+    def without(self, part: Ledger) -> Ledger:
+        """What is beside a part of it."""
+        return Ledger(self.work - part.work, self.messages - part.messages)
+
+    def add(self, other: Ledger, phase: str, moved: Callable[[str], str]) -> None:
+        """The same once more, in another phase, in the block that `moved` says."""
         for work, times in other.work.items():
-            self.work[work._replace(block=moved(work.block))] += times
+            self.work[work._replace(phase=phase, block=moved(work.block))] += times
         for message, times in other.messages.items():
-            self.messages[message._replace(block=moved(message.block))] += times
+            self.messages[message._replace(phase=phase, block=moved(message.block))] += times
 
 
 class Shape(NamedTuple):
@@ -82,7 +90,8 @@ class Hollow(TorchDispatchMode):
     what is done, under `phase` and `block`.
 
     `share` is how many of a hollow tensor's places count as other than 0, where an op asks which are: a module that
-    sends rows where its numbers say runs as if they were sent evenly. Raises `Unknown` where one number is asked for.
+    sends rows where its numbers say runs as if they were sent evenly. `unknown` is what stands for one number where it
+    decides nothing, such as a metric; as long as it is None, asking for one raises `Unknown`.
     """
 
     def __init__(self, share: float = 1.0) -> None:
@@ -91,6 +100,7 @@ class Hollow(TorchDispatchMode):
         self.share = share
         self.ledger = Ledger()
         self.phase, self.block = "forward", ""
+        self.unknown: float | None = None
         self._hollow: set[int] = set()
         self._kept: list[Tensor] = []
         self._ways: dict[Any, _Way] = {}
@@ -161,7 +171,9 @@ class Hollow(TorchDispatchMode):
         if found.written:
             return self._write(func, found, args, kwargs, inputs)
         if func is aten._local_scalar_dense.default:
-            raise Unknown("a number that only a real run has")
+            if self.unknown is None:
+                raise Unknown("a number that only a real run has")
+            return self.unknown if inputs[0].dtype.is_floating_point else int(self.unknown)
         if func is aten.nonzero.default:
             rows = max(1, round(self.share * inputs[0].numel()))
             return torch.zeros(rows, inputs[0].dim(), dtype=torch.int64)

@@ -14,14 +14,12 @@ from ...lowering.graph import GraphProgram
 from ...lowering.passes.stream import state_bytes, streaming_errors
 from ...lowering.pipeline import lower
 from ..compile import build
-from ..lib.mesh import Mesh
+from ..distributed import check_stored
+from ..lib.mesh import Axes, Mesh
 from .devices import Device
 from .estimate import Times, estimate, is_inside, wire_bytes
-from .hollow import Ledger, Message
-from .sizes import Held, block_of, gradient_bytes, held, optimizer_bytes
+from .sizes import Held, block_of, held
 from .step import Feed, Step, measure
-
-WIDEST = 8  # bytes of a number, at most: parts of a flat gradient begin at whole numbers
 
 
 @dataclass(frozen=True)
@@ -100,16 +98,15 @@ def plan(
     lowered = artifact.lowered
     mesh = Mesh({a.name: a.size for a in lowered.laid.mesh.atoms})
     over = tuple(a for axis in layout.stored_over("optimizer") for a in lowered.laid.mesh.names(axis))
-    step = shared_out(steps.of(artifact, feed, precision), over, mesh)
+    step = steps.of(artifact, feed, precision, over)
     weights = held(lowered, precision)
     rows, shards = mesh.size(*_row_axes(lowered)), mesh.size(*over)
-    state = optimizer_bytes([(n, count, width) for n, count, width, _ in step.parameters], shards)
     memory = Memory(
-        sum(w.bytes for w in weights), gradient_bytes(weights), state, step.constants_bytes, step.saved_bytes,
-        step.working_bytes, device.reserved,
+        sum(w.bytes for w in weights), step.gradient_bytes, step.optimizer_bytes, step.constants_bytes,
+        step.saved_bytes, step.working_bytes, device.reserved,
         None if streaming_errors(lowered) else state_bytes(lowered, feed.seq),
     )  # fmt: skip
-    moved = state + memory.gradients // shards
+    moved = memory.optimizer + memory.gradients // shards
     times = estimate(step.micro, step.once, feed.microbatches, moved, mesh, device, precision)
     needed = 3 * flops_per_token(steps.whole(program), feed.seq)
     stage = Stage((0, layout.ranks), memory, step, weights, times)
@@ -124,12 +121,12 @@ class Steps:
         self._steps: dict[Any, Step] = {}
         self._whole: dict[int, GraphProgram] = {}
 
-    def of(self, artifact: Any, feed: Feed, precision: str) -> Step:
+    def of(self, artifact: Any, feed: Feed, precision: str, over: Axes) -> Step:
         """The step of an artifact."""
         lines = (line for line in artifact.source.split("\n") if not line.startswith("    axes = "))
-        key = ("\n".join(lines), replace(feed, microbatches=1), precision)
+        key = ("\n".join(lines), replace(feed, microbatches=1), precision, over)
         if key not in self._steps:
-            self._steps[key] = measure(artifact, feed, precision)
+            self._steps[key] = measure(artifact, feed, precision, over)
         return self._steps[key]
 
     def whole(self, program: Program) -> GraphProgram:
@@ -143,40 +140,13 @@ def refuse(layout: Layout) -> None:
     """Raises `not-built-yet` for what a plan does not count yet."""
     if layout.stages is not None:
         raise fail("not-built-yet", "a plan of stages is not built yet", layout.stages.span)
-    if layout.recompute:
-        raise fail("not-built-yet", "a plan with `recompute` is not built yet", layout.span)
-    for what, axes, span in layout.stored:
-        if what != "optimizer" and any(layout.size(a) > 1 for a in axes):
-            raise fail("not-built-yet", f"a plan of split `{what}` is not built yet", span,
-                       help="`shard optimizer over` an axis of the rows is planned")  # fmt: skip
+    check_stored(layout)
 
 
 def _row_axes(lowered: GraphProgram) -> tuple[str, ...]:
     """The factors of the mesh over which the rows of a batch are split."""
     inputs = lowered.model.body.inputs
     return lowered.model.dims[inputs[0].type.dims[0]].axes if inputs and inputs[0].type.dims else ()
-
-
-def shared_out(step: Step, over: tuple[str, ...], mesh: Mesh) -> Step:
-    """A step whose optimizer's state is split over axes: a gradient's sum over them leaves each rank its part (a
-    reduce-scatter), what is left of it is summed over the other axes, and the new weights are gathered."""
-    size = mesh.size(*over)
-    if size == 1:
-        return step
-    once: Counter[Message] = Counter()
-    for message, times in step.once.messages.items():
-        if message.phase != "sync" or message.kind != "all_reduce" or not set(over) <= set(message.axes) or (
-            message.bytes <= 8
-        ):  # fmt: skip
-            once[message] += times
-            continue
-        padded = -(-message.bytes // (size * WIDEST)) * size * WIDEST
-        rest = tuple(a for a in message.axes if a not in over)
-        once[message._replace(kind="reduce_scatter", axes=over, bytes=padded)] += times
-        if rest:
-            once[message._replace(axes=rest, bytes=padded // size)] += times
-        once[message._replace(kind="all_gather", axes=over, bytes=padded // size)] += times
-    return replace(step, once=Ledger(step.once.work, once))
 
 
 # --- as data -----------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""What a rank holds between steps: weights, gradients and the optimizer's state, by block and by line of the spec."""
+"""The weights of a rank, by block and by line of the spec, and which part of each it has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 
 from ...dsl.program import Parameter
 from ...lowering.graph import GraphProgram
@@ -55,18 +55,3 @@ def block_of(path: str) -> str:
     depth = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     head = parts[: depth + 2] if depth is not None else parts[:1]
     return ".".join("*" if part.isdigit() else part for part in head) or "model"
-
-
-def gradient_bytes(weights: list[Held]) -> int:
-    """Gradients are summed in fp32, whatever the weights are."""
-    return sum(w.count * max(4, w.width) for w in weights)
-
-
-def optimizer_bytes(parameters: list[tuple[str, int, int]], ranks: int = 1) -> int:
-    """AdamW's two moments and a count of steps for each parameter of the module (name, number, bytes a number), and a
-    master of those below fp32. Over several ranks each keeps a part, the last padded."""
-    total = 0
-    for _, count, width in parameters:
-        own = ceil(count / ranks)
-        total += 2 * max(4, width) * own + 4 + (4 * own if width < 4 else 0)
-    return total

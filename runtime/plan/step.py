@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +17,12 @@ from ...lowering.graph import Graph, GraphProgram
 from ..compile import DTYPES, Artifact, module_class
 from ..lib import Gathered, Model
 from ..lib.clocks import Clock
-from ..lib.laid import global_counts, gradient_norm, sync_gradients
+from ..lib.laid import global_counts
+from ..lib.mesh import Axes
+from ..train.config import TrainConfig
+from ..train.divided import Divided
+from ..train.optimizer import Optimizer
+from ..train.rows import sum_of_parts
 from .blocks import Blocks, Saved
 from .hollow import Hollow, Ledger, Unknown
 from .wires import Planned
@@ -37,14 +45,17 @@ class Step:
     that a micro-batch holds at once, what is saved included, weights and gradients not.
 
     `micro` has the work and messages of one micro-batch (phases "counts", "forward", "backward"), `once` those of the
-    step (phase "sync"). `parameters` are (name, number, bytes a number, bytes a number of its gradient that is kept).
+    step (phase "sync"). `optimizer_bytes` are masters, moments and counts of steps, `gradient_bytes` the gradients that
+    are summed over micro-batches.
     """
 
     saved: list[Saved]
     working_bytes: int
     micro: Ledger
     once: Ledger
-    parameters: list[tuple[str, int, int, int]]
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
     constants_bytes: int
 
     @property
@@ -52,51 +63,93 @@ class Step:
         return sum(s.bytes for s in self.saved)
 
 
-def measure(artifact: Artifact, feed: Feed, precision: str = "fp32") -> Step:
-    """Run one step of an artifact, as rank 0 of its mesh, without numbers.
+def measure(artifact: Artifact, feed: Feed, precision: str = "fp32", over: Axes = ()) -> Step:
+    """Run one step of an artifact, as rank 0 of its mesh, without numbers. The optimizer is divided along `over`.
 
     Raises `InternalError` where what runs depends on numbers in a way that `Hollow` does not know.
     """
     program = artifact.lowered
     mode = Hollow(active_share(program))
-    with mode:
+    with mode, _uncollected():
         kind = module_class(artifact.source, f"{artifact.name}/model.py")
         model = kind()
         model.cast(DTYPES[precision]).train()
         names = class_names(program.graphs)
         blocks = Blocks(mode, model, artifact.source, frozenset(names[g] for g in program.emitting))
         model.mesh = Planned(dict(model.axes), mode, blocks.where)
+        model.chance = 0
         try:
-            return _step(model, mode, blocks, feed, program)
+            return _step(
+                model,
+                mode,
+                blocks,
+                feed,
+                program,
+                Divided(model, TrainConfig.model_validate({"dtype": precision}), over),
+            )
         except Unknown:
             raise InternalError(f"what runs in `{mode.block}` depends on numbers of a real run") from None
 
 
-def _step(model: Model, mode: Hollow, blocks: Blocks, feed: Feed, program: GraphProgram) -> Step:
-    """As the training loop: counts of all micro-batches, losses and gradients, then the sums of the step."""
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing is collected inside: a step makes very many small objects, and nearly no cycles of them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _step(model: Model, mode: Hollow, blocks: Blocks, feed: Feed, program: GraphProgram, optimizer: Divided) -> Step:
+    """As the training loop: counts, losses and gradients, then what is made once a step."""
     for weight in model.parameters():  # what has become a gradient is counted as one, and no longer as work
         weight.register_post_accumulate_grad_hook(lambda w: mode.settle(w.grad))
     base, mode.peak = mode.live, mode.live
     tokens, document, given = inputs(model, program, feed)
-    mode.ledger, mode.phase = Ledger(), "counts"
-    micro = mode.ledger
+    micro = mode.ledger = Ledger()
+    mode.phase = "counts"
     counts = model.counts(tokens, document, **given)
-    mode.phase = "forward"
+    once = mode.ledger = Ledger()
+    mode.phase = "sync"
+    counts = global_counts(model, counts)
+    mode.ledger, mode.phase = micro, "forward"
+    gathered = Gathered()
     with blocks.keeping() as kept:
-        sums = model.losses(tokens, document, gathered=Gathered(), **given)
-        loss = torch.stack([s / torch.as_tensor(counts[n]).clamp(min=1) for n, s in sums.items()]).sum()
+        sums = model.losses(tokens, document, gathered=gathered, **given)
+        shares = {n: s / counts[n].clamp(min=1) for n, s in sums.items()}
+        loss = torch.stack(list(shares.values())).sum()
     saved = list(kept.values())
     mode.phase = "backward"
     loss.backward()
     working = mode.peak - base
-    mode.ledger, mode.phase, mode.block = Ledger(), "sync", ""
-    if model.axes:
-        global_counts(model, counts)
-        sync_gradients(model)
-        gradient_norm(model)
-    parameters = [(n, p.numel(), p.element_size(), max(4, p.element_size())) for n, p in model.named_parameters()]
-    constants = sum(b.numel() * b.element_size() for b in model.buffers())
-    return Step(saved, working, micro, mode.ledger, parameters, constants)
+    mode.ledger, mode.phase, mode.block, mode.unknown = once, "sync", "", 0.0
+    optimizer.gather()
+    wide = [g for n, p in optimizer.weights.items() if (g := optimizer.sums.get(n, p.grad)) is not None]
+    gradients = sum(g.numel() * g.element_size() for g in wide)
+    sum_of_parts(model, {n: s.detach().double() for n, s in shares.items()})
+    optimizer.reduce()
+    optimizer.clip(1.0)
+    optimizer.step(1e-3)
+    gathered.settle(model.mesh)
+    return Step(
+        saved, working, micro, once, _bytes(model.parameters()), gradients, state_bytes(optimizer),
+        _bytes(model.buffers()),
+    )  # fmt: skip
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """What an optimizer holds beside the weights, once it has stepped."""
+    weights = list(optimizer.weights.values())
+    masters = [m for m in optimizer.masters.values() if not any(m is w for w in weights)]
+    slots = (x for m in optimizer.masters.values() for x in optimizer.adam.state[m].values())
+    return _bytes([*masters, *slots])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def inputs(model: Model, program: GraphProgram, feed: Feed) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:

@@ -12,11 +12,12 @@ from heddle.dsl.load import load_text, shipped_folder
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import DTYPES, build, module_class
 from heddle.runtime.lib import Gathered
-from heddle.runtime.lib.laid import global_counts, gradient_norm, sync_gradients
+from heddle.runtime.lib.laid import global_counts
 from heddle.runtime.lib.simulated import simulate
 from heddle.runtime.plan.step import inputs
 from heddle.runtime.train.config import TrainConfig
-from heddle.runtime.train.optimizer import Optimizer
+from heddle.runtime.train.divided import Divided
+from heddle.runtime.train.rows import sum_of_parts
 
 
 def artifact(family, layout, model=None):
@@ -26,8 +27,9 @@ def artifact(family, layout, model=None):
     return build(program_of(file, model), layout=layout_of(file) if layout else None)
 
 
-def ranks(made, feed, precision="fp32", seed=0):
-    """For each rank of the mesh: bytes saved, messages by phase, bytes of parameters and of the optimizer's state."""
+def ranks(made, feed, precision="fp32", over=(), seed=0):
+    """For each rank of the mesh: bytes saved, messages by phase, bytes of parameters, of the optimizer's state and of
+    gradients."""
     kind = module_class(made.source, f"{made.name}/model.py")
 
     def run(mesh):
@@ -36,15 +38,16 @@ def ranks(made, feed, precision="fp32", seed=0):
         for p in model.parameters():
             p.data = torch.randn(p.shape, generator=generator) * 0.1
         model.cast(DTYPES[precision]).train()
-        if model.axes:
-            model.mesh = mesh
-            mesh.record = []
+        model.mesh, mesh.record, model.chance = mesh, [], 5
+        optimizer = Divided(model, TrainConfig(dtype=precision), over)
         tokens, document, given = inputs(model, made.lowered, feed)
         tokens = torch.randint(0, model.vocab or 2, tokens.shape, generator=generator)
         counts = model.counts(tokens, document, **given)
-        before = len(mesh.record or ())
+        marks = [("counts", len(mesh.record))]
+        counts = global_counts(model, counts)
+        marks.append(("sync", len(mesh.record)))
         own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-        kept, alive = {}, []
+        kept, alive, gathered = {}, [], Gathered()
 
         def pack(x):
             storage = x.untyped_storage()
@@ -54,33 +57,30 @@ def ranks(made, feed, precision="fp32", seed=0):
             return x
 
         with saved_tensors_hooks(pack, lambda x: x):
-            sums = model.losses(tokens, document, gathered=Gathered(), **given)
-            loss = torch.stack([s / torch.as_tensor(counts[n]).clamp(min=1) for n, s in sums.items()]).sum()
-        forward = len(mesh.record or ())
+            sums = model.losses(tokens, document, gathered=gathered, **given)
+            shares = {n: s / counts[n].clamp(min=1) for n, s in sums.items()}
+            loss = torch.stack(list(shares.values())).sum()
+        marks.append(("forward", len(mesh.record)))
         loss.backward()
         alive.clear()
-        backward = len(mesh.record or ())
-        if model.axes:
-            global_counts(model, counts)
-            sync_gradients(model)
-            gradient_norm(model)
-        phases = {
-            "counts": (0, before),
-            "forward": (before, forward),
-            "backward": (forward, backward),
-            "sync": (backward, None),
-        }
-        messages = Counter(
-            (phase, r.kind, r.axes, r.bytes) for phase, (a, b) in phases.items() for r in (mesh.record or [])[a:b]
-        )
-        optimizer = Optimizer(model, TrainConfig(dtype=precision))
+        marks.append(("backward", len(mesh.record)))
         optimizer.gather()
-        gradients = sum(
-            m.grad.numel() * m.grad.element_size() for m in optimizer.masters.values() if m.grad is not None
-        )
+        gradients = [optimizer.sums.get(n, p.grad) for n, p in optimizer.weights.items()]
+        size = sum(g.numel() * g.element_size() for g in gradients if g is not None)
+        sum_of_parts(model, {n: s.detach().double() for n, s in shares.items()})
+        optimizer.reduce()
+        optimizer.clip(1.0)
         optimizer.step(1e-3)
-        state = sum(t.numel() * t.element_size() for t in optimizer.state().values())
+        gathered.settle(mesh)
+        marks.append(("sync", len(mesh.record)))
+        messages, start = Counter(), 0
+        for phase, end in marks:
+            messages.update((phase, r.kind, r.axes, r.bytes) for r in mesh.record[start:end])
+            start = end
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        return sum(kept.values()), messages, weights, state, gradients
+        slots = [x for m in optimizer.masters.values() for x in optimizer.adam.state[m].values()]
+        masters = [m for n, m in optimizer.masters.items() if m is not optimizer.weights[n]]
+        state = sum(x.numel() * x.element_size() for x in (*slots, *masters))
+        return sum(kept.values()), messages, weights, state, size
 
     return simulate(dict(kind.axes) or {"one": 1}, run)

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(monkeypatch):
     assert any("`shard optimizer over data` saves" in line for line in found["helps"])
     assert any("--microbatch 1 saves" in line for line in found["helps"])
     assert any("`mesh tensor = 4` saves" in line for line in found["helps"])
-    assert any("`recompute gated_mlp` at most saves" in line for line in found["helps"])
+    assert any("`recompute blocks` saves" in line for line in found["helps"])
     out, _ = run("--layout", "tp", "--microbatch", 2)
     assert "does not fit: a rank needs" in out
     rows = data("--layout", "tp", "--search", 4)["candidates"]
@@ -152,10 +152,26 @@ def test_bad_input_is_a_diagnostic(words, code, place):
     assert json.loads(run(*words, "--format", "json", code=2)[0])["diagnostics"][0]["code"] == code
 
 
-@pytest.mark.parametrize("rule", ["stages over tensor", "recompute attention", "shard parameters over data"])
+@pytest.mark.parametrize("rule", ["stages over tensor", "shard gradients over data"])
 def test_what_is_not_planned_yet_says_so(rule, place):
     (place / "a.spec").write_text(f"{SPEC}\nlayout more = tp with:\n    {rule}\n")
-    assert "error[not-built-yet]: a plan " in run("--layout", "more", code=2)[1]
+    assert "error[not-built-yet]: " in run("--layout", "more", code=2)[1]
+
+
+def test_what_is_recomputed_is_not_saved_and_costs_more_work(place):
+    (place / "a.spec").write_text(f"{SPEC}\nlayout more = tp with:\n    recompute blocks\n")
+    plain, again = (data("--layout", name)["stages"][0] for name in ("tp", "more"))
+    assert again["bytes"]["saved"] < plain["bytes"]["saved"] / 2
+    assert again["bytes"]["working"] < plain["bytes"]["working"]
+    assert plain["flops"] < again["flops"] < 1.34 * plain["flops"]
+
+
+def test_parameters_that_are_stored_in_parts_are_gathered(place):
+    (place / "a.spec").write_text(f"{SPEC}\nlayout more = tp with:\n    shard parameters over data\n")
+    plain, parts = (data("--layout", name)["stages"][0] for name in ("tp", "more"))
+    for what in ("parameters", "optimizer"):
+        assert parts["bytes"][what] < 0.6 * plain["bytes"][what]
+    assert any(row["kind"] == "all_gather" and row["axes"] == ["data"] for row in parts["collectives"])
 
 
 def test_a_file_without_a_layout(place):

@@ -14,11 +14,12 @@ from heddle.lowering.cost import flops_per_token
 from heddle.lowering.pipeline import lower
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build
+from heddle.runtime.lib.schedules import order
 from heddle.runtime.plan.devices import device
 from heddle.runtime.plan.estimate import wire_bytes
 from heddle.runtime.plan.hollow import Message
 from heddle.runtime.plan.plan import plan
-from heddle.runtime.plan.schedules import bubble, gpipe, held, interleaved, one_forward_one_backward, table
+from heddle.runtime.plan.schedules import bubble, held
 from heddle.runtime.plan.step import Feed, measure
 
 V, S = 51200, 2048
@@ -97,13 +98,12 @@ def difference(layout, t, b, a=16, h=512, s=256):
 def test_activation_memory_of_a_layer_under_tensor_parallelism(t, b):
     """sbh (10 + 24/t): the form without scores (their selective recomputation), which a fused attention keeps. Beside it
     are statistics that they do not count: a mean and a scale of each norm's rows, a sum of each head's rows, in fp32.
-    They count a byte for each place of a mask, and 16 bits for norms' inputs; here dropout keeps its noise in 16 bits,
-    and norms their inputs in 32."""
+    They count 16 bits for norms' inputs; here norms keep them in 32."""
     a, h, s = 16, 512, 256
     saved, masks, messages = difference("tp", t, b)
     statistics = 2 * 2 * 4 * s * b + 4 * a * s * b // t
-    wide = 2 * s * b * h + 2 * 2 * s * b * h  # of two masks a byte more for each place, of two norms' inputs two
-    assert masks == 2 * 2 * s * b * h
+    wide = 2 * 2 * s * b * h  # of two norms' inputs two bytes more for each place
+    assert masks == 2 * s * b * h
     assert saved - statistics - wide == s * b * h * (10 + 24 / t)
     if t > 1:
         # Two all-reduces of b s h forward and two backward, in 16 bits: 8 b s h (t - 1) / t elements on the wire.
@@ -119,8 +119,8 @@ def test_activation_memory_of_a_layer_with_sequence_parallelism(t, b):
     a, h, s = 16, 512, 256
     saved, masks, messages = difference("tp_sp", t, b)
     statistics = 2 * 2 * 4 * s * b // t + 4 * a * s * b // t
-    wide = (2 + 2 * 2) * s * b * h // t
-    assert masks == 2 * 2 * s * b * h // t
+    wide = 2 * 2 * s * b * h // t
+    assert masks == 2 * s * b * h // t
     assert saved - statistics - wide == s * b * h * 34 / t + 4 * s * b * h * (1 - 1 / t)
     part, whole = 2 * b * s * h // t, 2 * b * s * h
     assert messages == {
@@ -145,15 +145,14 @@ def test_gradients_of_data_ranks_are_summed_once_by_a_ring():
 
 
 def text(actions, chunks=False):
-    return " ".join(f"{x.kind}{x.microbatch}" + (f".{x.chunk}" if chunks else "") for x in actions)
+    return " ".join(f"{x.kind}{x.batch}" + (f".{x.chunk}" if chunks else "") for x in actions)
 
 
 def test_orders_of_one_forward_one_backward():
     wanted = ["F0 F1 F2 F3 B0 F4 B1 F5 B2 B3 B4 B5", "F0 F1 F2 B0 F3 B1 F4 B2 F5 B3 B4 B5",
               "F0 F1 B0 F2 B1 F3 B2 F4 B3 F5 B4 B5", "F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5"]  # fmt: skip
-    assert [text(one_forward_one_backward(4, 6, r)) for r in range(4)] == wanted
-    assert [held(one_forward_one_backward(4, 6, r)) for r in range(4)] == [4, 3, 2, 1]
-    assert held(gpipe(4, 6, 0)) == 6
+    assert [text(order(r, 4, 6)) for r in range(4)] == wanted
+    assert [held(order(r, 4, 6)) for r in range(4)] == [4, 3, 2, 1]
 
 
 INTERLEAVED = {
@@ -171,18 +170,12 @@ F0.0 F1.0 F2.0 F3.0 F0.1 B0.1 F1.1 B1.1 F2.1 B2.1 F3.1 B3.1 F4.0 B0.0 F5.0 B1.0 
 
 @pytest.mark.parametrize(("p", "m"), list(INTERLEAVED))
 def test_interleaved_order_of_each_rank(p, m):
-    assert [text(interleaved(p, m, 2, r), True) for r in range(p)] == INTERLEAVED[p, m].split("\n")
+    assert [text(order(r, p, m, 2), True) for r in range(p)] == INTERLEAVED[p, m].split("\n")
 
 
-def test_interleaved_tables_and_limits():
-    assert [m for m, _ in table(5, 2, 3)] == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
-    assert [c for _, c in table(5, 2, 3)] == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+def test_chunks_that_wait_under_interleaving():
     for p, v, m in ((4, 2, 8), (8, 4, 32)):
-        assert [held(interleaved(p, m, v, r)) for r in range(p)] == [
-            (v - 1) * p + 2 * (p - 1 - r) + 1 for r in range(p)
-        ]
-    with pytest.raises(ValueError, match="groups of 4 of 6"):
-        interleaved(4, 6, 2, 0)
+        assert [held(order(r, p, m, v)) for r in range(p)] == [(v - 1) * p + 2 * (p - 1 - r) + 1 for r in range(p)]
 
 
 def finish(orders, pieces, p):
@@ -209,9 +202,6 @@ def finish(orders, pieces, p):
 
 @pytest.mark.parametrize(("p", "v", "m", "share"), [(4, 2, 8, 0.1875), (4, 2, 16, 0.09375), (8, 4, 32, 0.0546875)])
 def test_bubbles_are_what_ranks_wait(p, v, m, share):
-    assert bubble("interleaved", p, m, v) == share
-    orders = [interleaved(p, m, v, r) for r in range(p)]
-    assert finish(orders, p * v, p) == pytest.approx(3 * m * v * (1 + share))
-    plain = [one_forward_one_backward(p, m, r) for r in range(p)]
-    assert finish(plain, p, p) == pytest.approx(3 * m * (1 + bubble("1f1b", p, m)))
-    assert bubble("gpipe", p, m) == (p - 1) / m
+    assert bubble(p, m, v) == share
+    assert finish([order(r, p, m, v) for r in range(p)], p * v, p) == pytest.approx(3 * m * v * (1 + share))
+    assert finish([order(r, p, m) for r in range(p)], p, p) == pytest.approx(3 * m * (1 + bubble(p, m)))

@@ -11,8 +11,9 @@ import torch
 from hypothesis import example, given, settings
 
 from heddle.dsl.diagnostics import SpecError
+from heddle.runtime.distributed import over_of
 from heddle.runtime.plan.hollow import Hollow, Unknown
-from heddle.runtime.plan.sizes import gradient_bytes, held, optimizer_bytes
+from heddle.runtime.plan.sizes import held
 from heddle.runtime.plan.step import Feed, measure
 from tests.runtime.plan.instrumented import artifact, ranks
 
@@ -37,6 +38,13 @@ def layouts(draw):
     if mesh[1] <= 2 and draw(st.booleans()):  # all tiny twins have two heads, not all have four
         rules.append("    shard seq? over tensor between blocks")
     rules.append("    shard batch? over data")
+    stored = draw(st.sampled_from([None, None, "optimizer", "parameters"]))
+    if mesh[0] > 1 and stored:
+        rules.append(f"    shard {stored} over data")
+    if draw(st.booleans()):
+        rules.append(
+            f"    recompute {draw(st.sampled_from(['attention?, long_short?', 'mlp?, gated_mlp?', 'blocks']))}"
+        )
     return "\n".join([f"\nlayout drawn:\n    mesh data = {mesh[0]}, tensor = {mesh[1]}", *rules, ""])
 
 
@@ -44,18 +52,18 @@ def check(family, layout, precision, feed):
     made = built(family, layout)
     if made is None:
         return False
-    step = measure(made, feed, precision)
+    over = over_of(made, made.lowered.layout)
+    step = measure(made, feed, precision, over)
     messages = Counter()
     for ledger in (step.micro, step.once):
         for m, n in ledger.messages.items():
             messages[m.phase, m.kind, m.axes, m.bytes] += n
-    weights = held(made.lowered, precision)
-    for saved, sent, parameters, state, gradients in ranks(made, feed, precision):
-        assert messages == sent
+    for saved, sent, parameters, state, gradients in ranks(made, feed, precision, over):
+        assert messages == sent, (messages - sent, sent - messages)
         assert abs(step.saved_bytes - saved) <= 0.02 * saved, (step.saved_bytes, saved)
-        assert sum(w.bytes for w in weights) == parameters == sum(n * w for _, n, w, _ in step.parameters)
-        assert optimizer_bytes([(name, n, w) for name, n, w, _ in step.parameters]) == state
-        assert gradient_bytes(weights) == gradients
+        assert sum(w.bytes for w in held(made.lowered, precision)) == parameters == step.parameter_bytes
+        assert step.optimizer_bytes == state
+        assert step.gradient_bytes == gradients
     return True
 
 
