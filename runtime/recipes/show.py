@@ -34,6 +34,8 @@ def shown(value: Any) -> str:
             return f"[{', '.join(shown(v) for v in value)}]"
         case dict():
             return f"{{{', '.join(f'{k}: {shown(v)}' for k, v in value.items())}}}"
+        case bool():
+            return str(value).lower()
         case float() | int():
             return f"{value:g}" if abs(value) >= 1e6 or isinstance(value, float) else str(value)
     return str(value) if isinstance(value, str) else "data"
