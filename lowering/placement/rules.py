@@ -102,7 +102,7 @@ class Use:
         """Where the results are. `rows` are the factors that split the rows of a batch. Raises `Unproved`."""
         self.axes = self._axes(rows)
         op = op_of(self.node)
-        self.slots = slots(self.whole, self.of)  # type: ignore[arg-type]
+        self.slots = slots(self.whole, self.of)
         carries = not op.detached and any(k is not None and k.carries for k in self.operands)
         if not any(k is not None for k in self.operands):
             return [self._alone(r) for r in self.node.results]
@@ -185,7 +185,7 @@ class Use:
         first, place = next((s, x) for s, x in zip(self.slots, at, strict=True) if isinstance(x, int))
         assert first is not None
         dim = first[1][place][0]
-        cut = cut_of(self.whole, self.of, dim, lambda a, b: self._together(a, b, atom))  # type: ignore[arg-type]
+        cut = cut_of(self.whole, self.of, dim, lambda a, b: self._together(a, b, atom))
         if cut is None or cut.kind == "lift":
             raise Unproved(self.node.name, atom, f"`{dim}` whole, which `{self.node.op}` needs", where)
         for i, (k, s) in enumerate(zip(self.operands, self.slots, strict=True)):
