@@ -10,7 +10,7 @@ TESTS ?= tests
 ROUNDS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak check bench bench-programs clean
+.PHONY: help env demo test soak check bench bench-programs bench-layouts clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; \
@@ -40,6 +40,10 @@ bench-programs: $(READY)  ## the reference programs against what they replace: l
 	$(BIN)/python -m heddle.benchmarks.long_context --json benchmarks/results/long_context.json
 	$(BIN)/python -m heddle.benchmarks.retrieval --json benchmarks/results/retrieval.json
 	$(BIN)/python -m heddle.benchmarks.compression --json benchmarks/results/compression.json
+
+bench-layouts: $(READY)  ## how long plans take; every mutant of laid-out modules against the proof (half an hour)
+	$(BIN)/python -m heddle.benchmarks.layouts --json benchmarks/results/layouts.json
+	$(BIN)/python -m heddle.benchmarks.layout_mutants --json benchmarks/results/layout_mutants.json
 
 clean:  ## remove .venv, build and the caches of the tools
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from ...dsl.program import Node, Value
-from ..afterwards import parts
 from ..graph import op_of, renamed_attrs
 from .choosing import Choosing
 from .growing import Growing, View
@@ -19,8 +18,7 @@ class Applying(Choosing):
     """Adds uses of ops."""
 
     def _op(self, node: Node) -> None:
-        after = {n.name for n in parts(self.graph, self.s.program.emitting).after}
-        if node.name in after:  # behind the step all sums are made
+        if node.name in self.after:  # behind the step all sums are made
             self._behind(node)
             return
         chosen = self._choose(node)

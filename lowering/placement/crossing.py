@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...dsl.diagnostics import InternalError, fail
-from ...dsl.program import Node, Value
+from ...dsl.program import Node
 from .applying import Applying
 from .types import I, M, N, P, Place, R
 from .values import Signature
@@ -14,7 +14,7 @@ from .values import Signature
 class Crossing(Applying):
     """Adds uses of other graphs. A graph's first caller decides where its inputs are; others bring theirs there."""
 
-    def _entry(self, callee: str, value: str, dims: dict[str, str], like: Value) -> Place:
+    def _entry(self, callee: str, value: str, dims: dict[str, str]) -> Place:
         """Where an input of a block is: split as it is, if the block can take it so; whole where the block splits
         something else."""
         place = want = self.places[value]
@@ -56,8 +56,7 @@ class Crossing(Applying):
 
     def _enter(self, node: Node, callee: str, values: list[str]) -> tuple[list[str], Signature]:
         dims = self._bindings(node, callee)
-        inputs = self.s.program.graphs[callee].body.inputs
-        given = tuple(self._entry(callee, v, dims, like) for v, like in zip(values, inputs, strict=True))
+        given = tuple(self._entry(callee, v, dims) for v in values)
         signature = self.s.graph(callee, given)
         brought = [self.bring(v, want, node.spans) for v, want in zip(values, signature.inputs, strict=True)]
         return brought, signature

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...dsl.program import Dim, Node, Type, Value
+from ..afterwards import parts
 from ..graph import Graph
 from .assign import local_size
 from .laid import Stored
@@ -56,6 +57,7 @@ class Values:
         self.loose = not sharder.stored  # weights are where they are wanted, and that is noted
         self.names = set(graph.values)
         self._extra: dict[str, Dim] = {}
+        self.after = {n.name for n in parts(graph, sharder.program.emitting).after}
         for weight in graph.body.weights:
             self.places[weight.name] = self._stored(weight.name)
 
