@@ -146,9 +146,13 @@ def test_the_released_form_has_transformer_xl_distances(shape, segment, reach, l
 
 
 @settings(max_examples=10)
-@given(length=st.integers(2, 40), which=st.integers(0, 39), seed=st.integers(0, 99))
-def test_the_future_never_changes_the_past(length, which, seed):
-    _, model = compiled(vocab=9, hidden=8, heads=2, span=3, rank=2, segment=4)
+@given(
+    form=st.sampled_from(({}, {"reach": 2})), length=st.integers(2, 40), which=st.integers(0, 39),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_future_never_changes_the_past(form, length, which, seed):
+    """Of the paper's form and of the released one."""
+    _, model = compiled(vocab=9, hidden=8, heads=2, span=3, rank=2, segment=4, **form)
     which %= length
     tokens = torch.randint(0, 9, (1, length), generator=torch.Generator().manual_seed(seed))
     other = tokens.clone()
