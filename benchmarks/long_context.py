@@ -132,7 +132,7 @@ def passes(span: int, lengths: list[int], rounds: int) -> dict[str, dict[str, di
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--steps", type=int, default=1000)
     options.add_argument("--seq", type=int, default=512)
     options.add_argument("--batch", type=int, default=4)
     options.add_argument("--span", type=int, default=128, help="of the trained models")
