@@ -98,11 +98,14 @@ def main() -> None:
     options.add_argument("--seq", type=int, default=256)
     options.add_argument("--batch", type=int, default=4)
     options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--only", choices=tuple(SPECS), help="one family; of a file with --json the rest stays")
     options.add_argument("--json", type=Path)
     given = options.parse_args()
     kept, held = split(open_corpus([library_text()], open_tokenizer("bytes")), 0.05)
     result: dict[str, dict[str, list[float]]] = {}
     for family, text in SPECS.items():
+        if given.only not in (None, family):
+            continue
         file = load_text(text, folder=shipped_folder())
         sizes = {"teacher": program_of(file).num_parameters()}
         sizes |= {k: program_of(file, None, over).num_parameters() for k, over in STUDENTS[family].items()}
@@ -118,7 +121,12 @@ def main() -> None:
             print(f"{family:7} {name:30} {statistics.median(v):.4f} nats a byte ({min(v):.4f} - {max(v):.4f})")
     if given.json:
         about = {"device": device(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-        settings = {k: v for k, v in vars(given).items() if k != "json"}
+        settings = {k: v for k, v in vars(given).items() if k not in ("json", "only")}
+        if given.only is not None and given.json.is_file():
+            before = json.loads(given.json.read_text())
+            if before["settings"] != settings:
+                raise SystemExit(f"`{given.json}` was made with other settings: {before['settings']}")
+            result = {**before["losses"], **result}
         given.json.write_text(json.dumps({**about, "settings": settings, "losses": result}, indent=1) + "\n")
 
 
