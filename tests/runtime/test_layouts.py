@@ -112,7 +112,7 @@ def test_forward_gives_whole_logits_for_a_ranks_rows(file: str) -> None:
     model = start(program)
     state, tokens = dict(model.state_dict()), torch.randint(0, model.vocab or 8, (4, 8))
     wanted = model(tokens)
-    kind = module_class(build(program, layout=layout_of(loaded)).source, "laid")
+    kind = module_class((made := build(program, layout=layout_of(loaded))).source, made.name)
 
     def rank(where: Any) -> float:
         laid = kind().double().eval()

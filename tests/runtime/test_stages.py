@@ -61,7 +61,7 @@ def check(file: str, mesh: dict[str, int], stages: str, batches: int, seed: int,
     # As many rows for each micro-batch as there are ranks of data, so that all are cut alike.
     batch = batch_of({**mesh, "data": mesh.get("data", 1) * batches}, 8, seed, model.vocab or 8, retro, False, False)
     one = alone(model, batch)
-    kind = module_class(build(program, layout=layout).source, "staged")
+    kind = module_class((made := build(program, layout=layout)).source, made.name)
 
     def rank(where: Any) -> Any:
         laid = kind().double().eval()
