@@ -61,7 +61,7 @@ def check(family, layout, precision, feed):
     for saved, sent, parameters, state, gradients in ranks(made, feed, precision, over):
         assert messages == sent, (messages - sent, sent - messages)
         if not any(n.op == "route" for g in made.lowered.graphs.values() for n in g.nodes):
-            # What experts keep depends on the rows that the data send them; a plan counts them as evenly loaded.
+            # Not checked with experts: one run in several measured 2.2 % more than planned, and why is not known yet.
             assert abs(step.saved_bytes - saved) <= 0.02 * saved, (step.saved_bytes, saved)
         assert sum(w.bytes for w in held(made.lowered, precision)) == parameters == step.parameter_bytes
         assert step.optimizer_bytes == state
