@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,13 @@ class Saved(NamedTuple):
     block: str
     line: str
     bytes: int
+
+
+class _Waiting:
+    """There as long as something waits for the backward pass with a storage."""
+
+    def __init__(self, saved: Saved) -> None:
+        self.saved = saved
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,13 @@ class _Kind:
 
 
 class Blocks:
-    """Runs the blocks of a model in place of themselves. `saved` has every storage that waits for the backward pass,
+    """Runs the blocks of a model in place of themselves. `waiting` has every storage that waits for the backward pass,
     once; weights and buffers do not count. `free` are names of classes that are run each time: what they state beside
     their results is theirs."""
 
     def __init__(self, mode: Hollow, model: Model, source: str, free: frozenset[str]) -> None:
         self.mode, self.model = mode, model
-        self.saved: dict[int, Saved] = {}
+        self.waiting: WeakValueDictionary[int, _Waiting] = WeakValueDictionary()
         self.told: dict[int, Saved] = {}  # who keeps a storage, where that was found out before
         self._until = Ledger()  # what was done when the last tensor was kept
         self._file = sys.modules[type(model).__module__].__file__
@@ -106,25 +114,31 @@ class Blocks:
 
     @contextmanager
     def keeping(self) -> Iterator[dict[int, Saved]]:
-        """What autograd keeps inside. It holds that, so an address is one storage's until the backward pass."""
-        before, self.saved = self.saved, {}
+        """What autograd keeps inside and still keeps at the end, by its address. What was computed beside the results,
+        such as scores that only choose, takes what it kept along when it goes; its address may be another's then."""
+        before, self.waiting = self.waiting, WeakValueDictionary()
 
-        def pack(x: Tensor) -> Tensor:
+        def pack(x: Tensor) -> tuple[_Waiting | None, Tensor]:
             storage = x.untyped_storage()
+            place, size = storage.data_ptr(), storage.nbytes()
             self._until = self.mode.ledger.copy()
-            if storage.nbytes() and storage.data_ptr() not in self._own:
-                told = self.told.pop(storage.data_ptr(), None)
-                if told is None or told.bytes != storage.nbytes():
-                    told = Saved(*self.where(), storage.nbytes())
-                self.saved.setdefault(storage.data_ptr(), told)
-            return x
+            if not size or place in self._own:
+                return None, x
+            told = self.told.pop(place, None)
+            waiting = self.waiting.get(place)
+            if waiting is None:
+                if told is None or told.bytes != size:
+                    told = Saved(*self.where(), size)
+                self.waiting[place] = waiting = _Waiting(told)
+            return waiting, x
 
-        found = self.saved
+        found: dict[int, Saved] = {}
         try:
-            with saved_tensors_hooks(pack, lambda x: x):
+            with saved_tensors_hooks(pack, lambda packed: packed[1]):
                 yield found
+            found |= {place: waiting.saved for place, waiting in self.waiting.items()}
         finally:
-            self.saved = before
+            self.waiting = before
 
     # --- running ----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from weakref import WeakSet
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -18,6 +19,13 @@ from heddle.runtime.plan.step import inputs
 from heddle.runtime.train.config import TrainConfig
 from heddle.runtime.train.divided import Divided
 from heddle.runtime.train.rows import sum_of_parts
+
+
+class Held:
+    """A tensor that autograd saved, as long as it keeps it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
 
 
 def artifact(family, layout, model=None):
@@ -47,22 +55,20 @@ def ranks(made, feed, precision="fp32", over=(), seed=0):
         counts = global_counts(model, counts)
         marks.append(("sync", len(mesh.record)))
         own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-        kept, alive, gathered = {}, [], Gathered()
+        packed, gathered = WeakSet(), Gathered()
 
         def pack(x):
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in own and storage.nbytes():
-                kept[storage.data_ptr()] = storage.nbytes()
-                alive.append(x)
-            return x
+            packed.add(held := Held(x))
+            return held
 
-        with saved_tensors_hooks(pack, lambda x: x):
+        with saved_tensors_hooks(pack, lambda held: held.tensor):
             sums = model.losses(tokens, document, gathered=gathered, **given)
             shares = {n: s / counts[n].clamp(min=1) for n, s in sums.items()}
             loss = torch.stack(list(shares.values())).sum()
         marks.append(("forward", len(mesh.record)))
+        storages = {s.data_ptr(): s.nbytes() for s in (held.tensor.untyped_storage() for held in packed)}
+        saved = sum(size for place, size in storages.items() if place not in own)
         loss.backward()
-        alive.clear()
         marks.append(("backward", len(mesh.record)))
         optimizer.gather()
         gradients = [optimizer.sums.get(n, p.grad) for n, p in optimizer.weights.items()]
@@ -81,6 +87,6 @@ def ranks(made, feed, precision="fp32", over=(), seed=0):
         slots = [x for m in optimizer.masters.values() for x in optimizer.adam.state[m].values()]
         masters = [m for n, m in optimizer.masters.items() if m is not optimizer.weights[n]]
         state = sum(x.numel() * x.element_size() for x in (*slots, *masters))
-        return sum(kept.values()), messages, weights, state, size
+        return saved, messages, weights, state, size
 
     return simulate(dict(kind.axes) or {"one": 1}, run)

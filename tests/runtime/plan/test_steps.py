@@ -60,9 +60,7 @@ def check(family, layout, precision, feed):
             messages[m.phase, m.kind, m.axes, m.bytes] += n
     for saved, sent, parameters, state, gradients in ranks(made, feed, precision, over):
         assert messages == sent, (messages - sent, sent - messages)
-        if not any(n.op == "route" for g in made.lowered.graphs.values() for n in g.nodes):
-            # Not checked with experts: one run in several measured 2.2 % more than planned, and why is not known yet.
-            assert abs(step.saved_bytes - saved) <= 0.02 * saved, (step.saved_bytes, saved)
+        assert abs(step.saved_bytes - saved) <= 0.02 * saved, (step.saved_bytes, saved)
         assert sum(w.bytes for w in held(made.lowered, precision)) == parameters == step.parameter_bytes
         assert step.optimizer_bytes == state
         assert step.gradient_bytes == gradients
@@ -105,8 +103,9 @@ def test_repeated_layers_cost_what_they_cost_alone():
     assert all(s.line for s in step.saved if s.block.startswith("layer."))
 
 
-def test_the_same_plan_each_time():
-    made = built("nemotron_h/tiny.spec", TP)
+@pytest.mark.parametrize("family", ["nemotron_h/tiny.spec", "nemotron_h/tiny_moe.spec"])
+def test_the_same_plan_each_time(family):
+    made = built(family, TP)
     one, two = (measure(made, Feed(1, 32), "bf16") for _ in range(2))
     assert (one.saved, one.micro, one.once, one.working_bytes) == (two.saved, two.micro, two.once, two.working_bytes)
 
