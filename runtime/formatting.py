@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ..dsl.diagnostics import Collector
 from ..dsl.format import format_source
 from ..dsl.load import read_source
-from .errors import UserError
+from .paths import write_text
 
 
 def format_files(paths: list[Path], write: bool) -> list[Path]:
@@ -24,15 +23,5 @@ def format_files(paths: list[Path], write: bool) -> list[Path]:
     collector.finish()
     if write:
         for path, text in texts:
-            _replace(path, text)
+            write_text(path, text)
     return [path for path, _ in texts]
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError("cannot-write", f"cannot write `{path}`: {error.strerror}") from None

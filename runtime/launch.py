@@ -101,9 +101,5 @@ srun --kill-on-bad-exit=1 {command} &
 ranks=$!
 wait "$ranks"
 """
-    try:
-        path.write_text(text, encoding="utf-8")
-        path.chmod(0o755)
-    except OSError as error:
-        raise UserError("cannot-write", f"cannot write `{path}`: {error.strerror}") from None
+    write_text(path, text, mode=0o755)
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ...dsl.load import load
 from ..check import program_of
 from ..compile import DTYPES
 from ..errors import UserError
-from ..paths import split_entry
+from ..paths import split_entry, write_text
 from .devices import device as find_device
 from .helping import helps
 from .page import page
@@ -66,7 +65,7 @@ def plan_spec(
         made = replace(made, helps=helps(made, steps))
     data = to_json(made)
     if html is not None:
-        _write(html, page(data))
+        write_text(html, page(data))
     return data
 
 
@@ -84,13 +83,3 @@ def _split(settings: dict[str, Any]) -> tuple[dict[str, dict[str, int]], dict[st
                             help="for example --set big.mesh.tensor=4")  # fmt: skip
         sizes.setdefault(parts[0], {})[parts[2]] = value
     return sizes, rest
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError("cannot-write", f"cannot write `{path}`: {error.strerror}") from None
