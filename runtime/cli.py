@@ -42,6 +42,7 @@ Layout = Annotated[
     str | None, typer.Option("--layout", metavar="NAME", help="a layout of the file: what one of its ranks runs")
 ]
 Json = Annotated[bool, typer.Option("--json", help="plain data for tools")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one")]
 Format = Annotated[str, typer.Option("--format", metavar="text|json", help="how diagnostics are printed")]
 
 
@@ -405,6 +406,7 @@ def train(
         str | None, typer.Option(metavar="NAME", help="a layout of the file, for the processes that torchrun started")
     ] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds that a rank waits for others")] = 600.0,
+    device: Device = "auto",
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
@@ -460,13 +462,15 @@ def generate(
     passages: Annotated[
         int, typer.Option(min=0, help="so many of the nearest chunks stand before the prompt, the next are given")
     ] = 0,
+    device: Device = "auto",
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
     """Continue a prompt; the text is printed as it is produced."""
     from .running import generate_text
 
-    generate_text(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed, give, passages, overrides(set))
+    sampling = temperature, top_k, top_p, seed
+    generate_text(folder, prompt, max_new_tokens, *sampling, give, passages, overrides(set), device)
 
 
 @command
@@ -479,6 +483,7 @@ def run(
     ] = None,
     tokenizer: Annotated[str, typer.Option(help="`bytes`, or a tokenizer.json")] = "bytes",
     held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="share of the files kept for evaluation")] = 0.05,
+    device: Device = "auto",
     plan: Annotated[bool, typer.Option("--plan", help="print the steps and run nothing")] = False,
     format: Format = "text",  # noqa: A002
 ) -> None:
@@ -496,7 +501,7 @@ def run(
         return
     if not data:
         raise UserError("no-data", "a recipe reads `data`", help="--data names files or folders of text")
-    run_recipe(file, name, data, out, settings, tokenizer, held_out, typer.echo)
+    run_recipe(file, name, data, out, settings, tokenizer, held_out, typer.echo, device)
 
 
 @command

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
 from traceback import walk_tb
@@ -23,26 +22,12 @@ from .compile import Artifact, module_class
 from .errors import UserError
 from .lib.mesh import Axes
 from .lib.processes import Processes
+from .place import World
 from .train.divided import spread
 from .train.rows import Ranks
 
 _WIRE = re.compile(r"^\w+ along .* on rank \d+ failed")
 _COMMENT = re.compile(r"^\s*# (\S+:\d+  .*)$")
-
-
-@dataclass(frozen=True)
-class World:
-    """What torchrun tells a process: its rank, of how many, and its place on its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local: int = 0
-
-
-def world() -> World:
-    """This process among those that torchrun started; alone where it was not started so."""
-    found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    return World(*map(int, found)) if all(x.isdigit() for x in found) else World()
 
 
 def check_fits(layout: Layout | None, here: World) -> None:
@@ -125,17 +110,17 @@ def groups(artifact: Artifact, over: Axes) -> list[Axes]:
 
 @contextmanager
 def connected(
-    artifacts: list[Artifact], layout: Layout, here: World, timeout: float
+    artifacts: list[Artifact], layout: Layout, here: World, timeout: float, where: torch.device
 ) -> Iterator[tuple[Processes, Ranks]]:
-    """The mesh of artifacts, the first of which is trained, over the processes that torchrun started, and what these
-    need to save together.
+    """The mesh of artifacts, the first of which is trained `where` it says, over the processes that torchrun started,
+    and what these need to save together. What is on a GPU goes through NCCL, what is on the CPU through gloo.
 
     timeout: seconds that a rank waits for others. Raises UserError `rank-failed`, which names the rank, what it did
     and the line of the spec; other errors go on with a note of the rank and the line.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = where.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(here.local)
+        torch.cuda.set_device(where)
     patience = timedelta(seconds=timeout)
     axes, over = axes_of(artifacts[0]), over_of(artifacts[0], layout)
     asked = dict.fromkeys(axes for artifact in artifacts for axes in groups(artifact, over))
@@ -143,7 +128,7 @@ def connected(
         try:
             store = _fresh(next(rendezvous("env://", timeout=patience))[0])
             given = {"store": store, "rank": here.rank, "world_size": here.size, "timeout": patience}
-            dist.init_process_group("nccl" if on_gpu else "gloo", **given)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **given)
         except dist.DistError:
             raise UserError("rank-failed", f"rank {here.rank}: the other ranks did not come within {timeout:g} s",
                             help="all ranks start with one MASTER_ADDR and MASTER_PORT") from None  # fmt: skip

@@ -14,7 +14,7 @@ from .check import program_of
 from .compile import build
 from .distributed import check_stored
 from .errors import UserError
-from .paths import split_entry
+from .paths import split_entry, write_text
 
 FRESH = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Told to torchrun, so that ranks that are started again do not find what those before them left."""

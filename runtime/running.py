@@ -27,6 +27,7 @@ from .lib import Model
 from .lib.mesh import Mesh
 from .lib.pipeline import keep_stages
 from .paths import split_entry
+from .place import place, world
 from .retrieval import Asked, Feed, Index, Looked
 from .retrieval.index import tokenizer_identity
 from .train import Report, TrainConfig, train
@@ -40,15 +41,16 @@ def train_model(
     resume: bool | Literal["auto"],
     give: list[str] | None = None, objective: str = DEFAULT, option: dict[str, Any] | None = None,
     lend: list[str] | None = None, start: Path | None = None, layout: str | None = None, timeout: float = 600.0,
-    **settings: Any,
+    device: str = "auto", **settings: Any,
 ) -> Report:  # fmt: skip
     """Compile a model, train it on text, and leave in `out` all that `heddle generate` and `--resume` need.
 
     `objective` is the block that trains it, `option` values of its parameters, `lend` those that are models
     (`["teacher=FOLDER"]`); the held-out loss is that of next tokens whatever trains. `start` is a folder with the
     weights to begin with. `layout` is one of the file's, for the processes that torchrun started; a rank waits
-    `timeout` seconds for others.
+    `timeout` seconds for others. `device` as in `place`.
     """
+    where = place(device)
     path, name = split_entry(spec)
     file = load(path)
     laid = layout_of(file, layout) if layout is not None else None
@@ -71,13 +73,15 @@ def train_model(
     others = Packed(held, config.seq) if held is not None and len(held.tokens) >= config.seq else None
     about: dict[str, Any] = {"objective": [objective, option or {}]} if objective != DEFAULT else {}
     about |= {n: weights_identity(folder) for n, folder in folders.items()}
-    with ranks_of([a for a in (artifact, judged) if a is not None], laid, config, timeout) as (mesh, ranks):
+    with ranks_of([a for a in (artifact, judged) if a is not None], laid, config, timeout, where) as (mesh, ranks):
         model = instantiate(artifact, seed=config.seed, mesh=mesh)
         if model.pipe is not None:
             keep_stages(model)
         if start is not None:
             take_weights(model, start)
         lend_folders(model, folders)
+        for one in (model, *model.lent.values()):
+            one.to(where)
         judge = instantiate(judged, seed=None, mesh=mesh) if judged is not None else None
         if judge is not None and judge.pipe is not None:
             keep_stages(judge)
@@ -99,13 +103,14 @@ def train_model(
 
 @contextmanager
 def ranks_of(
-    artifacts: list[Artifact], layout: Layout | None, config: TrainConfig, timeout: float
+    artifacts: list[Artifact], layout: Layout | None, config: TrainConfig, timeout: float,
+    where: torch.device,
 ) -> Iterator[tuple[Mesh | None, Ranks | None]]:
     """The mesh of the processes that torchrun started, (None, None) for one process.
 
     Raises UserError: mesh-does-not-fit, uneven-batch, rank-failed; `SpecError` not-built-yet.
     """
-    from .distributed import check_fits, check_stored, connected, world
+    from .distributed import check_fits, check_stored, connected
 
     if layout is not None:
         check_stored(layout)
@@ -117,7 +122,7 @@ def ranks_of(
     if layout is None or here.size == 1:
         yield None, None
         return
-    with connected(artifacts, layout, here, timeout) as found:
+    with connected(artifacts, layout, here, timeout, where) as found:
         yield found
 
 
@@ -210,10 +215,13 @@ def tokenizer_name(folder: Path) -> str:
 def generate_text(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
     seed: int | None, give: list[str] | None = None, passages: int = 0, settings: dict[str, Any] | None = None,
+    device: str = "auto",
 ) -> str:  # fmt: skip
     """Continue a prompt, printing as it goes; gives the whole text. `passages` as in `Asked`, `settings` as of
-    `heddle.load`. Raises `SpecError` `not-causal`, UserError `bad-prompt`, `unknown-setting`."""
-    model = load_folder(folder, settings=settings)
+    `heddle.load`, `device` as in `place`. Raises `SpecError` `not-causal`, UserError `bad-prompt`,
+    `unknown-setting`."""
+    where = place(device)
+    model = load_folder(folder, settings=settings).to(where)
     if model.late:
         require_causal(lower(program_of(*read_spec(folder))))
     words = tokenizer_of(folder)
@@ -229,6 +237,7 @@ def generate_text(
         given[name] = asked = Asked(feed, ids[0].numpy(), passages)
         ids, padding = asked.prompt, asked.padding
     shown = _Printer(words, ids[0, padding:].tolist())
+    ids = ids.to(where)
     try:
         made = model.generate(ids, max_new_tokens, temperature, top_k, top_p, seed, on_token=shown, given=given)
     except ValueError as error:

@@ -1,6 +1,8 @@
-"""What every test gets: one thread, reproducible examples, and no GPU tests where there is no GPU."""
+"""What every test gets: one thread, reproducible examples, and a GPU only where it is a test of one."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -15,6 +17,12 @@ _patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "
 settings.register_profile("suite", derandomize=True, **_patient)
 settings.register_profile("soak", derandomize=False, max_examples=300, **_patient)
 settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All tests but those marked `gpu` (`make test-gpu`) see the same machine everywhere: one without a GPU."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -66,7 +66,8 @@ def measured(
     """Scores of dims, and of layers where the model has a residual loop, on the first rows of some data. `batch` and
     `seq` are `importance`'s."""
     count = min(samples, rows.num_rows)
-    batches = [_batch(rows, range(i, min(i + at_once, count))) for i in range(0, count, at_once)]
+    chosen = [list(range(i, min(i + at_once, count))) for i in range(0, count, at_once)]
+    batches = [{n: x.to(teacher.device) for n, x in _batch(rows, some).items()} for some in chosen]
     found = importance(teacher, batches, batch=batch, seq=seq)
     if any(loop.is_residual for loop in Dims(teacher.program).loops.values()):
         found = found.with_layers(layer_importance(teacher, batches, depth))

@@ -77,5 +77,5 @@ class Gathered:
                 self.sums[block][name] = piece.view_as(part)
         for (name, axes), (total, count) in list(self.means.items()):
             if axes:
-                pair = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in (total, count)])
-                self.means[name, axes] = list(mesh[axes].all_reduce(pair))
+                pair = [torch.as_tensor(x, dtype=torch.float64, device=total.device) for x in (total, count)]
+                self.means[name, axes] = list(mesh[axes].all_reduce(torch.stack(pair)))

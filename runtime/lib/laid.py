@@ -113,7 +113,7 @@ def gradient_norm(model: Any) -> Tensor:
         if laid.holder.grad is not None and counts:
             axes = tuple(a for a in model.axes if any(a in s for s in laid.splits))
             squares.setdefault(axes, []).append(laid.holder.grad.double().square().sum())
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for axes, found in squares.items():
         own = torch.stack(found).sum()
         total = total + (all_reduce(own, model.mesh[axes], src=P, dst=I) if axes else own)
@@ -125,7 +125,7 @@ def global_sums(model: Any, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sum of each loss over all ranks, on every rank."""
     found = {}
     for label, axes in model.partial.items():
-        own = sums[label].detach() if label in sums else torch.zeros((), dtype=model.storage_dtype)
+        own = sums[label].detach() if label in sums else torch.zeros((), dtype=model.storage_dtype, device=model.device)
         if model.pipe is not None:
             axes = (*axes, model.pipe.axis)
         for axis in axes:

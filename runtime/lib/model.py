@@ -220,7 +220,12 @@ class Model(Filled):
         """
         if self.late is not None:
             raise ValueError(f"{type(self).__name__} cannot be decoded: {self.late}")
-        return Stream(self, batch, max_length, rollback, self.storage_dtype, next(self.parameters()).device)
+        return Stream(self, batch, max_length, rollback, self.storage_dtype, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     @property
     def storage_dtype(self) -> torch.dtype:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from ...dsl.diagnostics import fail
@@ -28,6 +29,7 @@ from ..data import Packed, open_corpus, open_tokenizer, split
 from ..folder import lend, take_weights, write_spec
 from ..folder import load as load_folder
 from ..huggingface import import_folder
+from ..place import place
 from ..train import evaluate, train
 from ..train.checkpoint import latest
 from .checking import config_of, objective_of, trained_program
@@ -42,14 +44,14 @@ Say = Callable[[str], None]
 
 def run_recipe(
     file: File, recipe: str | None, data: Sequence[Path], out: Path, settings: Mapping[str, Any] | None = None,
-    tokenizer: str = "bytes", held_out: float = 0.05, say: Say = print,
+    tokenizer: str = "bytes", held_out: float = 0.05, say: Say = print, device: str = "auto",
 ) -> Plan:  # fmt: skip
-    """Run what is not there yet of a recipe, into folders of `out`.
+    """Run what is not there yet of a recipe, into folders of `out`; `device` as in `place`.
 
     Raises `SpecError`, UserError: what planning and the steps raise; nothing is written for a plan that is wrong.
     """
     plan = planned(file, recipe, settings)
-    runner = Runner(plan, data, out, tokenizer, held_out, say)
+    runner = Runner(plan, data, out, tokenizer, held_out, say, place(device))
     for step in plan.steps:
         runner.run(step)
     return plan
@@ -58,8 +60,11 @@ def run_recipe(
 class Runner:
     """The folders of a plan."""
 
-    def __init__(self, plan: Plan, data: Sequence[Path], out: Path, tokenizer: str, held_out: float, say: Say) -> None:
-        self.plan, self.out, self.tokenizer, self.say = plan, out, tokenizer, say
+    def __init__(
+        self, plan: Plan, data: Sequence[Path], out: Path, tokenizer: str, held_out: float, say: Say,
+        where: torch.device,
+    ) -> None:  # fmt: skip
+        self.plan, self.out, self.tokenizer, self.say, self.where = plan, out, tokenizer, say, where
         self.data = [Path(p) for p in data]
         self.words = open_tokenizer(tokenizer)
         self.held_out = held_out
@@ -172,7 +177,7 @@ class Runner:
 
     def _importance(self, step: Step, folder: Path) -> None:
         a = step.arguments
-        model = load_folder(self.folder(a["model"]))
+        model = load_folder(self.folder(a["model"])).to(self.where)
         rows = Packed(self.kept, int(a["length"]))
         found = measured(model, rows, int(a["samples"]), int(a["rows"]), a["depth"], batch=a["batch"], seq=a["seq"])
         folder.mkdir()
@@ -200,6 +205,8 @@ class Runner:
         if isinstance(a["model"], Made):
             take_weights(model, self.folder(a["model"]))
         lend(model, {n: self.folder(m) for n, m in objective.lent.items()})
+        for one in (model, *model.lent.values()):
+            one.to(self.where)
         config = config_of(a)
         folder.mkdir(parents=True, exist_ok=True)
         write_spec(folder, spec.file, spec.name, dict(spec.overrides))
@@ -228,7 +235,7 @@ class Runner:
         a, held = step.arguments, Packed(self.held, int(step.arguments["seq"]))
         found: list[dict[str, Any]] = []
         for i, (made, spec) in enumerate(zip(a["models"], step.made.choices, strict=True)):
-            loss = evaluate(load_folder(self.folder(made)), held, 4, rows=int(a["rows"]))
+            loss = evaluate(load_folder(self.folder(made)).to(self.where), held, 4, rows=int(a["rows"]))
             found.append({"candidate": i, "settings": dict(spec.overrides),
                           "parameters": spec.program.num_parameters(), "held_out": loss})  # fmt: skip
         found.sort(key=lambda row: row["held_out"] if math.isfinite(row["held_out"]) else math.inf)
@@ -248,7 +255,7 @@ class Runner:
         held = Packed(self.held, int(a["seq"]))
         rows = []
         for made in models:
-            model = load_folder(self.folder(made))
+            model = load_folder(self.folder(made)).to(self.where)
             loss = evaluate(model, held, 4, rows=int(a["rows"]))
             count = self.spec_of(made).program.num_parameters()
             rows.append({"model": made.step, "parameters": count, "held_out": loss})

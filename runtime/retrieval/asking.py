@@ -36,4 +36,4 @@ class Asked:
 
     def __call__(self, tokens: Tensor, groups: range) -> Tensor:
         """int64 [batch, groups, near, length]."""
-        return self._rows.expand(len(tokens), len(groups), *self._rows.shape)
+        return self._rows.expand(len(tokens), len(groups), *self._rows.shape).to(tokens.device)

@@ -61,12 +61,13 @@ class Feed:
         return torch.from_numpy(self.index.text(ids, self.length))
 
     def __call__(self, tokens: Tensor, groups: range) -> Tensor:
-        """While generating: int64 [batch, groups, near, length] for all tokens so far, int64 [batch, n]."""
+        """While generating: int64 [batch, groups, near, length] for all tokens so far, int64 [batch, n], where these
+        are."""
         position = torch.arange(tokens.shape[1])
         ends = self.clock.come(position).nonzero().flatten()[groups.start : groups.stop]
-        chunks = _ending(tokens.numpy(), ends.numpy(), self.index.chunk)
+        chunks = _ending(tokens.cpu().numpy(), ends.numpy(), self.index.chunk)
         found = self.find(chunks.reshape(-1, self.index.chunk).astype(np.int32))
-        return self.rows(found.reshape(len(tokens), len(groups), self.near))
+        return self.rows(found.reshape(len(tokens), len(groups), self.near)).to(tokens.device)
 
 
 def _ending(tokens: np.ndarray, ends: np.ndarray, width: int) -> np.ndarray:

@@ -157,10 +157,10 @@ class Divided(Optimizer):
         for name, master in self.masters.items():
             if master.grad is not None and is_first_of(self.laid[name].path, self.model):
                 squares.setdefault(self.spread(name), []).append(master.grad.double().square().sum())
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for axes, found in squares.items():
             own = torch.stack(found).sum()
-            total = total.to(own.device) + (self.mesh[axes].all_reduce(own) if axes else own)
+            total = total + (self.mesh[axes].all_reduce(own) if axes else own)
         return (total if self.pipe is None else self.mesh[self.pipe.axis].all_reduce(total)).sqrt()
 
     def spread(self, name: str) -> Axes:

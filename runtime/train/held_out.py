@@ -11,7 +11,7 @@ from ..data import Packed
 from ..lib import Model
 from ..lib.laid import global_counts
 from .piped import through_stages
-from .rows import filled, mine, sum_of_parts
+from .rows import filled, mine, moved, sum_of_parts
 
 
 @torch.no_grad()
@@ -25,7 +25,8 @@ def evaluate(model: Model, data: Packed, batch: int, rows: int | None = None) ->
     for start in range(0, count, batch):
         chosen = list(range(start, min(start + batch, count)))
         piece = mine(filled(data.rows(chosen), -len(chosen) % ranks), model)
-        more: dict[str, Any] = dict(data.inputs(piece))
+        more: dict[str, Any] = {name: x.to(model.device) for name, x in data.inputs(piece).items()}
+        piece = moved(piece, model)
         counts: dict[str, Any] = model.counts(piece.tokens, piece.document, **more)
         if model.mesh is not None:
             counts = global_counts(model, counts)

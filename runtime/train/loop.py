@@ -25,7 +25,7 @@ from .held_out import evaluate
 from .optimizer import Optimizer
 from .piped import check_pipe, metrics_of, through_stages, total_of
 from .progress import Bar, Board, Log, Nothing
-from .rows import Ranks, another_model, check_rows, mine, sum_of_parts
+from .rows import Ranks, another_model, check_rows, mine, moved, sum_of_parts
 from .signals import Stop
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class _Run:
         self.optimizer = Optimizer(model, config) if self.shared is None else self.shared.optimizer
         self.judge = judge or model
         if judge is not None:
-            judge.load_state_dict(model.state_dict(), assign=True)
+            judge.to(model.device).load_state_dict(model.state_dict(), assign=True)
 
     # --- beginning and end ------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class _Run:
             batch, self.cursor = self.data.batch(self.cursor, self.config.batch)
             batches.append(batch)
         gathered = Gathered()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[d for d in (self.model.device,) if d.type == "cuda"]):
             # What is drawn in a step depends on the seed and the step alone, so a resumed run draws the same.
             self.model.chance = self.config.seed + 1_000_003 * (self.step + 1)
             torch.manual_seed(self.model.chance)
@@ -254,21 +254,23 @@ class _Run:
         a rank takes its rows; the loss is that of all ranks, its gradient still to be summed."""
         counts: dict[str, Any] = {}
         batches = [mine(batch, self.model) for batch in batches]
-        more = {id(batch): self.data.inputs(batch) for batch in batches}
-        for batch in batches:
-            for name, count in self.model.counts(batch.tokens, batch.document, **more[id(batch)]).items():
-                counts[name] = counts.get(name, torch.zeros((), dtype=torch.int64)) + count
+        device = self.model.device
+        inputs: list[Any] = [{n: x.to(device) for n, x in self.data.inputs(b).items()} for b in batches]
+        batches = [moved(batch, self.model) for batch in batches]
+        for batch, more in zip(batches, inputs, strict=True):
+            for name, count in self.model.counts(batch.tokens, batch.document, **more).items():
+                counts[name] = counts.get(name, torch.zeros((), dtype=torch.int64, device=device)) + count
         if self.model.mesh is not None:
             counts = global_counts(self.model, counts)
         if self.model.pipe is not None:
-            sums = through_stages(self.model, batches, [more[id(b)] for b in batches], counts, gathered)
+            sums = through_stages(self.model, batches, inputs, counts, gathered)
             self.optimizer.gather()
             return total_of(sums, counts)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=device)
         parts: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
+        for i, (batch, more) in enumerate(zip(batches, inputs, strict=True)):
             self.model.before = i * self.config.batch
-            sums = self.model.losses(batch.tokens, batch.document, gathered=gathered, **more[id(batch)])
+            sums = self.model.losses(batch.tokens, batch.document, gathered=gathered, **more)
             shares = [s / counts[n].clamp(min=1) for n, s in sums.items()]
             loss = torch.stack(shares).sum()
             loss.backward()

@@ -159,7 +159,7 @@ class Optimizer:
             slots: dict[str, Any] = self.adam.state[master]
             for key in SLOTS:
                 value = self._taken(key, name, mine, take)
-                slots[key] = value if key == "step" else self._part(name, value).clone()
+                slots[key] = value.to(master.device) if key == "step" else self._part(name, value).clone()
 
     def _taken(self, key: str, name: str, mine: list[Held], take: Callable[[str, str], Tensor | None]) -> Tensor:
         """A tensor laid out like a parameter, from those of the weights that it holds."""

@@ -47,6 +47,11 @@ def mine(batch: Batch, model: Model) -> Batch:
     return Batch(batch.tokens[rows], batch.document[rows], batch.rows[rows])
 
 
+def moved(batch: Batch, model: Model) -> Batch:
+    """A batch where the model is."""
+    return Batch(batch.tokens.to(model.device), batch.document.to(model.device), batch.rows)
+
+
 def sum_of_parts(model: Model, parts: Mapping[str, Tensor]) -> Tensor:
     """The sum of losses, each of them a sum of parts over its axes; 0-d fp64, the same on every rank."""
     by_axes: dict[tuple[str, ...], Tensor] = {}
@@ -54,7 +59,7 @@ def sum_of_parts(model: Model, parts: Mapping[str, Tensor]) -> Tensor:
         axes = tuple(model.partial.get(name, ()))
         by_axes[axes] = by_axes[axes] + part if axes in by_axes else part
     assert model.mesh is not None
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for axes, part in by_axes.items():
         total = total + (model.mesh[axes].all_reduce(part) if axes else part)
     return total
