@@ -10,7 +10,7 @@ TESTS ?= tests
 ROUNDS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak check bench bench-programs bench-layouts clean
+.PHONY: help env demo test test-gpu soak check bench bench-gpu bench-programs bench-layouts clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; \
@@ -24,6 +24,9 @@ demo: $(READY)  ## from a spec to a model that was trained here, for a few minut
 test: $(READY)  ## all tests; TESTS="..." for some
 	$(PYTEST) $(TESTS)
 
+test-gpu: $(READY)  ## tests of what runs on a GPU; skipped where there is none
+	$(BIN)/pytest -m gpu $(TESTS)
+
 soak: $(READY)  ## the same properties on new random examples, ROUNDS times
 	@for round in $$(seq $(ROUNDS)); do echo "round $$round of $(ROUNDS)"; \
 		$(PYTEST) --quiet --hypothesis-profile=soak $(TESTS) || exit 1; done
@@ -35,6 +38,13 @@ check: $(READY)  ## what needs no running: ruff and mypy
 
 bench: $(READY)  ## time Heddle and transformers on this CPU, the same weights
 	$(BIN)/python benchmarks/cpu.py
+
+bench-gpu: $(READY)  ## the same on this GPU; long sequences and retrieval there, which train longer
+	$(BIN)/python benchmarks/cpu.py --device cuda --json benchmarks/results/gpu.json
+	$(BIN)/python -m heddle.benchmarks.long_context --device cuda --no-loss --lengths 4096 16384 65536 \
+		--json benchmarks/results/long_context_gpu.json
+	$(BIN)/python -m heddle.benchmarks.retrieval --device cuda --steps 4000 --batch 16 --jobs 6 \
+		--json benchmarks/results/retrieval_gpu.json
 
 bench-programs: $(READY)  ## the reference programs against what they replace: losses of three seeds, time, memory
 	$(BIN)/python -m heddle.benchmarks.long_context --json benchmarks/results/long_context.json

@@ -1,9 +1,10 @@
-"""Heddle against transformers on this CPU: the same weights, one process, in turn.
+"""Heddle against transformers on this CPU or GPU: the same weights, one process, in turn.
 
 A 17 M hybrid (hidden 512, eight layers) runs forward, a training step (fp32, and bf16 compute with fp32 masters) and
 greedy decoding on both sides (bf16 compute is autocast on theirs). Ratios are transformers' time over ours, pair by
-pair; printed are median, minimum and maximum.
-Run by `make bench`; `--json FILE` also writes the numbers.
+pair; printed are median, minimum and maximum. On a GPU theirs runs without the kernels of mamba-ssm, as it does where
+these are not installed.
+Run by `make bench`, on a GPU by `make bench-gpu`; `--json FILE` also writes the numbers.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ def peers(folder: Path) -> tuple[torch.nn.Module, Callable[[], torch.nn.Module]]
     return theirs, lambda: load(folder / "ours")
 
 
+def finished() -> None:
+    """Wait for what runs on a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def pairs(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
     """Times of both sides in turn, behind one uncounted round."""
     found = []
@@ -55,6 +62,7 @@ def pairs(ours: Callable[[], object], theirs: Callable[[], object], rounds: int)
         for side in (ours, theirs):
             begun = time.perf_counter()
             side()
+            finished()
             times.append(time.perf_counter() - begun)
         if i:
             found.append((times[0], times[1]))
@@ -66,7 +74,7 @@ def their_step(model: torch.nn.Module, tokens: torch.Tensor, low: bool = False) 
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=low):
             loss = model(tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -89,13 +97,18 @@ def our_step(model: torch.nn.Module, tokens: torch.Tensor, config: TrainConfig) 
     return step
 
 
-def measure(rounds: int, batch: int, seq: int, new: int) -> dict[str, list[tuple[float, float]]]:
+def measure(rounds: int, batch: int, seq: int, new: int, where: str) -> dict[str, list[tuple[float, float]]]:
     """Pairs of times by job."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        theirs, make = peers(Path(folder))
+        theirs, load_ours = peers(Path(folder))
+        theirs.to(where)
+
+        def make() -> torch.nn.Module:
+            return load_ours().to(where)
+
         ours = make()
-        tokens = torch.randint(0, 4096, (batch, seq), generator=torch.Generator().manual_seed(1))
+        tokens = torch.randint(0, 4096, (batch, seq), generator=torch.Generator().manual_seed(1)).to(where)
         with torch.no_grad():
             a, b = ours(tokens), theirs(tokens).logits
             print(
@@ -123,8 +136,10 @@ def measure(rounds: int, batch: int, seq: int, new: int) -> dict[str, list[tuple
     return found
 
 
-def device() -> str:
-    """The processor's own name, where the system tells it."""
+def device(where: str = "cpu") -> str:
+    """The GPU's own name, or the processor's, where the system tells it."""
+    if where != "cpu":
+        return torch.cuda.get_device_name(where)
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -138,15 +153,17 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=4)
     options.add_argument("--seq", type=int, default=512)
     options.add_argument("--new", type=int, default=64)
+    options.add_argument("--device", default="cpu")
     options.add_argument("--json", type=Path)
     given = options.parse_args()
     transformers.logging.set_verbosity_error()
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
-        f"{platform.machine()}"
+        f"{device(given.device)}"
     )
-    found = measure(given.rounds, given.batch, given.seq, given.new)
-    print(f"{'job':28}{'heddle':>10}{'transformers':>14}{'ratio':>8}  (min - max)   target")
+    found = measure(given.rounds, given.batch, given.seq, given.new, given.device)
+    wanted = given.device == "cpu"
+    print(f"{'job':28}{'heddle':>10}{'transformers':>14}{'ratio':>8}  (min - max)" + "   target" * wanted)
     rows = {}
     for job, target in TARGETS.items():
         ratios = sorted(b / a for a, b in found[job])
@@ -154,13 +171,14 @@ def main() -> None:
         ratio = statistics.median(ratios)
         rows[job] = {"heddle_s": mine, "transformers_s": other, "ratio": ratio, "min": ratios[0], "max": ratios[-1]}
         print(
-            f"{job:28}{mine:>9.3f}s{other:>13.3f}s{ratio:>7.2f}x  ({ratios[0]:.2f} - {ratios[-1]:.2f})   >= {target}x"
+            f"{job:28}{mine:>9.3f}s{other:>13.3f}s{ratio:>7.2f}x  ({ratios[0]:.2f} - {ratios[-1]:.2f})"
+            + f"   >= {target}x" * wanted
         )
     if given.json:
         given.json.write_text(
             json.dumps(
                 {
-                    "device": device(),
+                    "device": device(given.device),
                     "date": time.strftime("%Y-%m-%d"),
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,

@@ -4,8 +4,10 @@ Loss: both models are trained on the same bytes (the standard library's text, wh
 of steps, with three seeds. Time: one forward and backward pass over one sequence. Memory: the most bytes of tensors
 that live at once, as torch's allocator tells them, beyond weights: of that pass, and of reading a prompt
 (512 tokens at a time, without gradients). It is the same on every run; the growth of the process is not, it counts what
-the allocator has not given back. The state of decoding is what the compiled model keeps.
-Run by `make bench-programs`; `--json FILE` also writes the numbers.
+the allocator has not given back. Full attention is run by the library's kernel, which keeps no scores, and up to
+`--scores` tokens also in the form that keeps them, as the paper's peer did. The state of decoding is what the compiled
+model keeps.
+Run by `make bench-programs`, on a GPU by `make bench-gpu`; `--json FILE` also writes the numbers.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from heddle.benchmarks.cpu import device
+from heddle.benchmarks.cpu import device, finished
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.examples.demo import library_text
 from heddle.lowering.passes.stream import state_bytes
@@ -56,20 +60,21 @@ model long_short_small = transformer_ls(vocab = 256, hidden = 128, ffn = 512, la
                                         span = {span}, segment = 16, rank = 1)
 """
 NAMES = {"full": "full_small", "long-short": "long_short_small"}
+KEPT = "full, scores kept"
 
 
 def program(side: str, span: int) -> Any:
     file = load_text(SPEC.replace("{span}", str(span)), folder=shipped_folder() / "transformer_ls")
-    return program_of(file, NAMES[side])
+    return program_of(file, NAMES.get(side, NAMES["full"]))
 
 
-def losses(steps: int, seq: int, batch: int, span: int, seeds: int) -> dict[str, list[float]]:
+def losses(steps: int, seq: int, batch: int, span: int, seeds: int, where: str) -> dict[str, list[float]]:
     """Held-out loss in nats a byte, one a seed."""
     kept, held = split(open_corpus([library_text()], open_tokenizer("bytes")), 0.05)
     found: dict[str, list[float]] = {side: [] for side in NAMES}
     for seed in range(seeds):
         for side in NAMES:
-            model = instantiate(build(program(side, span)), seed=seed)
+            model = instantiate(build(program(side, span)), seed=seed).to(where)
             config = TrainConfig(
                 steps=steps, batch=batch, seq=seq, lr=2e-3, min_lr=2e-4, warmup=20, seed=seed, save_every=10**6
             )
@@ -82,6 +87,11 @@ def losses(steps: int, seq: int, batch: int, span: int, seeds: int) -> dict[str,
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes that live at once of what `run` allocates."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
         run()
     events = told.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -92,10 +102,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return most
 
 
-def pass_once(side: str, span: int, length: int, rounds: int) -> dict[str, float]:
+def pass_once(side: str, span: int, length: int, rounds: int, where: str) -> dict[str, float]:
     """Seconds (median) of a forward and backward pass over one sequence, and the bytes of that and of a prompt."""
-    model = instantiate(build(program(side, span)), seed=0)
-    tokens = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(1))
+    model = instantiate(build(program(side, span)), seed=0).to(where)
+    tokens = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(1)).to(where)
 
     def step() -> None:
         (loss,) = model.losses(tokens).values()
@@ -107,25 +117,27 @@ def pass_once(side: str, span: int, length: int, rounds: int) -> dict[str, float
         for piece in tokens.split(512, 1):
             model.prefill(piece, stream)
 
-    times = []
-    for _ in range(rounds + 1):
-        begun = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begun)
-    return {"seconds": statistics.median(times[1:]), "bytes": peak_bytes(step), "prompt_bytes": peak_bytes(prompt)}
+    with sdpa_kernel(SDPBackend.MATH) if side == KEPT else nullcontext():
+        times = []
+        for _ in range(rounds + 1):
+            begun = time.perf_counter()
+            step()
+            finished()
+            times.append(time.perf_counter() - begun)
+        return {"seconds": statistics.median(times[1:]), "bytes": peak_bytes(step), "prompt_bytes": peak_bytes(prompt)}
 
 
-def passes(span: int, lengths: list[int], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+def passes(given: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """`pass_once` of both sides in processes of their own, by length."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for length in lengths:
+    for length in given.lengths:
         found[str(length)] = {}
-        for side in NAMES:
+        for side in (*NAMES, *[KEPT] * (length <= given.scores)):
             command = [sys.executable, "-m", "heddle.benchmarks.long_context", "--pass", side, str(length)]
-            command += ["--far-span", str(span), "--rounds", str(rounds)]
+            command += ["--far-span", str(given.far_span), "--rounds", str(given.rounds), "--device", given.device]
             told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[str(length)][side] = json.loads(told)
-            found[str(length)][side]["state_bytes"] = state_bytes(lower(program(side, span)), length)
+            found[str(length)][side]["state_bytes"] = state_bytes(lower(program(side, given.far_span)), length)
     return found
 
 
@@ -140,40 +152,48 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--lengths", type=int, nargs="*", default=[4096, 16384])
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--scores", type=int, default=4096, help="up to so many tokens with scores that are kept")
+    options.add_argument("--device", default="cpu")
     options.add_argument("--no-loss", action="store_true", help="time and memory only")
     options.add_argument("--json", type=Path)
     options.add_argument("--pass", nargs=2, dest="one", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.one:
-        print(json.dumps(pass_once(given.one[0], given.far_span, int(given.one[1]), given.rounds)))
+        print(json.dumps(pass_once(given.one[0], given.far_span, int(given.one[1]), given.rounds, given.device)))
         return
-    long = passes(given.far_span, given.lengths, given.rounds)
-    print(f"{'length':>8}  {'':10}{'forward + backward':>20}{'memory':>12}{'prompt':>12}{'decoding state':>17}")
+    long = passes(given)
+    print(f"{'length':>8}  {'':18}{'forward + backward':>20}{'memory':>12}{'prompt':>12}{'decoding state':>17}")
     for length, sides in long.items():
         for side, m in sides.items():
             print(
-                f"{length:>8}  {side:10}{m['seconds']:>18.2f} s{m['bytes'] / 2**20:>8.0f} MiB"
+                f"{length:>8}  {side:18}{m['seconds']:>18.2f} s{m['bytes'] / 2**20:>8.0f} MiB"
                 f"{m['prompt_bytes'] / 2**20:>8.0f} MiB"
                 f"{m['state_bytes'] / 2**10:>13.0f} KiB"
             )
-        a, b = sides["full"], sides["long-short"]
-        print(f"{'':8}  {'ratio':10}{a['seconds'] / b['seconds']:>19.2f}x{a['bytes'] / b['bytes']:>11.2f}x"
-              f"{a['prompt_bytes'] / b['prompt_bytes']:>11.2f}x"
-              f"{a['state_bytes'] / b['state_bytes']:>16.1f}x", flush=True)  # fmt: skip
-    if given.no_loss:
-        return
-    found = losses(given.steps, given.seq, given.batch, given.span, given.seeds)
+        b = sides["long-short"]
+        for side, a in sides.items():
+            if side != "long-short":
+                print(f"{'':8}  {'ratio, ' + side.removeprefix('full, '):18}" + f"{a['seconds'] / b['seconds']:>19.2f}x"
+                      f"{a['bytes'] / b['bytes']:>11.2f}x{a['prompt_bytes'] / b['prompt_bytes']:>11.2f}x"
+                      f"{a['state_bytes'] / b['state_bytes']:>16.1f}x", flush=True)  # fmt: skip
+    found = {} if given.no_loss else held_out(given)
+    if given.json:
+        about = {"device": device(given.device), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+        settings = {k: v for k, v in vars(given).items() if k not in ("json", "one", "no_loss")}
+        given.json.write_text(
+            json.dumps({**about, "settings": settings, "losses": found, "long": long}, indent=1) + "\n"
+        )
+
+
+def held_out(given: argparse.Namespace) -> dict[str, list[float]]:
+    """`losses`, printed."""
+    found = losses(given.steps, given.seq, given.batch, given.span, given.seeds, given.device)
     middle = {side: statistics.median(v) for side, v in found.items()}
     for side, v in found.items():
         print(f"{side:10} held-out loss {middle[side]:.4f} nats a byte ({min(v):.4f} - {max(v):.4f})")
     more = middle["long-short"] / middle["full"] - 1
     print(f"long-short against full attention: {100 * more:+.2f} % loss (at most +2 % wanted)")
-    if given.json:
-        about = {"device": device(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-        settings = {k: v for k, v in vars(given).items() if k not in ("json", "one", "no_loss")}
-        given.json.write_text(
-            json.dumps({**about, "settings": settings, "losses": found, "long": long}, indent=1) + "\n"
-        )
+    return found
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 The index holds the training files of the standard library's text; a chunk never finds its own file. Whole files are
 held out, and look up neighbours in the same index. The side without is the same spec with `neighbors = none`: the
-decoder alone. Same bytes, steps and seeds on both sides.
-Run by `make bench-programs`; `--json FILE` also writes the numbers.
+decoder alone. Same bytes, steps and seeds on both sides; the gain is told seed by seed.
+Run by `make bench-programs`, on a GPU by `make bench-gpu`; `--json FILE` also writes the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from heddle.examples.demo import library_text
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build, instantiate
 from heddle.runtime.data import Packed, open_corpus, open_tokenizer, split
+from heddle.runtime.lib import Model
 from heddle.runtime.retrieval import Feed, Index, Looked, build_index
 from heddle.runtime.train import TrainConfig, evaluate, train
 
@@ -37,6 +40,49 @@ model small = retro(vocab = 256, hidden = 128, ffn = 512, layers = 4, heads = 4,
 SIDES: dict[str, dict[str, Any]] = {"with its index": {}, "retrieval off": {"neighbors": None}}
 
 
+def model_and_data(side: str, seed: int, work: Path, given: argparse.Namespace) -> tuple[Model, Packed, Packed]:
+    """A model, the rows that it is trained on and those that are held out, with neighbours where it reads any. These
+    are looked up once, into `work`."""
+    words = open_tokenizer("bytes")
+    kept, held = split(open_corpus([library_text()], words), 0.05)
+    program = program_of(load_text(SPEC, folder=shipped_folder() / "retro"), None, SIDES[side])
+    model = instantiate(build(program), seed=seed)
+    rows, others = Packed(kept, given.seq, seed), Packed(held, given.seq)
+    if "neighbors" in model.inputs:
+        feed = Feed(model, "neighbors", Index(work / "index"), "bytes", words)
+        rows.given["neighbors"] = Looked(feed, rows, work / "looked")
+        others.given["neighbors"] = Looked(feed, others, work / "looked-held-out")
+    return model, rows, others
+
+
+def one(side: str, seed: int, work: Path, given: argparse.Namespace) -> float:
+    """Train one side, and give its held-out loss in nats a byte."""
+    model, rows, others = model_and_data(side, seed, work, given)
+    config = TrainConfig(
+        steps=given.steps, batch=given.batch, seq=given.seq, lr=2e-3, min_lr=2e-4, warmup=20, seed=seed,
+        save_every=10**6,
+    )  # fmt: skip
+    train(model.to(given.device), rows, config, work / f"{seed} {side}")
+    return evaluate(model, others, given.batch, rows=given.rows)
+
+
+def build_text_index(work: Path) -> None:
+    """The index of the training files."""
+    words = open_tokenizer("bytes")
+    kept, _ = split(open_corpus([library_text()], words), 0.05)
+    starts = np.concatenate([[0], kept.ends[:-1]])
+    (work / "text.jsonl").write_text(
+        "".join(
+            json.dumps({"text": words.decode(kept.tokens[s:e].tolist())}) + "\n"
+            for s, e in zip(starts, kept.ends, strict=True)
+        ),
+        encoding="utf-8",
+    )
+    begun = time.perf_counter()
+    index = Index(build_index([work / "text.jsonl"], work / "index"))
+    print(f"{len(index.chunks):,} chunks indexed in {time.perf_counter() - begun:.0f} s", flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -44,50 +90,34 @@ def main() -> None:
     options.add_argument("--seq", type=int, default=512)
     options.add_argument("--batch", type=int, default=4)
     options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--rows", type=int, default=64, help="of the held-out files")
+    options.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    options.add_argument("--device", default="cpu")
     options.add_argument("--json", type=Path)
     given = options.parse_args()
-    words = open_tokenizer("bytes")
-    kept, held = split(open_corpus([library_text()], words), 0.05)
     file = load_text(SPEC, folder=shipped_folder() / "retro")
-    programs = {side: program_of(file, None, over) for side, over in SIDES.items()}
-    for side, program in programs.items():
-        print(f"{side:16} {program.num_parameters():>10,} parameters")
+    for side, over in SIDES.items():
+        print(f"{side:16} {program_of(file, None, over).num_parameters():>10,} parameters")
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        starts = np.concatenate([[0], kept.ends[:-1]])
-        (work / "text.jsonl").write_text(
-            "".join(
-                json.dumps({"text": words.decode(kept.tokens[s:e].tolist())}) + "\n"
-                for s, e in zip(starts, kept.ends, strict=True)
-            ),
-            encoding="utf-8",
-        )
+        build_text_index(Path(folder))
         begun = time.perf_counter()
-        index = Index(build_index([work / "text.jsonl"], work / "index"))
-        print(f"{len(index.chunks):,} chunks indexed in {time.perf_counter() - begun:.0f} s", flush=True)
-        for seed in range(given.seeds):
-            for side, program in programs.items():
-                model = instantiate(build(program), seed=seed)
-                rows, others = Packed(kept, given.seq, seed), Packed(held, given.seq)
-                if "neighbors" in model.inputs:
-                    feed = Feed(model, "neighbors", index, "bytes", words)
-                    rows.given["neighbors"] = Looked(feed, rows, work / "looked")
-                    others.given["neighbors"] = Looked(feed, others, work / "looked-held-out")
-                config = TrainConfig(
-                    steps=given.steps, batch=given.batch, seq=given.seq, lr=2e-3, min_lr=2e-4, warmup=20, seed=seed,
-                    save_every=10**6,
-                )  # fmt: skip
-                train(model, rows, config, work / f"{seed} {side}")
-                found[side].append(evaluate(model, others, given.batch, rows=64))
+        model_and_data(next(iter(SIDES)), 0, Path(folder), given)
+        print(f"neighbours looked up in {time.perf_counter() - begun:.0f} s", flush=True)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(given.jobs, mp_context=spawn) as pool:
+            runs = {(s, side): pool.submit(one, side, s, Path(folder), given)
+                    for s in range(given.seeds) for side in SIDES}  # fmt: skip
+            for (seed, side), run in runs.items():
+                found[side].append(run.result())
                 print(f"seed {seed}  {side:16} {found[side][-1]:.4f} nats a byte", flush=True)
-    middle = {side: statistics.median(v) for side, v in found.items()}
     for side, v in found.items():
-        print(f"{side:16} held-out loss {middle[side]:.4f} nats a byte ({min(v):.4f} - {max(v):.4f})")
-    with_, without = (middle[side] for side in SIDES)
-    print(f"retrieval changes the loss by {100 * (with_ / without - 1):+.2f} % (below 0 wanted)")
+        print(f"{side:16} held-out loss {statistics.median(v):.4f} nats a byte ({min(v):.4f} - {max(v):.4f})")
+    gains = [100 * (a / b - 1) for a, b in zip(*(found[side] for side in SIDES), strict=True)]
+    print(f"retrieval changes the loss by {statistics.median(gains):+.2f} % "
+          f"({min(gains):+.2f} - {max(gains):+.2f} of one seed; below 0 wanted)")  # fmt: skip
     if given.json:
-        about = {"device": device(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+        about = {"device": device(given.device), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
         settings = {k: v for k, v in vars(given).items() if k != "json"}
         given.json.write_text(json.dumps({**about, "settings": settings, "losses": found}, indent=1) + "\n")
 
