@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,8 @@ from tests.specs.published import TWINS
 from tests.specs.test_specs import more, twin
 
 pytestmark = pytest.mark.gpu
+CONTEXT = {"retro/tiny": 64}
+"""How long rows are at most, where positions are learned."""
 
 
 def drawn(name, model, rows, seq, documents, seed):
@@ -39,7 +42,14 @@ def gradients(model, tokens, document, given, device):
     counts = model.counts(tokens.to(device), None if document is None else document.to(device), **here)
     loss = torch.stack([s / counts[n] for n, s in losses.items()]).sum()
     loss.backward()
-    return loss.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach().cpu(), {n: p.grad.to("cpu", copy=True) for n, p in model.named_parameters() if p.grad is not None}
+
+
+def rounding(model):
+    """fp64: sums in another order differ by the rounding of a few hundred terms. Angles of rotations are fp32 wherever
+    they are worked out, and two libraries' sines differ by a few units in the last place."""
+    rotates = any(node.op == "rotate" for graph in model.artifact.lowered.graphs.values() for node in graph.nodes)
+    return 64 * 2.0**-24 if rotates else 1e-10
 
 
 def far(a, b):
@@ -50,19 +60,18 @@ def far(a, b):
 @settings(max_examples=4)
 @given(rows=st.integers(1, 3), seq=st.sampled_from([8, 24, 64, 136]), documents=st.booleans(), seed=st.integers(0, 99))
 def test_losses_and_gradients_are_those_of_the_cpu(name, rows, seq, documents, seed):
-    """fp64: sums in another order differ by the rounding of a few hundred terms, far below 1e-10."""
     model = twin(name)
-    case = drawn(name, model, rows, seq, documents, seed)
+    case = drawn(name, model, rows, min(seq, CONTEXT.get(name, seq)), documents, seed)
     loss, wanted = gradients(model, *case, "cpu")
     try:
         got, found = gradients(model, *case, "cuda")
     finally:
         model.cpu()
-    assert far(got, loss) < 1e-10
+    assert far(got, loss) < rounding(model)
     assert found.keys() == wanted.keys()
     largest = max(float(g.abs().max()) for g in wanted.values())
     for path, gradient in wanted.items():
-        assert float((found[path] - gradient).abs().max()) < 1e-10 * largest, path
+        assert float((found[path] - gradient).abs().max()) < rounding(model) * largest, path
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -105,7 +114,7 @@ def test_fed_in_pieces_is_the_whole(name, pieces, seed):
             fed += width
     finally:
         model.cpu()
-    assert far(torch.cat(got, 1), wanted) < 1e-10
+    assert far(torch.cat(got, 1), wanted) < rounding(model)
 
 
 def curve(folder):
@@ -120,10 +129,10 @@ def run(words):
 
 
 def assert_same_curve(a, b):
-    """fp64, so that an order of sums does not show."""
+    """fp64, but for the angles of rotations: see `rounding`."""
     assert [x[0] for x in a] == [x[0] for x in b]
     for mine, other in zip(a, b):
-        assert mine[1:] == pytest.approx(other[1:], rel=1e-9)
+        assert mine[1:] == pytest.approx(other[1:], rel=64 * 2.0**-24)
 
 
 @pytest.mark.parametrize("spec", [LLAMA, EXPERTS, CHANCE], ids=["dense", "experts", "dropout"])
@@ -142,29 +151,38 @@ def test_a_run_trains_resumes_and_writes_as_on_the_cpu(spec, tmp_path):
 RANK = """
 import sys
 import torch.distributed as dist
-real = dist.init_process_group
-# NCCL wants a GPU for each rank; gloo lets two share one, and all else is as it is with NCCL.
-dist.init_process_group = lambda backend, **more: real(backend.replace("nccl", "gloo"), **more)
 from heddle.runtime.cli import app
+from heddle.runtime.lib.processes import _Connection
+
+# NCCL wants a GPU for each rank. Here all ranks share one, and what they tell each other goes by way of the CPU.
+start = dist.init_process_group
+dist.init_process_group = lambda backend, **more: start("gloo", **more)
+for name in ("reduce", "gather", "scatter", "exchange", "broadcast", "send", "receive"):
+    def by_way_of_the_cpu(self, x, *rest, real=getattr(_Connection, name)):
+        got = real(self, x.cpu(), *rest)
+        return None if got is None else got.to(x.device)
+    setattr(_Connection, name, by_way_of_the_cpu)
 app(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(("spec", "layout"), [(LLAMA, "narrow"), (LLAMA, "both"), (EXPERTS, "narrow")])
-def test_two_ranks_are_one_process(spec, layout, tmp_path):
-    words = write_project(tmp_path, spec)
-    run([*words, "-o", str(tmp_path / "one"), "--steps", "3", "--device", "cpu"])
-    import os
+RUNS = {"tensor": (LLAMA, "narrow", 2), "data": (LLAMA, "both", 2), "pipe": (EXPERTS, "pipe", 4)}
 
-    about = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+@pytest.mark.parametrize("case", RUNS)
+def test_several_ranks_are_one_process(case, tmp_path):
+    spec, layout, size = RUNS[case]
+    words = [*write_project(tmp_path, spec), *["--accumulate", "2"] * (case == "pipe")]
+    run([*words, "-o", str(tmp_path / "one"), "--steps", "3", "--device", "cpu"])
+    about = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     more = ["-o", str(tmp_path / "two"), "--steps", "3", "--device", "cuda:0", "--layout", layout, "--timeout", "60"]
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, *words, *more], env={**about, "RANK": str(i), "LOCAL_RANK": str(i)},
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for i in range(2)
+        for i in range(size)
     ]  # fmt: skip
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert not any(rank.returncode for rank in ranks), said
     assert_same_curve(curve(tmp_path / "two"), curve(tmp_path / "one"))
 
 
