@@ -43,7 +43,7 @@ bench-gpu: $(READY)  ## the same on this GPU; long sequences and retrieval there
 	$(BIN)/python benchmarks/cpu.py --device cuda --json benchmarks/results/gpu.json
 	$(BIN)/python -m heddle.benchmarks.long_context --device cuda --no-loss --scores 16384 \
 		--json benchmarks/results/long_context_gpu.json
-	$(BIN)/python -m heddle.benchmarks.retrieval --device cuda --steps 2000 --batch 16 --jobs 6 \
+	$(BIN)/python -m heddle.benchmarks.retrieval --device cuda --steps 2000 --batch 16 --rows 256 --jobs 6 \
 		--json benchmarks/results/retrieval_gpu.json
 
 bench-programs: $(READY)  ## the reference programs against what they replace: losses of three seeds, time, memory
