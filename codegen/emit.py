@@ -42,7 +42,7 @@ def emit_module(program: GraphProgram, version: str) -> str:
     inputs = tuple(v.name for v in program.model.body.inputs)
     model.input_names = "" if inputs == ("tokens",) else repr(inputs)
     model.follows = _follows(program, masks)
-    model.vocab, model.shape = _vocab(program), _shape(program.model)
+    model.vocab, model.longest, model.shape = _vocab(program), _longest(program), _shape(program.model)
     classes = [c for c in classes if c is not model]
     for name in program.program.objectives.values():
         _add_objective(model, program.graphs[name], program, masks)
@@ -154,6 +154,24 @@ def _vocab(program: GraphProgram) -> int | None:
         if len(node.bound(formal)) == 1
     ]
     return min((size for size in found if size is not None), default=None)
+
+
+def _longest(program: GraphProgram) -> int | None:
+    """How many tokens a document may have: the least of the dims that their positions name places of."""
+    graph, found = program.model, []
+    for node in graph.nodes:
+        if node.op in STRUCTURE or not any(_is_position(graph, operand) for operand in node.operands):
+            continue
+        found += [_whole_size(graph, node.bound(f)[0], program) for f in op_of(node).index if len(node.bound(f)) == 1]
+    return min((size for size in found if size is not None), default=None)
+
+
+def _is_position(graph: Graph, name: str | None) -> bool:
+    """Whether a value is the positions of the tokens, as they are."""
+    made = graph.producers.get(name or "")
+    if made is None or made.op in STRUCTURE or not op_of(made).coordinates or made.attr("which") != "position":
+        return False
+    return any(graph.dims[d].clock == TOKENS for ds in dict(made.bindings).values() for d in ds)
 
 
 def _whole_size(graph: Graph, dim: str, program: GraphProgram) -> int | None:

@@ -57,6 +57,7 @@ class Class:
     count_result: str = ""
     scored_names: str = ""
     vocab: int | None = None
+    longest: int | None = None
     shape: tuple[int | None, ...] = ()
     objective_inputs: list[str] = field(default_factory=list)
     beside: str = ""

@@ -33,7 +33,7 @@ from .retrieval.index import tokenizer_identity
 from .train import Report, TrainConfig, train
 from .train.checkpoint import latest
 from .train.piped import check_pipe
-from .train.rows import Ranks, check_rows
+from .train.rows import Ranks, check_length, check_rows
 
 
 def train_model(
@@ -87,6 +87,7 @@ def train_model(
             keep_stages(judge)
         feeds = feeds_of(model, give, tokenizer)
         _check_inputs(model, feeds)
+        check_length(model, rows)
         # What one rank writes for all is there before the others look for it.
         for first in (True, False):
             if (mesh is None or mesh.rank == 0) == first:

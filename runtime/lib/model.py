@@ -36,6 +36,8 @@ class Model(Filled):
     shape: tuple[int | None, ...] = (None, None)
     # One more than the largest token, where a table of the model says it.
     vocab: int | None = None
+    # How many tokens a document may have, where positions are rows of a table.
+    longest: int | None = None
     # What its objective takes, where that is something else: labels, too.
     scored: tuple[str, ...] = ()
     # The inputs whose rows (their second dim) come with groups of tokens.
@@ -115,11 +117,29 @@ class Model(Filled):
         if self.axes and self.mesh is None:
             raise RuntimeError(f"{type(self).__name__} is one rank's part of a model: give it its `mesh` first")
         at = At(tokens.shape, tokens.device, *coordinates)
+        self._check_length(at)
         if not hasattr(self, "site"):
             name_sites(self)
         at.mesh, at.chance = self.mesh, self.chance
         at.before = self.before + (self.mesh.place(*self.rows) * at.batch if self.mesh is not None and self.rows else 0)
         return at
+
+    def _check_length(self, at: At) -> None:
+        """Raises ValueError for a document that is longer than its positions are known. Rows that cannot be too long
+        are not looked at: on a GPU that would wait for all that is under way."""
+        if self.longest is None or not at.seq:
+            return
+        if at.in_stream and at.step.uniform is not None:
+            last = at.step.uniform + at.seq - 1
+        elif (at.step.stream.max_length if at.in_stream else at.seq) <= self.longest:
+            return
+        else:
+            position = at.position if at.valid is None else torch.where(at.valid, at.position, 0)
+            last = int(position.max())
+        if last >= self.longest:
+            raise ValueError(
+                f"{type(self).__name__}: a document has {last + 1} tokens, positions are known up to {self.longest}"
+            )
 
     # Whole documents.
 
@@ -251,6 +271,7 @@ class Model(Filled):
             raise ValueError(f"stream: tokens are {list(tokens.shape)}, must be [{stream.batch}, at least 1]")
         at = stream.begin(tokens.shape[1], count, start)
         try:
+            self._check_length(at)
             rest = self._more(more, at)
         except ValueError:
             stream.running = False  # nothing was stored yet
@@ -294,6 +315,12 @@ class Model(Filled):
         """
         check_sampling(temperature, top_k, top_p)
         self._check_prompt(tokens, max_new_tokens)
+        length = tokens.shape[1] + max(0, max_new_tokens - 1)  # the last token is never read
+        if self.longest is not None and length > self.longest:
+            raise ValueError(
+                f"generate: {tokens.shape[1]} tokens and {max_new_tokens} more are too long: positions are known up to"
+                f" {self.longest}"
+            )
         source = None
         if temperature > 0:
             source = torch.Generator(tokens.device)

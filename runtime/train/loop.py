@@ -25,7 +25,7 @@ from .held_out import evaluate
 from .optimizer import Optimizer
 from .piped import check_pipe, metrics_of, through_stages, total_of
 from .progress import Bar, Board, Log, Nothing
-from .rows import Ranks, another_model, check_rows, mine, moved, sum_of_parts
+from .rows import Ranks, another_model, check_length, check_rows, mine, moved, sum_of_parts
 from .signals import Stop
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class _Run:
 
     def open(self, resume: bool | Literal["auto"]) -> None:
         check_rows(self.model, self.config)
+        check_length(self.model, self.data)
         check_pipe(self.model, self.config)
         try:
             self.out.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Batch
+from ..data import Batch, Packed
 from ..errors import UserError
 from ..lib import Model
 from .config import TrainConfig
@@ -35,6 +36,18 @@ def check_rows(model: Model | type[Model], config: TrainConfig) -> None:
             "uneven-batch",
             f"a micro-batch of {config.batch} rows does not divide over {ranks} ranks",
             help=f"--batch {' or '.join(map(str, near))} does",
+        )
+
+
+def check_length(model: Model, data: Packed) -> None:
+    """Raises UserError `out-of-range` for data with documents longer than a model has positions for."""
+    ends = data.corpus.ends
+    longest = min(data.seq, int(np.diff(ends, prepend=0).max()))
+    if model.longest is not None and longest > model.longest:
+        raise UserError(
+            "out-of-range",
+            f"rows have documents of {longest} tokens, and `{type(model).__name__}` has positions for {model.longest}",
+            help=f"--seq {model.longest} cuts them",
         )
 
 

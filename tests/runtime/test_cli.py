@@ -314,11 +314,29 @@ def test_train_generate_resume(place):
     [(["--schedule", "cosin"], "cosine"), (["--dtype", "fp8"], "bf16"), (["--clip", "0"], "clip"), (["--steps", "0"], "steps"),
      (["--seq", "1000000"], "no-data"), (["--data", "none"], "no-such-file"), (["--resume"], "nothing-to-resume"),
      (["--tokenizer", "none.json"], "no-such-file"), (["--tokenizer", "good.spec"], "bad-tokenizer"),
-     (["--set", "vocab=64"], "token-out-of-range"), (["--lr", "nan"], "lr"), (["--lr", "1e30", "--warmup", "0"], "not-finite")],
+     (["--set", "vocab=64"], "token-out-of-range"), (["--lr", "nan"], "lr"), (["--lr", "1e30", "--warmup", "0"], "not-finite"),
+     (["--device", "gpu"], "unknown-device"), (["--device", "cuda:7"], "there is no GPU 7")],
     ids=lambda v: "-".join(v).strip("-") if isinstance(v, list) else "",
 )  # fmt: skip
 def test_bad_settings_of_training(words, shown):
     assert shown in train(*words, steps=8, code=2)[1]
+
+
+def test_documents_longer_than_learned_positions(place):
+    learned = GOOD.replace("    x = embedding\n", "    x = embedding + embed(seq.position, 16 -> hidden)\n")
+    (place / "good.spec").write_text(learned.replace("rope()", "identity"))
+    said = train(code=2)[1]
+    assert "out-of-range" in said and "--seq 16" in said
+    assert not (place / "run").exists()
+    train("--seq", 16)
+    said = run("generate", "run", "--prompt", "the warp", "--max-new-tokens", 10, code=2)[1]
+    assert "bad-prompt" in said and "up to 16" in said
+    assert len(run("generate", "run", "--prompt", "the warp", "--max-new-tokens", 9)[0]) >= 9
+    (place / "a.txt").unlink()
+    (place / "a.txt").mkdir()
+    for i in range(9):  # rows of 32 that hold short documents
+        (place / f"a.txt/{i}.txt").write_text(TEXT[: 10 + i % 6])
+    run("train", "good.spec", "--data", "a.txt", "-o", "short", "--steps", 2, "--seq", 32, "--batch", 1, "--held-out", 0)
 
 
 def test_bad_folders_and_prompts(place):

@@ -43,6 +43,29 @@ def tokens(seed: int = 0, batch: int = 2, seq: int = 23) -> torch.Tensor:
     return torch.randint(0, VOCAB, (batch, seq), generator=torch.Generator().manual_seed(seed))
 
 
+def test_a_document_longer_than_its_positions_are_known_is_refused():
+    text = BASE.replace("    x = embedding\n", "    x = embedding + embed(seq.position, 16 -> hidden)\n")
+    model = module(text)
+    assert model.longest == 16 and module(BASE).longest is None
+    ids = tokens(seq=24)
+    with pytest.raises(ValueError, match="24 tokens, positions are known up to 16"):
+        model(ids)
+    document = (torch.arange(24) >= 12).long().expand(2, -1)
+    assert model(ids, document).shape[1] == 24
+    stream = model.stream(2, 64)
+    model.prefill(ids[:, :16], stream)
+    with pytest.raises(ValueError, match="17 tokens"):
+        model.prefill(ids[:, 16:17], stream)
+    start = torch.zeros(2, 1, dtype=torch.bool)
+    start[:, 0] = True
+    model.prefill(ids[:, 16:17], stream, start=start)  # a new document has room again
+    ragged = model.stream(2, 64)
+    model.prefill(ids[:, :16], ragged, count=torch.tensor([16, 3]))
+    with pytest.raises(ValueError, match="17 tokens"):
+        model.prefill(ids[:, 16:17], ragged)
+    assert ragged.ticks().tolist() == [16, 3]
+
+
 def refused(text: str, model: str | None = None) -> list[str]:
     """The codes of what is wrong with a text."""
     with pytest.raises(SpecError) as caught:
