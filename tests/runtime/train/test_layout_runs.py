@@ -48,6 +48,13 @@ layout pipe:
     shard vocab?, heads?, kv_heads?, ffn?, groups? over tensor
     stages over pipe, microbatches = 2
 
+layout eight:
+    mesh pipe = 2, data = 2, tensor = 2
+    shard vocab?, heads?, kv_heads?, ffn?, groups? over tensor
+    shard seq over tensor between blocks
+    shard batch, optimizer over data
+    stages over pipe, microbatches = 2
+
 layout plain:
     mesh data = 4
     shard batch over data
@@ -197,6 +204,16 @@ def test_four_ranks_are_one_process(tmp_path):
     check_any_layout_goes_on(folder, runs)
     check_only_the_first_rank_speaks(ended)
     check_it_is_a_model_folder(folder, tmp_path)
+
+
+@pytest.mark.skipif(not LONG, reason="eight processes: make soak")
+@pytest.mark.parametrize("spec", [LLAMA, EXPERTS, CHANCE], ids=["llama", "experts", "chance"])
+def test_eight_ranks_are_one_process(tmp_path, spec):
+    words = [*write_project(tmp_path, spec), "--accumulate", "2", "--steps", "3"]
+    ended = Gang([[*words, "--layout", "eight", "-o", str(tmp_path / "eight")]], 8).start().wait(300)
+    assert [each[0].code for each in ended] == [0] * 8, ended
+    alone([*words, "-o", str(tmp_path / "one")])
+    is_same(tmp_path / "eight", tmp_path / "one")
 
 
 # --- what goes wrong -------------------------------------------------------------------------------
