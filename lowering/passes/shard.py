@@ -6,7 +6,7 @@ from ...dsl.program import Value
 from ..graph import Graph, GraphProgram
 from ..placement.assign import Assignment, assign
 from ..placement.laid import Laid, Stored
-from ..placement.types import Mesh, N, P, Place, R, everywhere
+from ..placement.types import Mesh, N, Place, R, everywhere
 from ..placement.values import Signature, distinct
 from ..placement.walk import Walk
 from . import lowering_pass
@@ -52,7 +52,8 @@ class _Sharder:
         return self.program.with_graphs(graphs, laid=self.laid)
 
     def decided(self) -> dict[str, dict[str, Stored]]:
-        """How each weight is stored: split where its dims are, R with a deferred sum where any use wants that."""
+        """How each weight is stored: split where its dims are, R with a deferred sum where any use wants that. One that
+        is only added to partial sums is I: one rank adds it, and each has its whole gradient."""
         found: dict[str, dict[str, Stored]] = {}
         for graph in self.program.graphs.values():
             own = found[graph.name] = {}
@@ -60,7 +61,7 @@ class _Sharder:
                 splits = tuple(self.assignment.atoms(graph.name, d) for d in weight.dims)
                 held = {a for atoms in splits for a in atoms}
                 wanted = self.wants.get(graph.name, {}).get(weight.name, {})
-                sync = tuple(a for a in self.order if a not in held and wanted.get(a, set()) & {R, P, "S"})
+                sync = tuple(a for a in self.order if a not in held and wanted.get(a, set()) & {R, "S"})
                 stored = Stored(distinct(splits), sync if weight.trained else ())
                 sizes = tuple(graph.size(d) or 0 for d in weight.dims)
                 own[weight.name] = self._spread(stored, sizes) if weight.trained else stored

@@ -8,7 +8,7 @@ from ...dsl.diagnostics import InternalError
 from ...dsl.program import Node
 from ..graph import op_of
 from .growing import View
-from .types import I, N, P, R, V
+from .types import I, M, N, P, R, V
 from .uses import Cut, cut_of, slots
 from .values import Chosen, Values
 
@@ -56,7 +56,7 @@ class Choosing(Values):
                 continue
             for dim in self._candidates(node, atom):
                 cut = cut_of(node, View(self), dim, lambda a, b, atom=atom: self._together(node, a, b, atom))
-                if cut is not None:
+                if cut is not None and not (cut.kind == "sum" and self._meets_once(letters)):
                     chosen.cuts[atom] = cut
                     break
             else:
@@ -66,6 +66,11 @@ class Choosing(Values):
         if op.random and any(x == P for x in chosen.letters.values()):
             raise InternalError(f"{node.name}: a random op of partial sums")
         return chosen
+
+    def _meets_once(self, letters: dict[str, str]) -> bool:
+        """Whether a sum that ranks make of partial sums is better made of whole operands: one message for each, where
+        parts of them are one forward and one back."""
+        return any(x == P for x in letters.values()) and all(x in (P, I, M, N) for x in letters.values())
 
     def _rows_of(self, node: Node) -> tuple[str, ...]:
         """What the coordinates of a sequence vary along: a rank knows those of its rows only."""

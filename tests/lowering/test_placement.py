@@ -31,11 +31,6 @@ TWINS = sorted(str(p.relative_to(shipped_folder())) for p in shipped_folder().gl
 TWINS += ["lra/listops.spec", "lra/text.spec"]
 # A case takes a second on a busy machine: it is found, not made small.
 found = settings(phases=[Phase.explicit, Phase.generate])
-EQUIVALENT = {
-    "src type: next_token.next_part R -> 1 as I -> 1",
-    "src type: next_token.row_max_most_part R -> 1 as I -> 1",
-}
-"""Mutants of the first base that the proof accepts, for they change no number: no gradient flows through these."""
 
 
 @st.composite
@@ -98,10 +93,9 @@ def test_what_mistakes_are_made_of_is_right(base: Twin) -> None:
     assert base.far(Mutant("none", "", base.sharded)) < HARMLESS
 
 
-def test_all_mistakes_of_one_program_are_found_but_those_that_change_no_number() -> None:
-    accepted = {str(m): m for m in mistakes(BASES[0]) if not prove(m.program)}
-    assert set(accepted) == EQUIVALENT
-    assert {name: far for name, m in accepted.items() if (far := BASES[0].far(m)) > HARMLESS} == {}
+def test_all_mistakes_of_one_program_are_found() -> None:
+    """None of this one's changes no number, so that all are refused."""
+    assert [str(m) for m in mistakes(BASES[0]) if not prove(m.program)] == []
 
 
 @settings(found, max_examples=500)

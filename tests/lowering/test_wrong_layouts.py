@@ -167,7 +167,7 @@ def tied_table_summed_by_one_use() -> Mutant:
 CORPUS: dict[str, tuple[Twin, Callable[[], Mutant], str, str | None, str]] = {
     "norm without its reduction": (HYBRID, norm_without_its_reduction, "norm", "tensor.1", "P"),
     "norm that was not taken apart": (HYBRID, norm_that_was_not_taken_apart, "norm", "tensor.1", "split along dim 2"),
-    "bias before the sum": (DENSE, bias_before_the_sum, "out", "tensor", "R"),
+    "bias before the sum": (DENSE, bias_before_the_sum, "out", "tensor", "I"),
     "auxiliary loss summed twice": (EXPERTS, auxiliary_loss_summed_twice, "balance", "data", "['data']"),
     "norm of gradients without a shard": (SEQUENCE, norm_of_gradients_without_a_shard, "up.weight", None, "((), ())"),
     "loss over local tokens": (DENSE, loss_over_local_tokens, "lm", "data", "those of one rank"),

@@ -129,6 +129,36 @@ def test_activation_memory_of_a_layer_with_sequence_parallelism(t, b):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layout", ["tp", "tp_sp"])
+def test_no_message_beside_the_published_ones(layout, layers):
+    """Of a whole step, data 2 x tensor 2. A layer has two pairs of messages (Shoeybi et al. 2019, figure 3; with split
+    sequences Korthikanti et al. 2022, figure 5), the embedding half a pair and so has the head, the cross entropy a
+    largest and two sums of a number a row. Gradients of the same axes are one message (the paper's data-parallel
+    all-reduce); beside it are numbers for the count of tokens, the loss, and the norm: its squares by what splits them."""
+    b, s, h = 3, 64, 32
+    program, made = gpt(layout, layers=layers, hidden=h, heads=4, vocab=64, context=s)
+    made = replace(made, mesh=(("data", 2), ("tensor", 2)))
+    step = measure(build(program, layout=made), Feed(b, s, 1, documents=False), "fp32")
+    messages = Counter()
+    for m, n in step.micro.messages.items():
+        messages[m.phase, m.kind, m.axes, m.bytes] += n
+    row, whole, n = 4 * b * s, 4 * b * s * h, 2 * layers + 1
+    wanted = {("forward", "all_reduce", ("tensor",), row): 3}
+    if layout == "tp":
+        wanted |= {(phase, "all_reduce", ("tensor",), whole): n for phase in ("forward", "backward")}
+    else:
+        wanted |= {(phase, kind, ("tensor",), size): n for phase in ("forward", "backward")
+                   for kind, size in (("all_gather", whole // 2), ("reduce_scatter", whole))}  # fmt: skip
+    assert messages == wanted
+    once = Counter()
+    for m, k in step.once.messages.items():
+        assert m.kind == "all_reduce"
+        once[m.axes, "a number" if m.bytes == 8 else "gradients"] += k
+    sums = {"tp": [("data",)], "tp_sp": [("data",), ("data", "tensor")]}[layout]
+    assert once == {(("data",), "a number"): 2, (("tensor",), "a number"): 1} | {(axes, "gradients"): 1 for axes in sums}
+
+
 def test_gradients_of_data_ranks_are_summed_once_by_a_ring():
     """A gradient's bytes, times 2 (d - 1) / d on the wire."""
     program, layout = gpt("tp", layers=2, hidden=64, heads=4, vocab=64, context=32)
