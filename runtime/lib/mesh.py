@@ -98,6 +98,9 @@ class Wire(Protocol):
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """[...] of each -> their "sum" or "max"."""
 
+    def reduce_(self, x: Tensor, op: str) -> None:
+        """The same, written into x."""
+
     def gather(self, x: Tensor) -> Tensor:
         """[...] -> [ranks, ...]."""
 
@@ -138,6 +141,16 @@ class Group:
             return x
         self._note("all_reduce", x)
         return self.wire.reduce(x.contiguous(), op)
+
+    def all_reduce_(self, x: Tensor, op: str = "sum") -> None:
+        """The same, written into x, which is contiguous."""
+        if op not in REDUCTIONS:
+            raise ValueError(f"a reduction is one of {REDUCTIONS}, not {op!r}")
+        if not x.is_contiguous():
+            raise ValueError(f"all_reduce_ of a tensor that is not contiguous: {[*x.shape]}, strides {[*x.stride()]}")
+        if self.wire is not None:
+            self._note("all_reduce", x)
+            self.wire.reduce_(x, op)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x of each rank, side by side in a new first dim: [...] -> [size, ...]."""

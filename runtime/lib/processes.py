@@ -66,6 +66,9 @@ class _Connection:
     def reduce(self, x: Tensor, op: str) -> Tensor:
         return self._waited("all_reduce", lambda: OPS.all_reduce(x, op, self.name))
 
+    def reduce_(self, x: Tensor, op: str) -> None:
+        self._waited("all_reduce", lambda: OPS.all_reduce_(x, op, self.name))
+
     def gather(self, x: Tensor) -> Tensor:
         made = self._waited("all_gather", lambda: OPS.all_gather_into_tensor(x[None], self.size, self.name))
         return made if self.is_sorted else made[self.index]

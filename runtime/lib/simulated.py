@@ -196,6 +196,9 @@ class _Meetings:
     def reduce(self, x: Tensor, op: str) -> Tensor:
         return _reduced(self._all(f"all_reduce {op}", x), op)
 
+    def reduce_(self, x: Tensor, op: str) -> None:
+        x.copy_(self.reduce(x, op))
+
     def gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._all("all_gather", x))
 

@@ -105,8 +105,9 @@ def _uncollected() -> Iterator[None]:
 
 def _step(model: Model, mode: Hollow, blocks: Blocks, feed: Feed, program: GraphProgram, optimizer: Divided) -> Step:
     """As the training loop: counts, losses and gradients, then what is made once a step."""
-    for weight in model.parameters():  # what has become a gradient is counted as one, and no longer as work
-        weight.register_post_accumulate_grad_hook(lambda w: mode.settle(w.grad))
+    for name, weight in optimizer.weights.items():
+        if name not in optimizer.summed.places:  # what has become a gradient is counted as one, and no longer as work
+            weight.register_post_accumulate_grad_hook(lambda w: mode.settle(w.grad))
     base, mode.peak = mode.live, mode.live
     tokens, document, given = inputs(model, program, feed)
     micro = mode.ledger = Ledger()
@@ -127,7 +128,7 @@ def _step(model: Model, mode: Hollow, blocks: Blocks, feed: Feed, program: Graph
     working = mode.peak - base
     mode.ledger, mode.phase, mode.block, mode.unknown = once, "sync", "", 0.0
     optimizer.gather()
-    wide = [g for n, p in optimizer.weights.items() if (g := optimizer.sums.get(n, p.grad)) is not None]
+    wide = [g for n in optimizer.weights if (g := optimizer.gradient(n)) is not None]
     gradients = sum(g.numel() * g.element_size() for g in wide)
     sum_of_parts(model, {n: s.detach().double() for n, s in shares.items()})
     optimizer.reduce()

@@ -48,6 +48,9 @@ class _Shapes(Wire):
     def reduce(self, x: Tensor, op: str) -> Tensor:
         return x.clone()
 
+    def reduce_(self, x: Tensor, op: str) -> None:
+        pass
+
     def gather(self, x: Tensor) -> Tensor:
         return x.expand(self.size, *x.shape).clone(memory_format=torch.contiguous_format)
 

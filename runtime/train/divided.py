@@ -6,7 +6,7 @@ axes, each of their ranks steps a part of what it has (ZeRO-1, Rajbhandari et al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -20,9 +20,7 @@ from ..lib.mesh import Axes, Mesh
 from .config import TrainConfig
 from .laying import is_first_of
 from .optimizer import Optimizer
-
-BUCKET = 1 << 26
-"""Numbers of one message at most, as soon as there are several tensors in it."""
+from .side_by_side import SideBySide, buckets
 
 
 def divides(splits: Sequence[Axes], over: Axes) -> bool:
@@ -37,11 +35,9 @@ def spread(order: Axes, splits: Sequence[Axes], over: Axes) -> Axes:
 
 
 class Owed(NamedTuple):
-    """What the gradient of a parameter still needs: the axes over which it is a sum, and whether a part of it is
-    enough here."""
+    """What the gradient of a parameter of which a part is enough here still needs: the axes over which it is a sum."""
 
     axes: Axes
-    divided: bool
     dtype: torch.dtype
 
 
@@ -57,6 +53,8 @@ class Divided(Optimizer):
         self.laid: dict[str, Laid] = {names[id(laid.holder)]: laid for laid in laid_parameters(model)}
         self.sums: dict[str, Tensor] = {}
         super().__init__(model, config)
+        owed = {n: (p, self.laid[n].sync) for n, p in self.weights.items() if p.requires_grad}
+        self.summed = SideBySide({n: (p, axes) for n, (p, axes) in owed.items() if axes and not self.is_divided(n)})
 
     def is_divided(self, name: str) -> bool:
         """Whether a rank steps a part of what it has of a parameter."""
@@ -86,54 +84,61 @@ class Divided(Optimizer):
 
     def gather(self, scale: float | Tensor = 1.0) -> None:
         """Add the gradients of a micro-batch to those before; none is whole yet."""
+        self.summed.gather()
         for name, weight in self.weights.items():
-            if weight.grad is not None and weight.dtype.itemsize < 4:
+            if name not in self.summed.places and weight.grad is not None and weight.dtype.itemsize < 4:
                 grad = weight.grad.float()
                 self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad
                 weight.grad = None
 
-    def _gradient(self, name: str) -> Tensor | None:
-        found = self.sums.pop(name, None)
-        return self.weights[name].grad if found is None else found
+    def gradient(self, name: str) -> Tensor | None:
+        """What was gathered so far for a parameter, None where it got nothing."""
+        if name in self.summed.places:
+            return self.summed.get(name)
+        return self.sums.get(name, self.weights[name].grad)
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Make the sums that gradients still are: each once, those of the same axes in messages of `BUCKET`."""
+        self._tie()
+        for bucket in self.summed.buckets:
+            if any(name in self.summed.has for name in bucket.names):
+                self.mesh[bucket.axes].all_reduce_(bucket.flat)
         waiting: dict[Owed, list[tuple[str, Tensor]]] = {}
-        found = self._tied({name: self._gradient(name) for name in self.weights})
-        for name, grad in found.items():
-            if grad is not None:
-                owed = Owed(self.laid[name].sync, self.is_divided(name), grad.dtype)
-                waiting.setdefault(owed, []).append((name, grad))
+        for name in self.weights:
+            grad = self.gradient(name)
+            if grad is not None and self.is_divided(name):
+                waiting.setdefault(Owed(self.laid[name].sync, grad.dtype), []).append((name, grad))
+            else:
+                self._owe(name, grad)
         for owed, gradients in waiting.items():
-            for bucket in _buckets(gradients):
-                reduced = self._divided(owed, bucket) if owed.divided else self._summed(owed, bucket)
-                for (name, _), grad in zip(bucket, reduced, strict=True):
-                    weight, master = self.weights[name], self.masters[name]
-                    if master is not weight:
-                        weight.grad = None
-                    master.grad = grad
+            for bucket in buckets(gradients):
+                for (name, _), grad in zip(bucket, self._divided(owed, bucket), strict=True):
+                    self._owe(name, grad)
+        self.sums = {}
 
-    def _tied(self, gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    def _owe(self, name: str, grad: Tensor | None) -> None:
+        """What is stepped gets its gradient."""
+        weight, master = self.weights[name], self.masters[name]
+        if master is not weight:
+            weight.grad = None
+        master.grad = grad
+
+    def _tie(self) -> None:
         """The gradient of a weight that several stages have is the sum over them; other ranks add nothing."""
         mine = {laid.path: name for name, laid in self.laid.items()}
         for path, like in self.tied.items() if self.pipe is not None else ():
             assert self.pipe is not None
-            own = gradients.get(mine.get(path, ""))
+            name = mine.get(path)
+            own = None if name is None else self.gradient(name)
             wide = torch.promote_types(like.dtype, torch.float32)
             whole = self.mesh[self.pipe.axis].all_reduce(torch.zeros_like(like, dtype=wide) if own is None else own)
-            if path in mine:
-                gradients[mine[path]] = whole
-        return gradients
-
-    def _summed(self, owed: Owed, bucket: list[tuple[str, Tensor]]) -> list[Tensor]:
-        """Whole gradients, shaped like the parameters."""
-        grads = [g for _, g in bucket]
-        if not owed.axes:
-            return grads
-        flat = self.mesh[owed.axes].all_reduce(torch.cat([g.reshape(-1) for g in grads]))
-        pieces = flat.split([g.numel() for g in grads])
-        return [piece.view_as(g) for piece, g in zip(pieces, grads, strict=True)]
+            if name in self.summed.places:
+                self.summed.put(name, whole)
+            elif name is not None and self.weights[name].dtype.itemsize < 4:
+                self.sums[name] = whole
+            elif name is not None:
+                self.weights[name].grad = whole
 
     def _divided(self, owed: Owed, bucket: list[tuple[str, Tensor]]) -> list[Tensor]:
         """This rank's parts, flat. What is a sum over all of `over` is summed and divided in one step, and then the
@@ -181,6 +186,7 @@ class Divided(Optimizer):
         super().step(rate)
         for weight in self.weights.values():
             weight.grad = None
+        self.summed.clear()
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -194,22 +200,8 @@ class Divided(Optimizer):
                 kind = self.weights[name].dtype
                 waiting.setdefault(kind, []).append((name, master.detach().to(kind)))
         for parts in waiting.values():
-            for bucket in _buckets(parts):
+            for bucket in buckets(parts):
                 rows = self.mesh[self.over].all_gather(torch.cat([p for _, p in bucket]))
                 for (name, _), row in zip(bucket, rows.split([p.numel() for _, p in bucket], 1), strict=True):
                     weight = self.weights[name]
                     weight.copy_(row.reshape(-1)[: weight.numel()].view_as(weight))
-
-
-def _buckets(tensors: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Neighbours, together as large as a message may be."""
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.numel() > BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.numel()
-    if bucket:
-        yield bucket

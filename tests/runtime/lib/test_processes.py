@@ -72,6 +72,9 @@ def primitives(mesh: Mesh) -> dict[str, Tensor]:
                 "exchange": group.all_to_all(x, 1, 0),
                 "broadcast": group.broadcast(x, group.size - 1),
             }
+            for op in ("sum", "max"):
+                got[f"{op} in place"] = x.clone()
+                group.all_reduce_(got[f"{op} in place"], op)
             for peer in range(group.size):
                 if peer != group.rank:
                     group.send(x + 1, peer)

@@ -232,6 +232,14 @@ def test_primitives(mesh, seed):
         for step in range(4):  # nobody else sees what a rank does to its own tensors
             assert torch.equal(group.all_reduce(mine, "max"), got[0] + step)
             mine += 1
+        for op in ("sum", "max"):
+            room, m.record = x.detach().clone(), []
+            group.all_reduce_(room, op)
+            in_place, m.record = m.record, []
+            assert torch.equal(room, group.all_reduce(x.detach(), op)) and m.record == in_place
+        with pytest.raises(ValueError, match="not contiguous" if ranks > 1 else "mean"):
+            group.all_reduce_(x.detach().T) if ranks > 1 else group.all_reduce_(x.detach(), "mean")
+        m.record = None
         if ranks > 1:
             m.record, m.label = [], "ring"
             group.send(x.detach(), (group.rank + 1) % ranks)

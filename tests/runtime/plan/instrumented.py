@@ -71,7 +71,7 @@ def ranks(made, feed, precision="fp32", over=(), seed=0):
         loss.backward()
         marks.append(("backward", len(mesh.record)))
         optimizer.gather()
-        gradients = [optimizer.sums.get(n, p.grad) for n, p in optimizer.weights.items()]
+        gradients = [optimizer.gradient(n) for n in optimizer.weights]
         size = sum(g.numel() * g.element_size() for g in gradients if g is not None)
         sum_of_parts(model, {n: s.detach().double() for n, s in shares.items()})
         optimizer.reduce()
