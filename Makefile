@@ -51,8 +51,9 @@ bench-programs: $(READY)  ## the reference programs against what they replace: l
 	$(BIN)/python -m heddle.benchmarks.retrieval --json benchmarks/results/retrieval.json
 	$(BIN)/python -m heddle.benchmarks.compression --json benchmarks/results/compression.json
 
-bench-layouts: $(READY)  ## how long plans take; every mutant of laid-out modules against the proof (half an hour)
+bench-layouts: $(READY)  ## how long plans take; a laid-out module against one by hand; every mutant against the proof (half an hour)
 	$(BIN)/python -m heddle.benchmarks.layouts --json benchmarks/results/layouts.json
+	$(BIN)/python -m heddle.benchmarks.layout_overhead --json benchmarks/results/layout_overhead.json
 	$(BIN)/python -m heddle.benchmarks.layout_mutants --json benchmarks/results/layout_mutants.json
 
 clean:  ## remove .venv, build and the caches of the tools
