@@ -194,9 +194,9 @@ def main() -> None:
     for name in SPLIT:
         row = rows[name] = measure(name, given.rounds, (given.batch, given.seq))
         wall, counts = row["seconds"], [sum(row[side].values()) for side in ("heddle", "hand-written")]
-        spread = f"({wall['min']:.2f} - {wall['max']:.2f})"
+        spread, gradients = f"({wall['min']:.2f} - {wall['max']:.2f})", row["difference"]["gradients"]
         print(f"{name:26}{wall['heddle']:>8.3f}s{wall['hand-written']:>9.3f}s{wall['ratio']:>7.3f}x  {spread:14}"
-              f"{row['processor']['ratio']:>8.3f}x{row['difference']['gradients']:>12.0e}   {counts[0]} and {counts[1]}",
+              f"{row['processor']['ratio']:>8.3f}x{gradients:>12.0e}   {counts[0]} and {counts[1]}",
               flush=True)  # fmt: skip
     print(f"wanted: at most {MOST:g}x; load of this machine: {os.getloadavg()[0]:.1f}")
     if given.json:

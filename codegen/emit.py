@@ -28,9 +28,11 @@ def _template() -> jinja2.Template:
     ).from_string(text)
 
 
-def emit_module(program: GraphProgram, version: str) -> str:
-    """The text of `model.py` for target `cpu`: one class a distinct block, callees first."""
+def emit_module(program: GraphProgram, version: str, named: bool = False) -> str:
+    """The text of `model.py` for target `cpu`: one class a distinct block, callees first. `named`: each use of an op
+    goes through `spmd.use`, which is told what it is, for those who look on while the module runs."""
     masks: dict[str, tuple[str, str]] = {}
+    program = replace(program, named=named)
     objectives = set(program.program.objectives.values())
     classes = []
     for graph in program.callees_first():

@@ -245,7 +245,11 @@ class Writer:
             x, routing, *more = [self.expression(o) for o in node.operands if o is not None]
             instance = self.graph.instance(node.attr("instance"))
             return f"lib.route({', '.join([x, routing, self._module(instance), 'at', *more])}{self._lent(instance)})"
-        return part(node.op, "cpu").emit(Use(self.graph, node, self))
+        text = part(node.op, "cpu").emit(Use(self.graph, node, self))
+        if not self.program.named or node.op == "convert":
+            return text
+        read = "".join(f"{'None' if o is None else self.expression(o)}, " for o in node.operands)
+        return f'spmd.use("{self.graph.name}", "{node.name}", lambda: {text}, lambda: ({read}))'
 
     def _module(self, instance: Instance) -> str:
         """The module that an instance is: an attribute, or an argument where it is lent."""

@@ -161,6 +161,7 @@ class GraphProgram:
     """Graphs of all distinct blocks of a program. `facts` are what passes have established so far.
 
     `layout` says how it is to lie on a mesh, if on more than one device; `laid` (a `placement.laid.Laid`) how it does.
+    `named`: what is written of it says of each use of an op, as it runs, which it is.
     """
 
     program: Program
@@ -171,6 +172,7 @@ class GraphProgram:
     history: tuple[tuple[str, int], ...] = ()
     layout: Layout | None = None
     laid: Any = None
+    named: bool = False
 
     @property
     def model(self) -> Graph:

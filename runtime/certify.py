@@ -1,12 +1,15 @@
 """`heddle certify`: what is known of a model under a layout, as one card that a machine can read.
 
-Two opinions that share nothing but the declarations of ops: the static proof, for any size; and numbers, where the
-model is small enough to run here: every rank, simulated, against one device in fp64.
+Three opinions that share nothing but the declarations of ops: the static proof, for any size; that of spmd_types' own
+checker on the generated module, where that package is installed; and numbers, where the model is small enough to run
+here: every rank, simulated, against one device in fp64.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from importlib.metadata import version
+from math import lcm, prod
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ from .lib.laid import (
 from .lib.pipeline import keep_stages, pipelined
 from .lib.schedules import order
 from .lib.simulated import simulate
+from .opinion.ask import ask, is_installed
+from .plan.step import Feed, inputs
 
 MOST_WEIGHTS, MOST_RANKS = 4_000_000, 16
 """What is run here: as many weights on as many ranks."""
@@ -48,11 +53,13 @@ def certify(program: Program, layout: Layout, seq: int, seed: int = 0) -> dict[s
         "mesh": dict(layout.mesh),
         "artifact": artifact.name,
         "proof": _proof(lowered),
+        "opinion": _opinion(artifact, seq),
         "pipeline": _pipeline(lowered),
         "numbers": _numbers(program, artifact, layout, seq, seed),
     }
     pipeline = card["pipeline"]
-    card["holds"] = card["numbers"]["close"] is not False and all(pipeline.get(k, True) for k in ("once", "ends"))
+    said = (card["numbers"]["close"], card["opinion"]["accepted"])
+    card["holds"] = False not in said and all(pipeline.get(k, True) for k in ("once", "ends"))
     return card
 
 
@@ -104,6 +111,19 @@ def _ends(orders: list[Any], ranks: int, chunks: int) -> bool:
                 at[rank] += 1
                 moving = True
     return all(at[rank] == len(actions) for rank, actions in enumerate(orders))
+
+
+def _opinion(artifact: Artifact, seq: int) -> dict[str, Any]:
+    """What spmd_types says; `accepted` is None where it was not asked, or could not answer."""
+    if not is_installed():
+        return {"accepted": None, "why": "spmd_types is not installed; the extra `spmd` of heddle-lang brings it"}
+    lowered = artifact.lowered
+    hollow = instantiate(artifact, seed=None, device="meta")
+    inside = prod(n for axis, n in hollow.axes.items() if axis not in hollow.rows)
+    tokens, _, given = inputs(hollow, lowered, Feed(2, lcm(seq, inside), documents=False))
+    large = lowered.program.num_parameters() > MOST_WEIGHTS
+    said = ask(lowered, tokens, given, device="meta" if large else "cpu")
+    return {"by": f"spmd_types {version('spmd_types')}", **said.to_json()}
 
 
 # --- numbers --------------------------------------------------------------------------------------

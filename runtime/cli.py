@@ -349,7 +349,8 @@ def certify(
     json: Json = False,
     format: Format = "text",  # noqa: A002
 ) -> None:
-    """Prove a layout, and run it on simulated ranks against one device where the model is small; prints one card."""
+    """Prove a layout, ask spmd_types about the generated module, and run it on simulated ranks against one device where
+    the model is small; prints one card."""
     from ..dsl.layout import layout_of
     from ..dsl.load import load
     from .certify import certify as made

@@ -85,6 +85,21 @@ def print_summary(data: dict[str, Any]) -> None:
             console.print(f"  {weight['path']}  \\[{dims}]  {weight['init']}")
 
 
+def _print_opinion(said: dict[str, Any]) -> None:
+    """What spmd_types says, and of what: uses that it was told of are not covered."""
+    if "by" not in said:
+        print(f"spmd_types: not asked ({said['why']})")
+        return
+    word = {True: "accepts it", False: f"REFUSES IT: {said['why']}", None: f"gives no answer ({said['why']})"}
+    print(f"{said['by']}: {word[said['accepted']]}")
+    print(f"        covered: {said['conversions']} conversions, {sum(said['read'].values())} uses of ops")
+    reasons: dict[str, list[str]] = {}
+    for op, why in said["why not"].items():
+        reasons.setdefault(why, []).append(f"{said['trusted'][op]} {op}")
+    for why, ops in reasons.items():
+        print(f"        not covered: {', '.join(ops)} ({why})")
+
+
 def print_card(card: dict[str, Any]) -> None:
     """A certificate, a line for each thing that was looked at."""
     mesh = ", ".join(f"{axis} = {n}" for axis, n in card["mesh"].items())
@@ -93,6 +108,7 @@ def print_card(card: dict[str, Any]) -> None:
     made = ", ".join(f"{n} {kind}" for kind, n in proof["conversions"].items()) or "none"
     print(f"proved: where {proof['values']} values are, and their gradients; conversions: {made}")
     print(f"        {proof['weights']} weights, {proof['split']} split, {proof['owed']} with a sum owed once a step")
+    _print_opinion(card["opinion"])
     if pipeline:
         once = "each layer in one" if pipeline["once"] else "A LAYER IN NONE OR TWO"
         ends = "the schedule ends" if pipeline["ends"] else "THE SCHEDULE STANDS STILL"

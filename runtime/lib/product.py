@@ -34,7 +34,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int]) -
 def autocast(*tensors: Tensor | None) -> list[Any]:
     """The tensors in the dtype that autocast asks for, if it is on: custom functions are unknown to it."""
     kind = next(x for x in tensors if x is not None).device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]

@@ -112,8 +112,8 @@ class Divided(Optimizer):
             else:
                 self._owe(name, grad)
         for owed, gradients in waiting.items():
-            for bucket in buckets(gradients):
-                for (name, _), grad in zip(bucket, self._divided(owed, bucket), strict=True):
+            for some in buckets(gradients):
+                for (name, _), grad in zip(some, self._divided(owed, some), strict=True):
                     self._owe(name, grad)
         self.sums = {}
 

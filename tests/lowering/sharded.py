@@ -15,6 +15,8 @@ from heddle.dsl.load import load_text, shipped_folder
 from heddle.lowering.graph import GraphProgram
 from heddle.lowering.pipeline import PASSES, lower
 from heddle.runtime.check import program_of
+from heddle.runtime.opinion.ask import ask
+from heddle.runtime.opinion.said import Opinion
 from tests.runtime.laid_out import Batch, Outcome, alone, difference, on_mesh, start
 
 from .mutants import Mutant
@@ -102,16 +104,41 @@ class Twin:
         worst = max((x for k, x in one.items() if not k.endswith(" steps")), default=0.0)
         return math.inf if math.isnan(worst) else worst
 
-    def ranks(self, graphs: GraphProgram) -> list[Any]:
-        """What each rank gives."""
+    def lowered(self, graphs: GraphProgram) -> GraphProgram:
+        """A sharded program, proved or not, behind all passes."""
         for step in PASSES[LAST + 1 :]:
             graphs = step(graphs)
         for graph in graphs.graphs.values():
             graph.verify()
+        return graphs
+
+    def ranks(self, graphs: GraphProgram) -> list[Any]:
+        """What each rank gives."""
+        graphs = self.lowered(graphs)
         source = emit_module(graphs, "test")
         self.one  # noqa: B018
         found, _ = on_mesh(self.program, graphs.layout, self.state, self.batch, source=source)  # type: ignore[arg-type]
         return found
+
+    @cached_property
+    def opinion(self) -> tuple[GraphProgram, Opinion]:
+        """The program without a mistake, and what spmd_types says of it."""
+        good = self.lowered(self.sharded)
+        return good, ask(good, *self._rows_of_a_rank(good))
+
+    def said(self, mutant: Mutant) -> str:
+        """What spmd_types says of a mutant: "accepted", "refused", or "fails" where it does not run to its end."""
+        good, _ = self.opinion
+        try:
+            found = ask(self.lowered(mutant.program), *self._rows_of_a_rank(good), good=self.opinion)
+        except Exception:
+            return "fails"
+        return "fails" if found.accepted is None else "accepted" if found.accepted else "refused"
+
+    def _rows_of_a_rank(self, good: GraphProgram) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        first = good.model.dims[good.model.body.inputs[0].type.dims[0]]
+        rows = self.rows // good.laid.mesh.size(first.axes)
+        return self.batch.tokens[:rows], {name: x[:rows] for name, x in self.batch.more.items()}
 
     def _norm_far(self, norm: tuple[str, str, Any], ranks: list[Any]) -> float:
         """The norm as ranks would have it that sum the squares of one weight over other axes than its own."""

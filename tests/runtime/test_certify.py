@@ -12,6 +12,8 @@ from heddle.runtime import certify as module
 from heddle.runtime.certify import certify
 from heddle.runtime.check import program_of
 from heddle.runtime.lib.schedules import Action, order
+from heddle.runtime.opinion.said import Opinion
+from heddle.runtime.tables import print_card
 
 SPEC = """
 use llama from "llama/llama.spec"
@@ -44,6 +46,7 @@ def test_a_layout_holds(mesh: str, more: str) -> None:
     card = certify(*made(mesh, more), seq=8)
     assert card["holds"] and card["numbers"]["close"] is True and card["numbers"]["compared"] > 20
     assert card["proof"]["values"] > 20 and card["proof"]["split"]
+    assert card["opinion"]["accepted"] is True and card["opinion"]["read"]["linear"]
     assert card == certify(*made(mesh, more), seq=8)
 
 
@@ -52,6 +55,29 @@ def test_numbers_that_differ_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "sync_gradients", lambda model: None)
     card = certify(*made("data = 2, tensor = 1"), seq=8)
     assert card["numbers"]["close"] is False and not card["holds"]
+
+
+def test_a_second_opinion_that_refuses_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(module, "ask", lambda *a, **k: Opinion(False, "expected P, got R"))
+    card = certify(*made("data = 2, tensor = 1"), seq=8)
+    print_card(card)
+    assert not card["holds"] and "REFUSES IT: expected P, got R" in capsys.readouterr().out
+
+
+def test_without_spmd_types_the_card_says_that_it_was_not_asked(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(module, "is_installed", lambda: False)
+    card = certify(*made("data = 2, tensor = 1"), seq=8)
+    print_card(card)
+    assert card["holds"] and card["opinion"]["accepted"] is None
+    assert "spmd_types: not asked (spmd_types is not installed" in capsys.readouterr().out
+
+
+def test_what_is_trusted_is_not_covered(capsys: Any) -> None:
+    card = certify(*made("data = 2, tensor = 2"), seq=8)
+    print_card(card)
+    said = capsys.readouterr().out
+    assert f"covered: {card['opinion']['conversions']} conversions, " in said
+    assert "not covered: " in said and "2 attend" in said and "(it reads where its rows stand)" in said
 
 
 def test_what_is_too_large_is_not_run_and_says_so() -> None:

@@ -1,0 +1,1 @@
+"""A second opinion on layouts, by spmd_types."""
