@@ -6,7 +6,10 @@ PyTorch's ops, in its global mode: a type for each axis, and for what varies the
 A use that it cannot read (a function of ours with a backward pass of its own, one that reads a global index, one in
 which ranks meet) is trusted: what it is given must lie as its op declares, and what it gives is typed by that.
 
-It does not see gradients, their sums or their norm, nor whether an index is right.
+It does not see gradients, their sums or their norm, what runs behind a step, whether an index is right, nor whether
+what meets is a sum or the largest. Of the 1,696 mistakes in conversions of values (`benchmarks/layout_mutants.py`)
+that the proof refuses it refuses 1,514 by a type and 156 do not run; 18 stand behind a step, 8 take a largest for a
+sum.
 """
 
 from __future__ import annotations
