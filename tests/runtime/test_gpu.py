@@ -157,9 +157,12 @@ from heddle.runtime.lib.processes import _Connection
 # NCCL wants a GPU for each rank. Here all ranks share one, and what they tell each other goes by way of the CPU.
 start = dist.init_process_group
 dist.init_process_group = lambda backend, **more: start("gloo", **more)
-for name in ("reduce", "gather", "scatter", "exchange", "broadcast", "send", "receive"):
+for name in ("reduce", "reduce_", "gather", "scatter", "exchange", "broadcast", "send", "receive"):
     def by_way_of_the_cpu(self, x, *rest, real=getattr(_Connection, name)):
-        got = real(self, x.cpu(), *rest)
+        there = x.cpu()
+        got = real(self, there, *rest)
+        if real.__name__ == "reduce_":
+            x.copy_(there)
         return None if got is None else got.to(x.device)
     setattr(_Connection, name, by_way_of_the_cpu)
 app(sys.argv[1:])
