@@ -288,8 +288,8 @@ class Writer:
         lent, me = self._lent(self.graph.instance(node.attr("instance"))), f"{self.owner}.{name}"
         part_ = node.attr("part")
         if part_ is not None and part_[1] - part_[0] == 1:  # what it gives may be more than what it is given
-            call = f"{me}[{part_[0]}]({', '.join(operands)}, at, state.{name}[{part_[0]}]{lent})"
-            return [Line(f"{', '.join(results)} = {self.again(node, call)}", spec)]
+            one, kept = f"{me}[{part_[0]}]", f"state.{name}[{part_[0]}]"
+            return [Line(f"{', '.join(results)} = {self._iteration(node, one, operands, lent, kept)}", spec)]
         if part_ is not None:
             some = f"[{part_[0]}:{part_[1]}]"
             lines.append(Line(f"for {variable}, kept in zip({me}{some}, state.{name}{some}):", spec))
@@ -299,11 +299,12 @@ class Writer:
         lines.append(Line(f"    {', '.join(results)} = {self._iteration(node, variable, given, lent)}", spec))
         return lines
 
-    def _iteration(self, node: Node, variable: str, given: list[str], lent: str) -> str:
-        """The call of one iteration; what is made again remembers what it was given, not the variable of the loop."""
+    def _iteration(self, node: Node, variable: str, given: list[str], lent: str, kept: str = "kept") -> str:
+        """The call of one iteration; what is made again remembers what it was given, not the variables that held it,
+        which hold the results next."""
         if not node.attr("recompute"):
-            return f"{variable}({', '.join(given)}, at, kept{lent})"
-        return f"lib.recompute({variable}, at, {', '.join(given)}, at, kept{lent})"
+            return f"{variable}({', '.join(given)}, at, {kept}{lent})"
+        return f"lib.recompute({variable}, at, {', '.join(given)}, at, {kept}{lent})"
 
     def construct(self) -> list[Line]:
         """Submodules in order of first use. Raises `SpecError` `not-built-yet` for a name that no module can have."""

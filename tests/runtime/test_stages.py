@@ -116,6 +116,13 @@ def test_any_pipeline_equals_one_device(data: Any, file: str, seed: int) -> None
     check(file, mesh, f"{how}microbatches = {batches}", batches, seed, more)
 
 
+@pytest.mark.parametrize("file", ["llama/tiny.spec", "nemotron_h/tiny_moe.spec"])
+def test_a_stage_of_one_layer_is_made_again_from_what_it_was_given(file: str) -> None:
+    """And not from what it gave, which has the same name."""
+    layers = TWINS[file]
+    check(file, {"pipe": layers}, f"microbatches = {layers}", layers, 0, "    recompute blocks\n")
+
+
 def test_ranks_hold_their_stages_only() -> None:
     """A tied table is on the first and the last stage; the rest is on one."""
     path = shipped_folder() / "transformer_ls/tiny_released.spec"
