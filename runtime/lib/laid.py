@@ -122,10 +122,12 @@ def gradient_norm(model: Any) -> Tensor:
 
 @torch.no_grad()
 def global_sums(model: Any, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sum of each loss over all ranks, on every rank."""
+    """The sum of each loss over all ranks, 0-d fp64, on every rank: one whose stages state no loss cannot know in which
+    dtype others do."""
     found = {}
     for label, axes in model.partial.items():
-        own = sums[label].detach() if label in sums else torch.zeros((), dtype=model.storage_dtype, device=model.device)
+        nothing = torch.zeros((), dtype=torch.float64, device=model.device)
+        own = sums[label].detach().double() if label in sums else nothing
         if model.pipe is not None:
             axes = (*axes, model.pipe.axis)
         for axis in axes:
