@@ -191,10 +191,10 @@ class At:
 
     def flat(self) -> At:
         """The same rows as [batch, seq]; what is found for them once a call is found for both."""
-        if "flat" not in self.memo:
-            self.memo["flat"] = copy(self)
-            self.memo["flat"].lead = (self.batch,)
-        flat: At = self.memo["flat"]
+        if len(self.lead) == 1:
+            return self
+        flat = copy(self)  # not kept in the memo that it shares: what refers to itself stays until it is collected
+        flat.lead = (self.batch,)
         return flat
 
     def draw(self) -> int:
