@@ -27,7 +27,8 @@ class Pipe(NamedTuple):
 
     def stages_of(self, path: str) -> tuple[int, ...]:
         """The stages that have a weight: more than one where it is tied."""
-        return tuple(i for i, owns in enumerate(self.owns) if any(path == o or path.startswith(f"{o}.") for o in owns))
+        heads = {path, *(path[:i] for i, c in enumerate(path) if c == ".")}
+        return tuple(i for i, owns in enumerate(self.owns) if not heads.isdisjoint(owns))
 
 
 class _Ran(NamedTuple):
