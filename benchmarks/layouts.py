@@ -1,4 +1,4 @@
-"""How long `heddle plan` takes, and how much memory: a hybrid of 56 B parameters on 3,072 ranks.
+"""How long `heddle plan` takes, and how much memory: a hybrid of 56 B parameters on 3,072 ranks, also in four stages.
 
 Each round is a process of its own, as a user starts it: its wall time, its processor time and its peak memory. The best
 round counts, for others use this machine, too. Run as `python -m heddle.benchmarks.layouts`; `--json FILE` writes it.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,21 @@ layout big:
     shard vocab, heads, kv_heads, ffn, groups over tensor
     shard seq over tensor between blocks
     shard batch, optimizer over data
+
+layout piped = big with:
+    mesh pipe = 4, data = 96, tensor = 8
+    stages over pipe, microbatches = 16
 """
 LIMITS = {"seconds": 5.0, "bytes": 2 * 2**30}
 
 
-def once(seq: int) -> dict[str, Any]:
+def once(seq: int, layout: str) -> dict[str, Any]:
     """One process that plans: seconds, processor seconds, peak bytes, and its plan."""
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "big.spec"
         spec.write_text(SPEC, encoding="utf-8")
-        command = [sys.executable, "-m", "heddle.runtime.cli", "plan", f"{spec}:nemotron_h_56b", "--seq", str(seq)]
+        command = [sys.executable, "-m", "heddle.runtime.cli", "plan", f"{spec}:nemotron_h_56b", "--layout", layout]
+        command += ["--seq", str(seq)]
         begun = time.perf_counter()
         with subprocess.Popen([*command, "--format", "json"], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
@@ -56,24 +62,25 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seq", type=int, nargs="*", default=[4096, 8192])
+    options.add_argument("--layouts", nargs="*", default=["big", "piped"])
     options.add_argument("--json", type=Path)
     given = options.parse_args()
     found = {}
-    print(f"{'seq':>6}{'seconds':>10}{'processor':>11}{'peak memory':>13}   a rank holds, fits, MFU")
-    for seq in given.seq:
-        rounds = [once(seq) for _ in range(given.rounds)]
+    print(f"{'layout':>6}{'seq':>6}{'seconds':>10}{'processor':>11}{'peak memory':>13}   a rank holds, fits, MFU")
+    for seq, layout in product(given.seq, given.layouts):
+        rounds = [once(seq, layout) for _ in range(given.rounds)]
         best = min(rounds, key=lambda r: r["seconds"])
         plan = best["plan"]
         row = {
             "seconds": best["seconds"], "all_seconds": [r["seconds"] for r in rounds],
             "cpu_seconds": min(r["cpu_seconds"] for r in rounds), "bytes": max(r["bytes"] for r in rounds),
-            "ranks": plan["ranks"], "parameters": plan["parameters"], "rank_bytes": plan["stages"][0]["bytes"]["total"],
-            "fits": plan["fits"], "mfu": plan["mfu"],
+            "ranks": plan["ranks"], "parameters": plan["parameters"], "fits": plan["fits"], "mfu": plan["mfu"],
+            "rank_bytes": max(group["bytes"]["total"] for group in plan["groups"]),
         }  # fmt: skip
-        found[str(seq)] = row
+        found[f"{seq} {layout}"] = row
         spent = f"{row['seconds']:>8.2f} s{row['cpu_seconds']:>9.2f} s{row['bytes'] / 2**20:>9.0f} MiB"
         fits = "yes" if row["fits"] else "no"
-        print(f"{seq:>6}{spent}   {row['rank_bytes'] / 1e9:.1f} GB, {fits}, {row['mfu']:.1%}", flush=True)
+        print(f"{layout:>6}{seq:>6}{spent}   {row['rank_bytes'] / 1e9:.1f} GB, {fits}, {row['mfu']:.1%}", flush=True)
     print(f"wanted: less than {LIMITS['seconds']:g} s and {LIMITS['bytes'] / 2**30:g} GiB; "
           f"load of this machine: {os.getloadavg()[0]:.1f}")  # fmt: skip
     if given.json:

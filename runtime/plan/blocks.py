@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..lib import Model
 from ..lib.rows import At
+from .around import Around, Name
 from .hollow import Hollow, Ledger, Shape, shape_of
 
 _SPEC = re.compile(r"^\s*# (\S+:\d+)  ")
@@ -62,9 +63,11 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Outer:
-    """A storage that was there before: one for all runs."""
+    """A storage that all blocks read: where the coordinates have it, and itself where it has numbers, and so is one for
+    all coordinates that are alike."""
 
-    tensor: Tensor
+    name: tuple[int, Name]
+    tensor: Tensor | None
     saved: Saved
 
 
@@ -92,7 +95,7 @@ class Blocks:
     their results is theirs."""
 
     def __init__(self, mode: Hollow, model: Model, source: str, free: frozenset[str]) -> None:
-        self.mode, self.model = mode, model
+        self.mode, self.model, self.around = mode, model, Around(mode)
         self.waiting: WeakValueDictionary[int, _Waiting] = WeakValueDictionary()
         self.told: dict[int, Saved] = {}  # who keeps a storage, where that was found out before
         self._until = Ledger()  # what was done when the last tensor was kept
@@ -119,6 +122,7 @@ class Blocks:
         before, self.waiting = self.waiting, WeakValueDictionary()
 
         def pack(x: Tensor) -> tuple[_Waiting | None, Tensor]:
+            x = x.detach()  # what is kept must not hold on to who made it, or it stays where no backward pass comes
             storage = x.untyped_storage()
             place, size = storage.data_ptr(), storage.nbytes()
             self._until = self.mode.ledger.copy()
@@ -158,17 +162,18 @@ class Blocks:
         tensors = [a for a in args if isinstance(a, Tensor)]
         lent = [a for a in args if isinstance(a, nn.Module)]
         weights = list(dict.fromkeys(p for m in (module, *lent) for p in m.parameters()))
-        key = (type(module), tuple(_described(a) for a in args), tuple(more.items()), tuple(map(shape_of, weights)))
-        if key not in self._kinds:
-            for _ in range(2):  # what is made once for all layers is there the second time
-                kind = self._tried(module, path, args, more, tensors, weights)
-                if kind is not None:
-                    break
-            if kind is None:
-                return self._pass(module, path, *args, **more)
-            self._kinds[key] = kind
-        run = _Run(self, self._kinds[key], path)
-        results = _Replayed.apply(run, *tensors, *weights)
+        shapes = tuple(more.items()), tuple(map(shape_of, weights))
+        kind = None
+        for _ in range(2):  # what is made once for all layers is there the second time
+            key = (type(module), tuple(map(self._described, args)), *shapes)
+            kind = self._kinds.get(key) or self._tried(module, path, args, more, tensors, weights)
+            if kind is not None:
+                break
+        if kind is None:
+            return self._pass(module, path, *args, **more)
+        self._kinds[key] = kind
+        run = _Run(self, kind, path)
+        results = _Replayed.apply(run, [a for a in args if isinstance(a, At)], *tensors, *weights)
         self.mode.ledger.add(run.kind.rest, self.mode.phase, run.moved)
         return results[0] if run.kind.is_single else results
 
@@ -192,7 +197,11 @@ class Blocks:
             return None
         ends = [r for r in results if r is not None and r.requires_grad]
         asked = [x for x in (*mine, *weights) if x.requires_grad]
-        outer = {_place(t): t for t in self._outside(at)}
+        outer = {
+            _place(x): ((i, name), None if self.mode.is_hollow(x) else x)
+            for i, a in enumerate(at)
+            for name, x in self.around.tensors(a).items()
+        }
         made = {_place(r): i for i, r in enumerate(results) if r is not None}
         with self.mode.section("backward", path) as backward:
             starts = [self.mode.tensor(shape_of(r)) for r in ends]
@@ -209,13 +218,14 @@ class Blocks:
     def _told(self, at: list[At]) -> Any:
         """What a block may have changed in the coordinates that it was given, and that is work or part of a loss.
         Whole numbers that are worked out once for all are neither."""
-        return [list(a.losses) for a in at], [id(x) for x in self._outside(at) if self.mode.is_hollow(x)]
+        return [list(a.losses) for a in at], [id(x) for a in at for x in self.around.hollow(a).values()]
 
-    def _outside(self, at: list[Any]) -> Iterator[Tensor]:
-        """Tensors that all layers read: coordinates, and what was worked out of them."""
-        for a in at:
-            for x in (*vars(a).values(), *a.memo.values()):
-                yield from (y for y in (x if isinstance(x, (tuple, list)) else (x,)) if isinstance(y, Tensor))
+    def _described(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return shape_of(x), x.requires_grad
+        if isinstance(x, At):
+            return self.around.described(x)
+        return x if isinstance(x, (int, float, str, bool, type(None))) else id(x)
 
 
 class _Run(NamedTuple):
@@ -231,12 +241,17 @@ class _Run(NamedTuple):
     def at(self, saved: Saved) -> Saved:
         return saved._replace(block=self.moved(saved.block))
 
+    def outer(self, kept: _Outer, given: list[At]) -> Tensor:
+        """The tensor of the coordinates that this run is given."""
+        place, name = kept.name
+        return self.blocks.around.tensors(given[place])[name] if kept.tensor is None else kept.tensor
+
 
 class _Replayed(torch.autograd.Function):
     """A run of a block by what is known of its kind."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, run: _Run, given: list[At], *tensors: Tensor) -> tuple[Tensor | None, ...]:
         mode, kind = run.blocks.mode, run.kind
         mode.peak = max(mode.peak, mode.live + kind.forward_peak)
         mode.ledger.add(kind.until, mode.phase, run.moved)
@@ -252,8 +267,8 @@ class _Replayed(torch.autograd.Function):
                     result = results[i]
                     assert result is not None
                     rooms.append(result.detach())
-                case _Outer(tensor, saved):
-                    rooms.append(tensor)
+                case _Outer(saved=saved):
+                    rooms.append(run.outer(kept, given))
             run.blocks.told[_place(rooms[-1])] = run.at(saved)
         ctx.run = run
         ctx.save_for_backward(*rooms)  # autograd asks whoever keeps what is saved, here as in a real run
@@ -268,27 +283,22 @@ class _Replayed(torch.autograd.Function):
         mode.peak = max(mode.peak, mode.live + kind.backward_peak)
         mode.ledger.add(kind.backward, mode.phase, ctx.run.moved)
         del kept
-        return None, *(None if s is None else mode.tensor(s) for s in kind.gradients)
+        return None, None, *(None if s is None else mode.tensor(s) for s in kind.gradients)
 
 
 def _sort(
-    place: int, saved: Saved, arguments: dict[int, int], results: dict[int, int], outer: dict[int, Tensor]
-) -> _Fresh | _Argument | _Result | _Outer:
+    place: int, saved: Saved, arguments: dict[int, int], results: dict[int, int],
+    outer: dict[int, tuple[tuple[int, Name], Tensor | None]],
+) -> _Fresh | _Argument | _Result | _Outer:  # fmt: skip
     if place in arguments:
         return _Argument(arguments[place], saved)
     if place in results:
         return _Result(results[place], saved)
-    return _Outer(outer[place], saved) if place in outer else _Fresh(saved)
+    return _Outer(*outer[place], saved) if place in outer else _Fresh(saved)
 
 
 def _place(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
-
-
-def _described(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return shape_of(x), x.requires_grad
-    return x if isinstance(x, (int, float, str, bool, type(None))) else id(x)
 
 
 def _spec_lines(source: str) -> dict[int, str]:

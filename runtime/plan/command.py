@@ -13,10 +13,11 @@ from ..check import program_of
 from ..compile import DTYPES
 from ..errors import UserError
 from ..paths import split_entry, write_text
+from .data import to_json
 from .devices import device as find_device
 from .helping import helps
 from .page import page
-from .plan import Steps, plan, to_json
+from .plan import Steps, plan
 from .search import search, shared
 from .show import candidates_json
 from .step import Feed
@@ -60,7 +61,7 @@ def plan_spec(
     steps = Steps()
     made = plan(program, chosen, machine, precision, feed, steps)
     if batch is not None:
-        made = plan(program, chosen, machine, precision, shared(feed, batch, made.rows), steps)
+        made = plan(program, chosen, machine, precision, shared(feed, batch, made.rows, chosen), steps)
     if made.over:
         made = replace(made, helps=helps(made, steps))
     data = to_json(made)

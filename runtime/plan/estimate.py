@@ -5,7 +5,9 @@ kernel      max(flops / products, bytes / memory, launch), one after the other; 
 collective  latency + bytes on the wire / link, none hidden behind kernels; rings (Thakur et al. 2005):
             all_reduce 2 (t-1)/t n, all_gather and reduce_scatter (t-1)/t n, all_to_all (t-1)/t n of n bytes in all
 link        that inside a node where all ranks of the group are in one, else that between nodes
-step        micro-batches (1 + bubble) + the sums of the step + the optimizer, which reads and writes all its state
+step        micro-batches + the sums of the step + the optimizer, which reads and writes all its state
+pipeline    each rank takes its actions in the schedule's order, as soon as what they read has come; between two stages
+            each way carries one message after the other, behind the kernels of both (`schedules.timeline`)
 """
 
 from __future__ import annotations
@@ -17,20 +19,33 @@ from ..lib.mesh import Mesh
 from .devices import Device
 from .hollow import Ledger, Message
 
+BETWEEN = ("send", "receive")
+"""Messages of two ranks of a pipeline."""
+
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step, by what they go to. `bubble` is a share of the micro-batches' time."""
+    """Seconds of a step, by what they go to. `waiting` is for other stages of a pipeline."""
 
     compute: float
     collectives: dict[str, float]
     sums: float
     optimizer: float
-    bubble: float = 0.0
+    waiting: float = 0.0
+
+    @property
+    def working(self) -> float:
+        """What micro-batches take."""
+        return self.compute + sum(self.collectives.values())
+
+    @property
+    def bubble(self) -> float:
+        """Time that a rank waits for other stages as a share of the time that it works on micro-batches."""
+        return self.waiting / self.working if self.waiting else 0.0
 
     @property
     def total(self) -> float:
-        return (self.compute + sum(self.collectives.values())) * (1 + self.bubble) + self.sums + self.optimizer
+        return self.working + self.waiting + self.sums + self.optimizer
 
 
 def wire_bytes(message: Message, ranks: int) -> float:
@@ -64,15 +79,29 @@ def compute_seconds(ledger: Ledger, device: Device, precision: str) -> float:
     return sum(times * max(w.flops / products, w.bytes / memory, device.launch_s) for w, times in ledger.work.items())
 
 
+def busy_seconds(ledger: Ledger, mesh: Mesh, device: Device, precision: str) -> float:
+    """How long a rank works on a ledger: kernels and collectives. It does not wait for what it sends."""
+    told = (n * seconds(m, mesh, device) for m, n in ledger.messages.items() if m.kind not in BETWEEN)
+    return compute_seconds(ledger, device, precision) + sum(told)
+
+
+def sending_seconds(ledger: Ledger, is_near: bool, device: Device) -> float:
+    """How long what is sent to another stage is on its way, which may be in the same node."""
+    link = (device.inside if is_near else device.between) * device.reached[2]
+    return sum(n * (device.latency_s + m.bytes / link) for m, n in ledger.messages.items() if m.kind == "send")
+
+
 def estimate(
     micro: Ledger, once: Ledger, microbatches: int, state_bytes: int, mesh: Mesh, device: Device, precision: str,
-    bubble: float = 0.0,
+    waiting: float = 0.0,
 ) -> Times:  # fmt: skip
     """The time of a step. `state_bytes` are all that the optimizer reads and writes."""
     collectives: dict[str, float] = {}
     for message, times in micro.messages.items():
+        if message.kind in BETWEEN:
+            continue
         name = "x".join(message.axes)
         collectives[name] = collectives.get(name, 0.0) + microbatches * times * seconds(message, mesh, device)
     sums = sum(times * seconds(m, mesh, device) for m, times in once.messages.items())
     moved = 2 * state_bytes / (device.memory_rate * device.reached[1])
-    return Times(microbatches * compute_seconds(micro, device, precision), collectives, sums, moved, bubble)
+    return Times(microbatches * compute_seconds(micro, device, precision), collectives, sums, moved, waiting)

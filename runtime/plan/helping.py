@@ -29,7 +29,7 @@ def _tried(p: Plan, steps: Steps) -> Iterator[tuple[int, str]]:
             other = plan(p.program, changed, p.device, p.precision, feed, steps)
         except SpecError:
             continue
-        yield max(s.memory.total for s in p.stages) - max(s.memory.total for s in other.stages), what
+        yield p.fullest.memory.total - other.fullest.memory.total, what
 
 
 def _stored(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
@@ -59,7 +59,9 @@ def _fewer(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
 
 
 def _wider(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
-    for axis in _model_axes(p.layout):
+    stages = p.layout.stages
+    deeper = [] if stages is None else [stages.axis]
+    for axis in (*_model_axes(p.layout), *deeper):
         mesh = tuple((a, 2 * n if a == axis else n) for a, n in p.layout.mesh)
         yield replace(p.layout, mesh=mesh), p.feed, f"`mesh {axis} = {dict(mesh)[axis]}`"
 
@@ -72,9 +74,8 @@ def _model_axes(layout: Layout) -> list[str]:
 
 def _recompute(p: Plan) -> Iterator[tuple[Layout, Feed, str]]:
     """The blocks for which most is saved, run again in the backward pass instead."""
-    stage = max(p.stages, key=lambda s: s.memory.total)
     saved: Counter[str] = Counter()
-    for x in stage.step.saved:
+    for x in p.fullest.step.saved:
         name = block_of(x.block).split(".")[-1]
         if "." in x.block and name != "*":
             saved[name] += x.bytes

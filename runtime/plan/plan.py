@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from ...dsl.diagnostics import fail
@@ -13,19 +14,26 @@ from ...lowering.cost import flops_per_token
 from ...lowering.graph import GraphProgram
 from ...lowering.passes.stream import state_bytes, streaming_errors
 from ...lowering.pipeline import lower
-from ..compile import build
-from ..distributed import check_stored
+from ..compile import Artifact, build, module_class
+from ..distributed import check_stored, over_of
 from ..lib.mesh import Axes, Mesh
+from ..lib.pipeline import Pipe
+from ..lib.schedules import order
 from .devices import Device
-from .estimate import Times, estimate, is_inside, wire_bytes
-from .sizes import Held, block_of, held
+from .estimate import Times, busy_seconds, estimate, sending_seconds
+from .schedules import TOWARDS, Box, places_of, timeline, waited
+from .sizes import Held, Ranks, held
+from .staged import Piped, measure_ranks, scheduled
 from .step import Feed, Step, measure
+
+SCHEDULES = ("1f1b", "interleaved")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. `saved` waits for the backward pass of a micro-batch; `working` is the most that a micro-batch
-    holds at once, with what is saved; `caches` is the state of one sequence that is decoded, None where none can be."""
+    """Bytes of one rank. `saved` waits for backward passes, of the micro-batches that are in flight when most does;
+    `working` is the most that they hold at once, with what is saved; `caches` is the state of one sequence that is
+    decoded, None where none can be."""
 
     parameters: int
     gradients: int
@@ -43,10 +51,10 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Ranks that hold the same: all of a mesh without stages, else those of one. `ranks` are (first, how many)."""
+class Group:
+    """Ranks that hold and do the same: all of a mesh without stages, else those that have the same stages."""
 
-    ranks: tuple[int, int]
+    ranks: Ranks
     memory: Memory
     step: Step
     weights: list[Held]
@@ -54,9 +62,28 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """The schedule of a step: what each rank along the axis does when, and `seconds` until all are done. `places` says
+    which of them has each stage, `near` has pairs of them that are in one node wherever they are on other axes."""
+
+    pipe: Pipe
+    schedule: str
+    rows: list[list[Box]]
+    seconds: float
+    places: dict[int, int]
+    near: frozenset[tuple[int, int]]
+
+    @property
+    def bubble(self) -> float:
+        """Time that ranks wait as a share of the time that they work, all ranks together."""
+        idle = sum(waited(row, self.seconds) for row in self.rows)
+        return idle / (self.seconds * len(self.rows) - idle)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a layout asks. `model_flops` are those of a step that the model needs, forward and backward; `mfu` is their
-    share of what the devices could do in the time."""
+    share of what the devices could do in the time. Groups are by their place in the pipeline where there is one."""
 
     program: Program
     layout: Layout
@@ -65,8 +92,9 @@ class Plan:
     feed: Feed
     mesh: Mesh
     rows: int
-    stages: list[Stage]
+    groups: list[Group]
     model_flops: float
+    pipeline: Pipeline | None = None
     helps: list[str] = field(default_factory=list)
 
     @property
@@ -76,42 +104,109 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return max(s.times.total for s in self.stages)
+        return max(g.times.total for g in self.groups)
 
     @property
     def mfu(self) -> float:
         return self.model_flops / (self.seconds * self.layout.ranks * self.device.flops[self.precision])
 
     @property
+    def fullest(self) -> Group:
+        """The ranks that hold most."""
+        return max(self.groups, key=lambda g: g.memory.total)
+
+    @property
     def over(self) -> int:
         """By how many bytes the fullest rank is too full; 0 where all fit."""
-        return max(0, max(s.memory.total for s in self.stages) - self.device.memory)
+        return max(0, self.fullest.memory.total - self.device.memory)
 
 
 def plan(
     program: Program, layout: Layout, device: Device, precision: str, feed: Feed, steps: Steps | None = None
 ) -> Plan:
-    """Plan a step of a layout. Raises `SpecError`: what the shard pass raises, not-built-yet."""
-    refuse(layout)
+    """Plan a step of a layout; one with stages says itself how many micro-batches a step has. Raises `SpecError`: what
+    the shard pass raises, not-built-yet."""
+    check_stored(layout)
     steps = steps or Steps()
+    if layout.stages is not None:
+        if layout.stages.schedule not in SCHEDULES:
+            raise fail("not-built-yet", f"a plan of the schedule `{layout.stages.schedule}` is not built yet",
+                       layout.stages.span)  # fmt: skip
+        feed = replace(feed, microbatches=layout.stages.microbatches)
     artifact = build(program, layout=layout)
-    lowered = artifact.lowered
-    mesh = Mesh({a.name: a.size for a in lowered.laid.mesh.atoms})
-    over = tuple(a for axis in layout.stored_over("optimizer") for a in lowered.laid.mesh.names(axis))
-    step = steps.of(artifact, feed, precision, over)
-    weights = held(lowered, precision)
-    rows, shards = mesh.size(*_row_axes(lowered)), mesh.size(*over)
-    memory = Memory(
-        sum(w.bytes for w in weights), step.gradient_bytes, step.optimizer_bytes, step.constants_bytes,
-        step.saved_bytes, step.working_bytes, device.reserved,
-        None if streaming_errors(lowered) else state_bytes(lowered, feed.seq),
-    )  # fmt: skip
-    moved = memory.optimizer + memory.gradients // shards
-    times = estimate(step.micro, step.once, feed.microbatches, moved, mesh, device, precision)
+    kind = module_class(artifact.source, artifact.name)
+    mesh, over = Mesh(dict(kind.axes)), over_of(artifact, layout)
+    of = _Planned(artifact, layout, device, precision, feed, mesh, over)
+    pipeline = None
+    if kind.pipe is None:
+        every = Ranks(0, layout.ranks, layout.ranks, 1)
+        groups = [of.group(every, steps.of(artifact, feed, precision, over), held(artifact.lowered, precision))]
+    else:
+        groups, pipeline = of.piped(kind.pipe, steps.along(artifact, kind.pipe, feed, precision, over))
     needed = 3 * flops_per_token(steps.whole(program), feed.seq)
-    stage = Stage((0, layout.ranks), memory, step, weights, times)
-    made = Plan(program, layout, device, precision, feed, mesh, rows, [stage], 0.0)
+    made = Plan(program, layout, device, precision, feed, mesh, mesh.size(*kind.rows), groups, 0.0, pipeline)
     return replace(made, model_flops=needed * made.tokens)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is planned, and for what."""
+
+    artifact: Artifact
+    layout: Layout
+    device: Device
+    precision: str
+    feed: Feed
+    mesh: Mesh
+    over: Axes
+
+    def group(self, ranks: Ranks, step: Step, weights: list[Held], waiting: float = 0.0, decodes: bool = True) -> Group:
+        """Ranks that take the same step."""
+        lowered, feed = self.artifact.lowered, self.feed
+        memory = Memory(
+            sum(w.bytes for w in weights), step.gradient_bytes, step.optimizer_bytes, step.constants_bytes,
+            step.saved_bytes, step.working_bytes, self.device.reserved,
+            None if not decodes or streaming_errors(lowered) else state_bytes(lowered, feed.seq),
+        )  # fmt: skip
+        moved = memory.optimizer + memory.gradients // self.mesh.size(*self.over)
+        sums = step.micro, step.once, feed.microbatches, moved
+        times = estimate(*sums, self.mesh, self.device, self.precision, waiting)
+        return Group(ranks, memory, step, weights, times)
+
+    def piped(self, pipe: Pipe, ranks: Sequence[Piped]) -> tuple[list[Group], Pipeline]:
+        """The ranks along the axis of a pipeline, each for all that have the same stages."""
+        orders = [order(place, pipe.size, self.feed.microbatches, pipe.chunks) for place in range(pipe.size)]
+        parts = {stage.number: stage.parts for piped in ranks for stage in piped.stages}
+        places, sizes = places_of(pipe), (self.mesh, self.device, self.precision)
+        near = _near(self.mesh, pipe, self.device.node)
+
+        @cache
+        def busy(kind: str, stage: int) -> float:
+            return busy_seconds(parts[stage][kind].ledger, *sizes)
+
+        @cache
+        def sending(kind: str, stage: int) -> float:
+            way = places[stage], places.get(stage + TOWARDS.get(kind, 0), places[stage])
+            return sending_seconds(parts[stage][kind].ledger, way in near, self.device)
+
+        rows = timeline(pipe, orders, busy, sending)
+        end = max(row[-1].end for row in rows)
+        told = self.layout.stages
+        assert told is not None
+        weights = held(self.artifact.lowered, self.precision)
+        groups = []
+        for place, piped in enumerate(ranks):
+            mine = [w for w in weights if set(pipe.of(place)) & set(pipe.stages_of(w.path))]
+            step = scheduled(piped, orders[place])
+            inner = Ranks.along(self.mesh.axes, pipe.axis, place)
+            groups.append(self.group(inner, step, mine, waited(rows[place], end), decodes=False))
+        return groups, Pipeline(pipe, told.schedule, rows, end, places, near)
+
+
+def _near(mesh: Mesh, pipe: Pipe, node: int) -> frozenset[tuple[int, int]]:
+    """Pairs of places of a pipeline that are in one node for all ranks; ranks are numbered node by node."""
+    nodes = [[rank // node for rank in Ranks.along(mesh.axes, pipe.axis, place).all()] for place in range(pipe.size)]
+    return frozenset((a, b) for a in range(pipe.size) for b in range(pipe.size) if nodes[a] == nodes[b])
 
 
 class Steps:
@@ -119,15 +214,22 @@ class Steps:
 
     def __init__(self) -> None:
         self._steps: dict[Any, Step] = {}
+        self._piped: dict[Any, list[Piped]] = {}
         self._whole: dict[int, GraphProgram] = {}
 
-    def of(self, artifact: Any, feed: Feed, precision: str, over: Axes) -> Step:
+    def of(self, artifact: Artifact, feed: Feed, precision: str, over: Axes) -> Step:
         """The step of an artifact."""
-        lines = (line for line in artifact.source.split("\n") if not line.startswith("    axes = "))
-        key = ("\n".join(lines), replace(feed, microbatches=1), precision, over)
+        key = (_alike(artifact.source), replace(feed, microbatches=1), precision, over)
         if key not in self._steps:
             self._steps[key] = measure(artifact, feed, precision, over)
         return self._steps[key]
+
+    def along(self, artifact: Artifact, pipe: Pipe, feed: Feed, precision: str, over: Axes) -> list[Piped]:
+        """What each rank along the axis of a pipeline does, whatever the number of micro-batches."""
+        key = (_alike(artifact.source), replace(feed, microbatches=1), precision, over, pipe.size, pipe.chunks)
+        if key not in self._piped:
+            self._piped[key] = measure_ranks(artifact, feed, precision, over)
+        return self._piped[key]
 
     def whole(self, program: Program) -> GraphProgram:
         """The program on one device."""
@@ -136,119 +238,8 @@ class Steps:
         return self._whole[id(program)]
 
 
-def refuse(layout: Layout) -> None:
-    """Raises `not-built-yet` for what a plan does not count yet."""
-    if layout.stages is not None:
-        raise fail("not-built-yet", "a plan of stages is not built yet", layout.stages.span)
-    check_stored(layout)
-
-
-def _row_axes(lowered: GraphProgram) -> tuple[str, ...]:
-    """The factors of the mesh over which the rows of a batch are split."""
-    inputs = lowered.model.body.inputs
-    return lowered.model.dims[inputs[0].type.dims[0]].axes if inputs and inputs[0].type.dims else ()
-
-
-# --- as data -----------------------------------------------------------------------------------------
-
-
-def to_json(p: Plan) -> dict[str, Any]:
-    """A plan as plain data."""
-    return {
-        "model": p.program.name,
-        "parameters": p.program.num_parameters(),
-        "layout": p.layout.name,
-        "mesh": dict(p.layout.mesh),
-        "factors": p.mesh.axes,
-        "ranks": p.layout.ranks,
-        "device": p.device.name,
-        "precision": p.precision,
-        "microbatch": p.feed.rows,
-        "seq": p.feed.seq,
-        "microbatches": p.feed.microbatches,
-        "batch": p.rows * p.feed.rows * p.feed.microbatches,
-        "documents": p.feed.documents,
-        "tokens": p.tokens,
-        "fits": not p.over,
-        "over_bytes": p.over,
-        "helps": p.helps,
-        "seconds": p.seconds,
-        "tokens_per_second": p.tokens / p.seconds,
-        "model_flops": p.model_flops,
-        "mfu": p.mfu,
-        "stages": [_stage(p, i, s) for i, s in enumerate(p.stages)],
-    }
-
-
-def _stage(p: Plan, i: int, s: Stage) -> dict[str, Any]:
-    m = s.memory
-    return {
-        "stage": i,
-        "ranks": {"first": s.ranks[0], "count": s.ranks[1]},
-        "parameters": sum(w.count for w in s.weights),
-        "bytes": {**{k: getattr(m, k) for k in m.__dataclass_fields__}, "total": m.total, "capacity": p.device.memory},
-        "blocks": _blocks(p, s),
-        "lines": _lines(s),
-        "collectives": _collectives(p, s),
-        "flops": p.feed.microbatches * sum(n * w.flops for w, n in s.step.micro.work.items()),
-        "times": {
-            "compute": s.times.compute, "collectives": s.times.collectives, "sums": s.times.sums,
-            "optimizer": s.times.optimizer, "bubble": s.times.bubble, "total": s.times.total,
-        },
-        "weights": [
-            {"path": w.path, "dims": list(w.dims), "whole": list(w.whole), "shape": list(w.shape),
-             "split": [list(a) for a in w.splits], "bytes": w.bytes}
-            for w in s.weights
-        ],
-    }  # fmt: skip
-
-
-def _blocks(p: Plan, s: Stage) -> list[dict[str, Any]]:
-    """Parameters, what is saved, operations and bytes sent of each block, iterations in one."""
-    rows: dict[str, dict[str, Any]] = {}
-
-    def row(block: str) -> dict[str, Any]:
-        return rows.setdefault(
-            block, {"block": block, "parameters": 0, "saved": 0, "flops": 0, "messages": 0, "message_bytes": 0}
-        )
-
-    for w in s.weights:
-        row(w.block)["parameters"] += w.count
-    for saved in s.step.saved:
-        row(block_of(saved.block))["saved"] += saved.bytes
-    for work, n in s.step.micro.work.items():
-        row(block_of(work.block))["flops"] += n * work.flops * p.feed.microbatches
-    for message, n in s.step.micro.messages.items():
-        found = row(block_of(message.block))
-        found["messages"] += n * p.feed.microbatches
-        found["message_bytes"] += n * message.bytes * p.feed.microbatches
-    return list(rows.values())
-
-
-def _lines(s: Stage) -> list[dict[str, Any]]:
-    """Lines of the spec by what is saved for them, the most first, with their weights."""
-    saved: Counter[str] = Counter()
-    for x in s.step.saved:
-        saved[x.line] += x.bytes
-    weights: Counter[str] = Counter()
-    for w in s.weights:
-        weights[w.line] += w.bytes
-    order = sorted({*saved, *weights}, key=lambda line: (-saved[line] - weights[line], line))
-    return [{"line": line, "saved": saved[line], "parameters": weights[line]} for line in order]
-
-
-def _collectives(p: Plan, s: Stage) -> list[dict[str, Any]]:
-    """Collectives of a step by phase, kind, axes and line; bytes are those that a rank puts in, wire those it sends."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for ledger, times in ((s.step.micro, p.feed.microbatches), (s.step.once, 1)):
-        for m, n in ledger.messages.items():
-            size = p.mesh.size(*m.axes)
-            row = rows.setdefault(
-                (m.phase, m.kind, m.axes, m.line),
-                {"phase": m.phase, "kind": m.kind, "axes": list(m.axes), "line": m.line, "ranks": size,
-                 "inside_node": is_inside(p.mesh, m.axes, p.device.node), "count": 0, "bytes": 0, "wire_bytes": 0.0},
-            )  # fmt: skip
-            row["count"] += n * times
-            row["bytes"] += n * times * m.bytes
-            row["wire_bytes"] += n * times * wire_bytes(m, size)
-    return list(rows.values())
+def _alike(source: str) -> str:
+    """A module without its numbers of ranks and micro-batches."""
+    lines = source.split("\n")
+    numbers = next((i + 1 for i, line in enumerate(lines) if line.startswith("    pipe = ")), None)
+    return "\n".join(line for i, line in enumerate(lines) if i != numbers and not line.startswith("    axes = "))

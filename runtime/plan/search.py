@@ -30,7 +30,7 @@ def search(
 ) -> list[Candidate]:
     """Every way to share `ranks` out over the axes of a layout, with and without its rules between blocks: those that
     fit by MFU, then those that do not fit by how much, then those that cannot be. With `batch` all take so many rows
-    a step, in as many micro-batches as it takes.
+    a step, in as many micro-batches as it takes; else in one, or with stages in as many as the layout says.
 
     Raises UserError `no-layout-fits` where no candidate can be laid out at all.
     """
@@ -81,9 +81,14 @@ def _tried(
 ) -> Candidate:
     between = any(s.between for s in layout.splits)
     try:
+        if batch is not None and layout.stages is not None:  # as many micro-batches as the batch makes
+            few = replace(layout.stages, microbatches=layout.size(layout.stages.axis))
+            rows = plan(program, replace(layout, stages=few), device, precision, feed, steps).rows
+            many = replace(few, microbatches=shared(feed, batch, rows).microbatches)
+            layout = replace(layout, stages=many)
         made = plan(program, layout, device, precision, feed, steps)
         if batch is not None:
-            made = plan(program, layout, device, precision, shared(feed, batch, made.rows), steps)
+            made = plan(program, layout, device, precision, shared(feed, batch, made.rows, layout), steps)
         return Candidate(layout.mesh, between, made)
     except SpecError as error:
         first = error.diagnostics[0]
@@ -92,21 +97,33 @@ def _tried(
         return Candidate(layout.mesh, between, None, f"{error.code}: {error.message}")
 
 
-def shared(feed: Feed, batch: int, rows: int) -> Feed:
-    """Micro-batches that make a batch of so many rows. Raises UserError `uneven-batch`."""
+def shared(feed: Feed, batch: int, rows: int, layout: Layout | None = None) -> Feed:
+    """Micro-batches that make a batch of so many rows: as many as a layout with stages says. Raises UserError
+    `uneven-batch`."""
     if batch % (rows * feed.rows):
         raise UserError(
             "uneven-batch", f"a batch of {batch} rows is no multiple of {rows} ranks x {feed.rows} rows",
             help=f"{rows * feed.rows * max(1, batch // (rows * feed.rows))} is",
         )  # fmt: skip
-    return replace(feed, microbatches=batch // (rows * feed.rows))
+    many = batch // (rows * feed.rows)
+    told = None if layout is None else layout.stages
+    if told is not None and told.microbatches != many:
+        raise UserError(
+            "uneven-batch",
+            f"the stages are for {told.microbatches} micro-batches a step, and a batch of {batch} rows makes {many} of "
+            f"{rows} ranks x {feed.rows} rows",
+            help=f"--batch {rows * feed.rows * told.microbatches} does, or `microbatches = {many}` in `{layout.name}`"
+            if layout is not None else None,
+        )  # fmt: skip
+    return replace(feed, microbatches=many)
 
 
 def waits(p: Plan | None) -> str:
     """What a step's time goes to, the most first."""
     assert p is not None
-    times = max((s.times for s in p.stages), key=lambda t: t.total)
+    times = max((g.times for g in p.groups), key=lambda t: t.total)
     parts = {"kernels": times.compute, **{f"collectives over {a}": t for a, t in times.collectives.items()},
-             "sums of gradients": times.sums, "the optimizer": times.optimizer}  # fmt: skip
+             "waiting for other stages": times.waiting, "sums of gradients": times.sums,
+             "the optimizer": times.optimizer}  # fmt: skip
     top = sorted(parts.items(), key=lambda item: -item[1])[:2]
     return ", ".join(f"{t / times.total:.0%} {name}" for name, t in top)

@@ -12,8 +12,11 @@ from .search import Candidate
 
 BYTES = (
     ("parameters", "weights"), ("gradients", "gradients"), ("optimizer", "optimizer state"), ("constants", "constants"),
-    ("working", "a micro-batch at most"), ("reserved", "driver and links"),
+    ("working", "micro-batches"), ("reserved", "driver and links"),
 )  # fmt: skip
+
+LEFT = ("phase", "axes", "why", "holds")
+"""Columns of words."""
 
 
 def print_plan(data: dict[str, Any]) -> None:
@@ -24,8 +27,14 @@ def print_plan(data: dict[str, Any]) -> None:
     console.print(f"{data['ranks']:,} x {data['device']} in {data['precision']}")
     console.print(f"a step: {data['batch']:,} rows of {data['seq']:,} tokens, {data['microbatches']} micro-batches of "
                   f"{data['microbatch']} rows a rank")  # fmt: skip
-    for stage in data["stages"]:
-        _print_stage(console, stage)
+    if data["pipeline"] is None:
+        (group,) = data["groups"]
+        console.print(f"\neach of {ranks_of(group)}: {group['parameters']:,} parameters")
+    else:
+        group = max(data["groups"], key=lambda g: g["bytes"]["total"])
+        _print_pipeline(console, data)
+        console.print(f"\nthe fullest, {ranks_of(group)}: {group['parameters']:,} parameters")
+    _print_group(console, group)
     console.print(f"\n{data['seconds']:.4g} s a step, {amount(data['tokens_per_second'])} tokens a second, "
                   f"{amount(data['model_flops'])}FLOP of the model, MFU {data['mfu']:.1%}")  # fmt: skip
     if not data["fits"]:
@@ -34,10 +43,43 @@ def print_plan(data: dict[str, Any]) -> None:
             console.print(f"  {line}")
 
 
-def _print_stage(console: Console, stage: dict[str, Any]) -> None:
-    first, count = stage["ranks"]["first"], stage["ranks"]["count"]
-    held = stage["bytes"]
-    console.print(f"\neach of ranks {first} .. {first + count - 1}: {stage['parameters']:,} parameters")
+def ranks_of(group: dict[str, Any]) -> str:
+    """`ranks 0 .. 7, 16 .. 23, ..` of a group."""
+    runs = group["ranks"]["runs"]
+    named = [f"{first} .. {first + count - 1}" if count > 1 else str(first) for first, count in runs[:3]]
+    return f"rank{'s' * (group['ranks']['count'] > 1)} {', '.join([*named, *['..'] * (len(runs) > 3)])}"
+
+
+def _print_pipeline(console: Console, data: dict[str, Any]) -> None:
+    """A line a stage, with what one micro-batch takes, and a line for the ranks at each place along the axis."""
+    line, groups = data["pipeline"], data["groups"]
+    chunks = f" in {line['chunks']} chunks" if line["chunks"] > 1 else ""
+    console.print(f"\n{line['stages']} stages over `{line['axis']}`, {line['schedule']}{chunks}: "
+                  f"{line['seconds']:.4g} s, in which ranks wait {line['bubble']:.1%} of what they work")  # fmt: skip
+    table = _table("stage", "at", "holds", "parameters", "saved", "in flight", "forward", "backward", "sent")
+    stages = ((stage, i) for i, group in enumerate(groups) for stage in group["stages"])
+    for stage, place in sorted(stages, key=lambda pair: pair[0]["stage"]):
+        table.add_row(
+            str(stage["stage"]), str(place), ", ".join(stage["holds"]), amount(stage["parameters"]),
+            size(stage["saved"]), str(stage["in_flight"]),
+            *(f"{1000 * stage['seconds'][k]:.4g} ms" for k in ("F", "B")), size(sum(stage["sent"].values())),
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+    shown = [(key, name) for key, name in BYTES if key in ("parameters", "gradients", "optimizer", "working")]
+    table = _table("at", "ranks", *(name for _, name in shown), "in all", "share", "waits")
+    for i, group in enumerate(groups):
+        held = group["bytes"]
+        table.add_row(
+            str(i), ranks_of(group).partition(" ")[2], *(size(held[key]) for key, _ in shown), size(held["total"]),
+            f"{held['total'] / held['capacity']:.1%}", f"{group['times']['waiting'] / line['seconds']:.1%}",
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+
+
+def _print_group(console: Console, group: dict[str, Any]) -> None:
+    held = group["bytes"]
     table = _table("", "bytes", "share")
     for key, name in BYTES:
         table.add_row(name, f"{held[key]:,}", f"{held[key] / held['capacity']:.1%}")
@@ -46,26 +88,27 @@ def _print_stage(console: Console, stage: dict[str, Any]) -> None:
     console.print(f"saved for the backward pass: {held['saved']:,} bytes", end="")
     console.print("" if held["caches"] is None else f"; decoding keeps {held['caches']:,} a sequence")
     table = _table("block", "parameters", "saved bytes", "FLOP", "messages")
-    for row in stage["blocks"]:
+    for row in group["blocks"]:
         counts = f"{row['parameters']:,}", f"{row['saved']:,}", amount(row["flops"]), f"{row['messages']:,}"
         table.add_row(row["block"], *counts)
     console.print()
     console.print(table)
     table = _table("line of the spec", "saved bytes", "weight bytes")
-    for row in stage["lines"][:8]:
+    for row in group["lines"][:8]:
         table.add_row(row["line"] or "-", f"{row['saved']:,}", f"{row['parameters']:,}")
     console.print()
     console.print(table)
     table = _table("collective", "phase", "axes", "ranks", "count", "bytes", "on the wire")
-    for row in _merged(stage["collectives"]):
+    for row in _merged(group["collectives"]):
         axes = " x ".join(row["axes"]) + ("" if row["inside_node"] else " (between nodes)")
         table.add_row(row["kind"], row["phase"], axes, str(row["ranks"]), f"{row['count']:,}", f"{row['bytes']:,}",
                       size(row["wire_bytes"]))  # fmt: skip
     console.print()
     console.print(table)
-    times = stage["times"]
+    times = group["times"]
     parts = {"kernels": times["compute"], **{f"over {a}": t for a, t in times["collectives"].items()},
-             "gradient sums": times["sums"], "optimizer": times["optimizer"]}  # fmt: skip
+             **({"waiting": times["waiting"]} if times["waiting"] else {}), "gradient sums": times["sums"],
+             "optimizer": times["optimizer"]}  # fmt: skip
     console.print("time: " + ", ".join(f"{name} {t:.4g} s" for name, t in parts.items()))
 
 
@@ -85,7 +128,7 @@ def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i and column not in ("phase", "axes", "why") else "left")
+        table.add_column(column, justify="right" if i and column not in LEFT else "left")
     return table
 
 
@@ -96,7 +139,7 @@ def candidates_json(found: list[Candidate]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"mesh": dict(c.mesh), "between_blocks": c.between, "why": c.why, "fits": False}
         if c.plan is not None:
             row |= {"fits": not c.plan.over, "over_bytes": c.plan.over, "seconds": c.plan.seconds, "mfu": c.plan.mfu,
-                    "tokens": c.plan.tokens, "bytes": max(s.memory.total for s in c.plan.stages)}  # fmt: skip
+                    "tokens": c.plan.tokens, "bytes": c.plan.fullest.memory.total}  # fmt: skip
         rows.append(row)
     return rows
 

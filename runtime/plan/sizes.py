@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ...dsl.program import Parameter
+from ...dsl.source import Span
 from ...lowering.graph import GraphProgram
 
 
@@ -32,6 +33,35 @@ class Held:
         return self.count * self.width
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Numbers of ranks: `run` of them from `first` on, and the same again `times` times in all, `every` so many."""
+
+    first: int
+    run: int
+    every: int
+    times: int
+
+    @classmethod
+    def along(cls, axes: dict[str, int], axis: str, place: int) -> Ranks:
+        """The ranks of a mesh, the outermost axis first, that are at a place of one of its axes."""
+        names = list(axes)
+        inner = prod(axes[a] for a in names[names.index(axis) + 1 :])
+        return cls(place * inner, inner, axes[axis] * inner, prod(axes[a] for a in names[: names.index(axis)]))
+
+    @property
+    def count(self) -> int:
+        return self.run * self.times
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(first, how many) of neighbours."""
+        return [(self.first + i * self.every, self.run) for i in range(self.times)]
+
+    def all(self) -> list[int]:
+        """Each of them."""
+        return [rank for first, count in self.runs() for rank in range(first, first + count)]
+
+
 def held(program: GraphProgram, precision: str) -> list[Held]:
     """Every weight of a rank. Those that an op keeps in fp32 stay so in any precision."""
     low = 2 if precision == "bf16" else 4
@@ -44,9 +74,12 @@ def _held(program: GraphProgram, p: Parameter, width: int) -> Held:
     if program.laid is not None:
         splits = program.laid.weights[p.body][p.weight.name].splits
     shape = tuple(n // program.laid.mesh.size(a) if a else n for n, a in zip(whole, splits, strict=True))
-    span = p.weight.span
-    line = f"{span.source.name.replace(chr(92), '/').rsplit('/', 1)[-1]}:{span.line}" if span.source.text else ""
-    return Held(p.name, block_of(p.name), line, names, whole, shape, splits, width)
+    return Held(p.name, block_of(p.name), line_of(p.weight.span), names, whole, shape, splits, width)
+
+
+def line_of(span: Span) -> str:
+    """`model.spec:18`, or nothing where no file said it."""
+    return f"{span.source.name.replace(chr(92), '/').rsplit('/', 1)[-1]}:{span.line}" if span.source.text else ""
 
 
 def block_of(path: str) -> str:

@@ -39,10 +39,35 @@ class Feed:
     documents: bool = True
 
 
+@dataclass(frozen=True)
+class Part:
+    """One action of a stage of a pipeline on a micro-batch. `rise` bytes are the most that is there more than when it
+    began; when it has ended `kept` bytes stay for later actions, and `saved` of them wait for the backward pass."""
+
+    ledger: Ledger
+    rise: int
+    kept: int
+    saved: tuple[Saved, ...]
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(s.bytes for s in self.saved)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of a pipeline does with one micro-batch, by the kinds of actions; `in_flight` is of how many
+    micro-batches it keeps something at most, under its schedule."""
+
+    number: int
+    parts: dict[str, Part]
+    in_flight: int = 0
+
+
 @dataclass
 class Step:
-    """What one step of one rank does. `saved` waits for the backward pass of a micro-batch; `working_bytes` is the most
-    that a micro-batch holds at once, what is saved included, weights and gradients not.
+    """What one step of one rank does. `saved` waits for the backward pass, at the moment when most does;
+    `working_bytes` is the most that micro-batches hold at once, what is saved included, weights and gradients not.
 
     `micro` has the work and messages of one micro-batch (phases "counts", "forward", "backward"), `once` those of the
     step (phase "sync"). `optimizer_bytes` are masters, moments and counts of steps, `gradient_bytes` the gradients that
@@ -57,6 +82,7 @@ class Step:
     gradient_bytes: int
     optimizer_bytes: int
     constants_bytes: int
+    stages: tuple[Stage, ...] = ()
 
     @property
     def saved_bytes(self) -> int:
@@ -68,27 +94,33 @@ def measure(artifact: Artifact, feed: Feed, precision: str = "fp32", over: Axes 
 
     Raises `InternalError` where what runs depends on numbers in a way that `Hollow` does not know.
     """
+    with opened(artifact, precision) as (model, blocks):
+        return _step(model, blocks, feed, artifact.lowered, Divided(model, config_of(precision), over))
+
+
+@contextmanager
+def opened(artifact: Artifact, precision: str) -> Iterator[tuple[Model, Blocks]]:
+    """A model without numbers, as rank 0 of its mesh has it, and what runs its blocks. Raises `InternalError` where
+    what runs inside depends on numbers in a way that `Hollow` does not know."""
     program = artifact.lowered
     mode = Hollow(active_share(program))
     with mode, _uncollected():
-        kind = module_class(artifact.source, f"{artifact.name}/model.py")
-        model = kind()
+        model = module_class(artifact.source, f"{artifact.name}/model.py")()
         model.cast(DTYPES[precision]).train()
+        model.artifact = artifact
         names = class_names(program.graphs)
         blocks = Blocks(mode, model, artifact.source, frozenset(names[g] for g in program.emitting))
         model.mesh = Planned(dict(model.axes), mode, blocks.where)
         model.chance = 0
         try:
-            return _step(
-                model,
-                mode,
-                blocks,
-                feed,
-                program,
-                Divided(model, TrainConfig.model_validate({"dtype": precision}), over),
-            )
+            yield model, blocks
         except Unknown:
             raise InternalError(f"what runs in `{mode.block}` depends on numbers of a real run") from None
+
+
+def config_of(precision: str) -> TrainConfig:
+    """How a model of a precision is trained."""
+    return TrainConfig.model_validate({"dtype": precision})
 
 
 @contextmanager
@@ -103,8 +135,9 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _step(model: Model, mode: Hollow, blocks: Blocks, feed: Feed, program: GraphProgram, optimizer: Divided) -> Step:
+def _step(model: Model, blocks: Blocks, feed: Feed, program: GraphProgram, optimizer: Divided) -> Step:
     """As the training loop: counts, losses and gradients, then what is made once a step."""
+    mode = blocks.mode
     for name, weight in optimizer.weights.items():
         if name not in optimizer.summed.places:  # what has become a gradient is counted as one, and no longer as work
             weight.register_post_accumulate_grad_hook(lambda w: mode.settle(w.grad))
@@ -128,28 +161,33 @@ def _step(model: Model, mode: Hollow, blocks: Blocks, feed: Feed, program: Graph
     working = mode.peak - base
     mode.ledger, mode.phase, mode.block, mode.unknown = once, "sync", "", 0.0
     optimizer.gather()
-    wide = [g for n in optimizer.weights if (g := optimizer.gradient(n)) is not None]
-    gradients = sum(g.numel() * g.element_size() for g in wide)
+    gradients = gradient_bytes(optimizer)
     sum_of_parts(model, {n: s.detach().double() for n, s in shares.items()})
     optimizer.reduce()
     optimizer.clip(1.0)
     optimizer.step(1e-3)
     gathered.settle(model.mesh)
     return Step(
-        saved, working, micro, once, _bytes(model.parameters()), gradients, state_bytes(optimizer),
-        _bytes(model.buffers()),
+        saved, working, micro, once, bytes_of(model.parameters()), gradients, state_bytes(optimizer),
+        bytes_of(model.buffers()),
     )  # fmt: skip
 
 
 def state_bytes(optimizer: Optimizer) -> int:
     """What an optimizer holds beside the weights, once it has stepped."""
-    weights = list(optimizer.weights.values())
-    masters = [m for m in optimizer.masters.values() if not any(m is w for w in weights)]
+    weights = set(map(id, optimizer.weights.values()))
+    masters = [m for m in optimizer.masters.values() if id(m) not in weights]
     slots = (x for m in optimizer.masters.values() for x in optimizer.adam.state[m].values())
-    return _bytes([*masters, *slots])
+    return bytes_of([*masters, *slots])
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def gradient_bytes(optimizer: Divided) -> int:
+    """What gradients take, once those of all micro-batches are added up."""
+    return bytes_of(g for n in optimizer.weights if (g := optimizer.gradient(n)) is not None)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """What tensors take that share nothing."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 

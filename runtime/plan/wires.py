@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,13 +19,18 @@ class Planned(Mesh):
 
     def __init__(self, axes: dict[str, int], mode: Hollow, where: Callable[[], tuple[str, str]]) -> None:
         super().__init__(axes)
-        self._mode, self._where = mode, where
+        self._mode, self.where = mode, where
+
+    def stand(self, axis: str, place: int) -> None:
+        """Be another rank from here on: the one at this place of an axis, and first along the others."""
+        self.coordinates = {**dict.fromkeys(self.axes, 0), axis: place}
+        self.rank = place * prod(list(self.axes.values())[list(self.axes).index(axis) + 1 :])
 
     def __getitem__(self, axes: str | Axes) -> Group:
         key = (axes,) if isinstance(axes, str) else axes
         self.check(key)
         mine = copy(self)
-        mine.record = _Book(self._mode, *self._where())  # type: ignore[assignment]
+        mine.record = _Book(self._mode, *self.where())  # type: ignore[assignment]
         return Group(mine, key, _Shapes(self.size(*key), self.place(*key)) if self.size(*key) > 1 else None)
 
 

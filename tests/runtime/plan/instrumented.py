@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from functools import partial
 from weakref import WeakSet
 
 import torch
@@ -12,12 +14,15 @@ from heddle.dsl.layout import layout_of
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import DTYPES, build, module_class
+from heddle.runtime.data import Batch
 from heddle.runtime.lib import Gathered
 from heddle.runtime.lib.laid import global_counts
+from heddle.runtime.lib.pipeline import keep_stages
 from heddle.runtime.lib.simulated import simulate
 from heddle.runtime.plan.step import inputs
 from heddle.runtime.train.config import TrainConfig
 from heddle.runtime.train.divided import Divided
+from heddle.runtime.train.piped import metrics_of, through_stages
 from heddle.runtime.train.rows import sum_of_parts
 
 
@@ -25,7 +30,7 @@ class Held:
     """A tensor that autograd saved, as long as it keeps it."""
 
     def __init__(self, tensor):
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # or an output that is kept would keep whatever made it
 
 
 def artifact(family, layout, model=None):
@@ -84,9 +89,129 @@ def ranks(made, feed, precision="fp32", over=(), seed=0):
             messages.update((phase, r.kind, r.axes, r.bytes) for r in mesh.record[start:end])
             start = end
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        slots = [x for m in optimizer.masters.values() for x in optimizer.adam.state[m].values()]
-        masters = [m for n, m in optimizer.masters.items() if m is not optimizer.weights[n]]
-        state = sum(x.numel() * x.element_size() for x in (*slots, *masters))
-        return saved, messages, weights, state, size
+        return saved, messages, weights, _state(optimizer), size
 
     return simulate(dict(kind.axes) or {"one": 1}, run)
+
+
+def _state(optimizer):
+    slots = [x for m in optimizer.masters.values() for x in optimizer.adam.state[m].values()]
+    masters = [m for n, m in optimizer.masters.items() if m is not optimizer.weights[n]]
+    return sum(x.numel() * x.element_size() for x in (*slots, *masters))
+
+
+# --- pipelines ------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Of one rank in a pipeline: the most bytes that wait for backward passes at once. A storage waits as long as
+    autograd holds it, or the pipeline holds what came into a stage or went out of it."""
+
+    def __init__(self, model):
+        self.own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+        self.packed, self.border, self.most = WeakSet(), WeakSet(), 0
+        for name in [n for n in dir(type(model)) if n.startswith("stage_")]:
+            setattr(model, name, partial(self._stage, getattr(model, name), len(model.scored or model.inputs)))
+
+    def _stage(self, run, inputs, *given):
+        gave = run(*given)
+        taken = given[inputs:-1]  # behind the model's inputs, before the coordinates
+        self.border.update(taken)
+        if isinstance(gave, tuple):
+            self.border.update(gave)
+        return gave
+
+    def look(self):
+        """Called when a pass is over, or the next has not freed anything yet."""
+        held = [h.tensor for h in self.packed] + list(self.border)
+        sizes = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in held)}
+        self.most = max(self.most, sum(size for place, size in sizes.items() if place not in self.own))
+
+    def pack(self, x):
+        self.packed.add(held := Held(x))
+        return held
+
+    def unpack(self, held):
+        self.look()
+        return held.tensor
+
+
+class _Book(list):
+    """Records with the phase that they are of: backward while autograd runs, and for what goes back."""
+
+    def __init__(self):
+        self.is_back = False
+
+    def append(self, record):
+        is_back = self.is_back or "back" in record.axes
+        super().append(("backward" if is_back else "forward", record))
+
+
+def piped_ranks(made, feed, precision="fp32", over=(), seed=0):
+    """As `ranks`, for a layout with stages; a step has as many micro-batches as the layout says."""
+    kind = module_class(made.source, f"{made.name}/model.py")
+    books = threading.local()
+    plain = torch.autograd.backward
+
+    def marked(*args, **more):
+        books.own.is_back = True
+        try:
+            return plain(*args, **more)
+        finally:
+            books.own.is_back = False
+
+    def run(mesh):
+        model = kind()
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.data = torch.randn(p.shape, generator=generator) * 0.1
+        model.cast(DTYPES[precision]).train()
+        model.mesh, model.chance, model.artifact = mesh, 5, made
+        keep_stages(model)
+        optimizer = Divided(model, TrainConfig(dtype=precision), over)
+        batches, more, counts = [], [], {}
+        for _ in range(model.pipe.microbatches):
+            tokens, document, given = inputs(model, made.lowered, feed)
+            tokens = torch.randint(0, model.vocab or 2, tokens.shape, generator=generator)
+            batches.append(Batch(tokens, document, ()))
+            more.append(given)
+        messages = Counter()
+        mesh.record = []
+        for batch, given in zip(batches, more, strict=True):
+            for name, n in model.counts(batch.tokens, batch.document, **given).items():
+                counts[name] = counts.get(name, 0) + n
+        messages.update(("counts", r.kind, r.axes, r.bytes) for r in mesh.record)
+        mesh.record = []
+        counts = global_counts(model, counts)
+        messages.update(("sync", r.kind, r.axes, r.bytes) for r in mesh.record)
+        meter, gathered, rows = Meter(model), Gathered(), model._rows
+        books.own = mesh.record = _Book()
+
+        def looking(*args):
+            meter.look()  # the pass before is over
+            return rows(*args)
+
+        model._rows = looking
+        with saved_tensors_hooks(meter.pack, meter.unpack):
+            through_stages(model, batches, more, counts, gathered)
+        meter.look()
+        end = next(i for i, (_, r) in enumerate(mesh.record) if r.kind == "barrier")
+        for i, (phase, r) in enumerate(mesh.record):
+            messages["sync" if i >= end else phase, r.kind, r.axes, r.bytes] += 1
+        mesh.record = []
+        optimizer.gather()
+        gradients = [optimizer.sums.get(n, p.grad) for n, p in optimizer.weights.items()]
+        size = sum(g.numel() * g.element_size() for g in gradients if g is not None)
+        optimizer.reduce()
+        optimizer.clip(1.0)
+        optimizer.step(1e-3)
+        gathered.settle(mesh, (model.pipe.axis, metrics_of(model)))
+        messages.update(("sync", r.kind, r.axes, r.bytes) for r in mesh.record)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        return meter.most, messages, weights, _state(optimizer), size
+
+    torch.autograd.backward = marked
+    try:
+        return simulate(dict(kind.axes), run)
+    finally:
+        torch.autograd.backward = plain

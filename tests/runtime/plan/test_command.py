@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import pairwise
 
 import pytest
 from typer.testing import CliRunner
@@ -26,6 +28,13 @@ layout tp:
 layout zero = tp with:
     shard optimizer over data
 """
+PIPES = """
+layout pipes:
+    mesh data = 2, pipe = 3, tensor = 2
+    shard vocab, heads, kv_heads, ffn over tensor
+    shard batch, optimizer over data
+    stages over pipe, microbatches = 4
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +57,8 @@ def data(*words):
 
 def test_a_plan_as_data_adds_up():
     found = data("--layout", "tp", "--precision", "bf16", "--batch", 8)
-    (stage,) = found["stages"]
+    (stage,) = found["groups"]
+    assert found["pipeline"] is None and stage["stages"] == []
     held = stage["bytes"]
     names = ("parameters", "gradients", "optimizer", "constants", "working", "reserved")
     assert held["total"] == sum(held[n] for n in names)
@@ -65,19 +75,19 @@ def test_a_plan_as_data_adds_up():
 
 
 def test_micro_batches_repeat_what_a_micro_batch_sends_and_not_the_sums():
-    one, four = (data("--layout", "tp", "--batch", n)["stages"][0]["collectives"] for n in (2, 8))
+    one, four = (data("--layout", "tp", "--batch", n)["groups"][0]["collectives"] for n in (2, 8))
     for a, b in zip(one, four, strict=True):
         assert b["count"] == a["count"] * (1 if a["phase"] == "sync" else 4)
 
 
 def test_a_layout_on_one_rank_sends_nothing():
-    stage = data("--layout", "one")["stages"][0]
+    stage = data("--layout", "one")["groups"][0]
     assert stage["collectives"] == []
     assert stage["parameters"] == data("--layout", "one")["parameters"]
 
 
 def test_a_split_optimizer_leaves_a_part_on_each_rank():
-    plain, split = (data("--layout", name)["stages"][0] for name in ("tp", "zero"))
+    plain, split = (data("--layout", name)["groups"][0] for name in ("tp", "zero"))
     steps = 4 * len(plain["weights"])  # counts of steps are not split
     assert abs(plain["bytes"]["optimizer"] - 2 * split["bytes"]["optimizer"]) <= 16 * steps
     kinds = {(row["phase"], row["kind"], tuple(row["axes"])) for row in split["collectives"]}
@@ -97,7 +107,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(monkeypatch):
     tiny = replace(devices.DEVICES["h100-80g"], memory=400_000, reserved=0)
     monkeypatch.setitem(devices.DEVICES, "h100-80g", tiny)
     found = data("--layout", "tp", "--microbatch", 2)
-    assert not found["fits"] and found["over_bytes"] == found["stages"][0]["bytes"]["total"] - 400_000
+    assert not found["fits"] and found["over_bytes"] == found["groups"][0]["bytes"]["total"] - 400_000
     assert any("`shard optimizer over data` saves" in line for line in found["helps"])
     assert any("--microbatch 1 saves" in line for line in found["helps"])
     assert any("`mesh tensor = 4` saves" in line for line in found["helps"])
@@ -152,15 +162,14 @@ def test_bad_input_is_a_diagnostic(words, code, place):
     assert json.loads(run(*words, "--format", "json", code=2)[0])["diagnostics"][0]["code"] == code
 
 
-@pytest.mark.parametrize("rule", ["stages over tensor", "shard gradients over data"])
-def test_what_is_not_planned_yet_says_so(rule, place):
-    (place / "a.spec").write_text(f"{SPEC}\nlayout more = tp with:\n    {rule}\n")
+def test_what_is_not_planned_yet_says_so(place):
+    (place / "a.spec").write_text(f"{SPEC}\nlayout more = tp with:\n    shard gradients over data\n")
     assert "error[not-built-yet]: " in run("--layout", "more", code=2)[1]
 
 
 def test_what_is_recomputed_is_not_saved_and_costs_more_work(place):
     (place / "a.spec").write_text(f"{SPEC}\nlayout more = tp with:\n    recompute blocks\n")
-    plain, again = (data("--layout", name)["stages"][0] for name in ("tp", "more"))
+    plain, again = (data("--layout", name)["groups"][0] for name in ("tp", "more"))
     assert again["bytes"]["saved"] < plain["bytes"]["saved"] / 2
     assert again["bytes"]["working"] < plain["bytes"]["working"]
     assert plain["flops"] < again["flops"] < 1.34 * plain["flops"]
@@ -168,7 +177,7 @@ def test_what_is_recomputed_is_not_saved_and_costs_more_work(place):
 
 def test_parameters_that_are_stored_in_parts_are_gathered(place):
     (place / "a.spec").write_text(f"{SPEC}\nlayout more = tp with:\n    shard parameters over data\n")
-    plain, parts = (data("--layout", name)["stages"][0] for name in ("tp", "more"))
+    plain, parts = (data("--layout", name)["groups"][0] for name in ("tp", "more"))
     for what in ("parameters", "optimizer"):
         assert parts["bytes"][what] < 0.6 * plain["bytes"][what]
     assert any(row["kind"] == "all_gather" and row["axes"] == ["data"] for row in parts["collectives"])
@@ -177,3 +186,104 @@ def test_parameters_that_are_stored_in_parts_are_gathered(place):
 def test_a_file_without_a_layout(place):
     (place / "a.spec").write_text(SPEC.partition("layout one")[0])
     assert "error[unknown-name]: `a.spec` has no layout" in run(code=2)[1]
+
+
+# --- pipelines -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipes(place):
+    (place / "a.spec").write_text(SPEC + PIPES)
+    return place
+
+
+def test_a_plan_of_stages_as_data_adds_up(pipes):
+    found = data("--layout", "pipes")
+    line, groups = found["pipeline"], found["groups"]
+    assert (line["axis"], line["schedule"], line["stages"], found["microbatches"]) == ("pipe", "1f1b", 3, 4)
+    assert [g["ranks"]["runs"] for g in groups] == [[[0, 2], [6, 2]], [[2, 2], [8, 2]], [[4, 2], [10, 2]]]
+    whole = data("--layout", "tp")["groups"][0]
+    assert sum(g["parameters"] for g in groups) == whole["parameters"]
+    assert [s["holds"] for g in groups for s in g["stages"]] == [
+        ["embedding", "layer 0"], ["layer 1"], ["layer 2", "final", "logits"],
+    ]  # fmt: skip
+    assert found["tokens"] == 2 * 4 * 16 and found["batch"] == 8
+    assert found["seconds"] == max(g["times"]["total"] for g in groups) >= line["seconds"]
+    for group, row, waiting in zip(groups, line["timeline"], line["waiting"], strict=True):
+        (stage,) = group["stages"]
+        assert stage["parameters"] == group["parameters"] and stage["parameter_bytes"] == group["bytes"]["parameters"]
+        assert group["bytes"]["saved"] == stage["in_flight"] * stage["saved"] < group["bytes"]["working"]
+        assert stage["flops"] == group["flops"] > 0
+        assert sum(r["saved"] for r in group["blocks"]) == sum(r["saved"] for r in group["lines"]) == (
+            group["bytes"]["saved"]
+        )  # fmt: skip
+        assert [kind for kind, *_ in row].count("F") == [kind for kind, *_ in row].count("B") == 4
+        assert all(a[4] <= b[3] for a, b in pairwise(row))
+        work = sum(stop - start for *_, start, stop in row)
+        assert work + waiting == pytest.approx(line["seconds"]) and group["times"]["waiting"] == waiting
+        assert work == pytest.approx(4 * sum(stage["seconds"].values()))
+        for message in group["collectives"]:
+            if message["phase"] in ("forward", "backward"):
+                assert ".spec:" in message["line"], message
+            assert message["kind"] != "receive"
+    sent = [r for g in groups for r in g["collectives"] if r["kind"] == "send"]
+    assert all(r["line"] == "a.spec:22" for r in sent)
+    # A node has eight ranks: 6 and 7 are in the first, and send to 8 and 9, which are not.
+    assert [r["inside_node"] for r in sent] == [False, True, False, True]
+
+
+def test_a_batch_makes_the_micro_batches_of_the_stages(pipes):
+    assert data("--layout", "pipes", "--batch", 8) == data("--layout", "pipes")
+    _, err = run("--layout", "pipes", "--batch", 12, code=2)
+    assert "error[uneven-batch]: the stages are for 4 micro-batches a step, and a batch of 12 rows makes 6" in err
+    assert "--batch 8 does, or `microbatches = 6` in `pipes`" in err
+
+
+def test_a_search_ranks_pipelines_too(pipes):
+    rows = data("--layout", "pipes", "--search", 6, "--batch", 12)["candidates"]
+    fit = [row for row in rows if row["fits"]]
+    assert {row["mesh"]["pipe"] for row in fit} == {1, 2, 3}
+    assert all(row["tokens"] == 12 * 16 for row in fit)
+    assert any("waiting for other stages" in row["why"] for row in fit)
+    (deep,) = (row["why"] for row in rows if row["mesh"]["pipe"] == 6)
+    assert deep.startswith("stages-do-not-fit")
+    few = data("--layout", "pipes", "--search", 2)["candidates"]
+    assert few and all(row["tokens"] == 4 * 16 * row["mesh"]["data"] for row in few)
+
+
+def test_deeper_pipelines_help_what_does_not_fit(pipes, monkeypatch):
+    from dataclasses import replace
+
+    from heddle.runtime.plan import devices
+
+    tiny = replace(devices.DEVICES["h100-80g"], memory=100_000, reserved=0)
+    monkeypatch.setitem(devices.DEVICES, "h100-80g", tiny)
+    found = data("--layout", "pipes", "--set", "pipes.mesh.pipe=1", "--set", "layers=4")
+    assert any("`mesh pipe = 2` saves" in line for line in found["helps"])
+    found = data("--layout", "pipes", "--set", "layers=3")
+    assert not found["fits"] and all("mesh pipe" not in line for line in found["helps"])  # 3 layers, 6 stages
+
+
+def test_tables_and_page_of_a_pipeline(pipes):
+    out, _ = run("--layout", "pipes", "--html", "plan.html")
+    for words in ("3 stages over `pipe`, 1f1b", "flight", "wait", "the fullest, ranks 0 .. 1, 6 .. 7", "waiting"):
+        assert words in out
+    page = (pipes / "plan.html").read_text()
+    assert "http" not in page and page.count("<details") == 3
+    found = data("--layout", "pipes")
+    titles = re.findall(r"<title>(forward|backward) of micro-batch (\d+) on stage (\d+): ", page)
+    boxes = [(kind, str(batch), str(stage)) for row in found["pipeline"]["timeline"] for kind, batch, stage, *_ in row]
+    assert [(kind[0].upper(), batch, stage) for kind, batch, stage in titles] == boxes
+    bars = re.findall(r"<td>rank (\d+)</td>", page)
+    assert bars == [str(rank) for rank in range(12)]
+    assert "ranks 2, 8: kv_heads[0:1]" in page  # of those that have the second stage
+    run("--layout", "pipes", "--html", "again.html")
+    assert (pipes / "again.html").read_text() == page
+
+
+def test_a_long_timeline_scrolls_and_shows_its_beginning(pipes):
+    (pipes / "a.spec").write_text(SPEC + PIPES.replace("microbatches = 4", "microbatches = 1200"))
+    run("--layout", "pipes", "--html", "plan.html")
+    page = (pipes / "plan.html").read_text()
+    assert "The same with the numbers of micro-batches, its beginning; it scrolls." in page
+    assert 3 * 2 * 1200 < page.count("<rect") < 3 * 2 * 1200 + 6500

@@ -1,5 +1,6 @@
 """Figures that papers print, from a spec: Narayanan et al. 2021 (sizes, operations, volumes, schedules) and Korthikanti
-et al. 2022 (activation memory). Symbols are theirs: a heads, h hidden, l layers, s tokens, b rows, t tensor ranks."""
+et al. 2022 (activation memory). Symbols are theirs: a heads, h hidden, l layers, s tokens, b rows, t tensor ranks, p
+stages, m micro-batches, v chunks."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from heddle.lowering.cost import flops_per_token
 from heddle.lowering.pipeline import lower
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build
+from heddle.runtime.lib.pipeline import Pipe
 from heddle.runtime.lib.schedules import order
+from heddle.runtime.plan.data import to_json
 from heddle.runtime.plan.devices import device
 from heddle.runtime.plan.estimate import wire_bytes
 from heddle.runtime.plan.hollow import Message
 from heddle.runtime.plan.plan import plan
-from heddle.runtime.plan.schedules import bubble, held
+from heddle.runtime.plan.schedules import bubble, held, timeline, waited
 from heddle.runtime.plan.step import Feed, measure
 
 V, S = 51200, 2048
@@ -165,7 +168,7 @@ def test_gradients_of_data_ranks_are_summed_once_by_a_ring():
     for d in (2, 4, 8):
         made = replace(layout, mesh=(("data", d), ("tensor", 1)))
         p = plan(program, made, device("a100-80g"), "fp32", Feed(1, 32))
-        sums = {m: n for m, n in p.stages[0].step.once.messages.items() if m.bytes > 8}
+        sums = {m: n for m, n in p.groups[0].step.once.messages.items() if m.bytes > 8}
         assert sum(m.bytes * n for m, n in sums.items()) == 4 * program.num_parameters()
         wire = sum(wire_bytes(m, d) * n for m, n in sums.items())
         assert wire == pytest.approx(2 * (d - 1) / d * 4 * program.num_parameters())
@@ -235,3 +238,86 @@ def test_bubbles_are_what_ranks_wait(p, v, m, share):
     assert bubble(p, m, v) == share
     assert finish([order(r, p, m, v) for r in range(p)], p * v, p) == pytest.approx(3 * m * v * (1 + share))
     assert finish([order(r, p, m) for r in range(p)], p, p) == pytest.approx(3 * m * (1 + bubble(p, m)))
+    for chunks in (1, v):
+        orders = [order(r, p, m, chunks) for r in range(p)]
+        rows = timeline(Pipe("pipe", p, chunks, m, ()), orders, lambda kind, _: 1 + (kind == "B"), lambda *_: 0.0)
+        end = max(row[-1].end for row in rows)
+        assert end == finish(orders, p * chunks, p)
+        assert all(waited(row, end) / (end - waited(row, end)) == bubble(p, m, chunks) for row in rows)
+
+
+# --- pipelines -----------------------------------------------------------------------------------
+
+PIPES = (
+    GPT
+    + """
+layout pipes:
+    mesh data = 1, pipe = 2, tensor = 1
+    shard vocab, heads, kv_heads?, ffn over tensor
+    shard batch over data
+    stages over pipe, microbatches = 16
+
+layout chunks = pipes with:
+    stages over pipe, schedule = interleaved(chunks = 2), microbatches = 16
+
+layout pipes_sp = pipes with:
+    shard seq over tensor between blocks
+"""
+)
+
+
+def piped(layout, p, t, b, layers, h=512, a=16, s=256):
+    program, made = gpt(layout, PIPES, layers=layers, hidden=h, heads=a, context=s)
+    made = replace(made, mesh=(("data", 1), ("pipe", p), ("tensor", t)))
+    return plan(program, made, device("a100-80g"), "bf16", Feed(b, s, 1, documents=False))
+
+
+@pytest.mark.parametrize(("layout", "v"), [("pipes", 1), ("chunks", 2)])
+@pytest.mark.parametrize(("p", "t", "b"), [(2, 1, 1), (4, 2, 3)])
+def test_activation_memory_of_the_first_stage(layout, v, p, t, b):
+    """What the layers of rank 0 keep: sbh l (10 + 24/t), whatever p is (2022, equation 5), for p of the l/p layers of its
+    stage are in flight; interleaved (1 + (p - 1)/(p v)) times as much. Of each layer as above."""
+    a, h, s = 16, 512, 256
+    layer = s * b * h * (10 + 24 / t) + 2 * 2 * 4 * s * b + 4 * a * s * b // t + 2 * 2 * s * b * h
+    few, many = (piped(layout, p, t, b, layers) for layers in (8, 16))
+    more = many.groups[0].memory.saved - few.groups[0].memory.saved
+    assert more == (16 - 8) * (1 + (p - 1) / (p * v) * (v > 1)) * layer
+    if v == 1:  # of at most p - r micro-batches (2021, section 2.2)
+        assert [[stage.in_flight for stage in g.step.stages] for g in many.groups] == [[p - r] for r in range(p)]
+    if v == 2:  # chunks in flight of rank r, all of a size but the last, which has the head
+        first = many.groups[0]
+        each = first.step.stages[1].parts["F"].saved_bytes
+        assert round(first.memory.saved / each) == (v - 1) * p + 2 * (p - 1) + 1
+
+
+@pytest.mark.parametrize(("layout", "v"), [("pipes", 1), ("chunks", 2), ("pipes_sp", 1)])
+@pytest.mark.parametrize(("p", "t", "b"), [(2, 2, 1), (4, 1, 3)])
+def test_volumes_between_stages(layout, v, p, t, b):
+    """bsh each way between neighbours for each micro-batch, in 16 bits, v times that interleaved (2021, section 2.2);
+    where the sequence is split a rank sends its part."""
+    m, one = 16, 2 * b * 256 * 512 // (t if layout == "pipes_sp" else 1)
+    for r, group in enumerate(piped(layout, p, t, b, 8).groups):
+        sent = Counter()
+        for message, n in group.step.micro.messages.items():
+            if message.kind == "send":
+                assert message.bytes == one and message.axes[0] == "pipe"
+                sent[message.phase] += n
+        forward, backward = v - (r == p - 1), v - (r == 0)
+        assert sent == +Counter({"forward": forward, "backward": backward})
+    found = to_json(piped(layout, p, t, b, 8))["groups"][0]["collectives"]
+    (row,) = (row for row in found if row["kind"] == "send" and row["phase"] == "forward")
+    assert (row["axes"], row["count"], row["bytes"]) == (["pipe"], m * v, m * v * one)
+
+
+def test_bubble_of_a_plan_with_alike_stages_and_fast_links():
+    """What ranks wait of what they work is (p - 1)/(v m), as far as stages take equally long: all do here but the first
+    and the last."""
+    fast = replace(device("a100-80g"), inside=1e30, between=1e30, latency_s=0.0)
+    for layout, p, v in (("pipes", 2, 1), ("pipes", 4, 1), ("chunks", 4, 2)):
+        program, made = gpt(layout, PIPES, layers=32, hidden=512, heads=16, context=256, vocab=16)
+        made = replace(made, mesh=(("data", 1), ("pipe", p), ("tensor", 1)))
+        found = plan(program, made, fast, "bf16", Feed(1, 256, 1, documents=False)).pipeline
+        work = [sum(box.end - box.start for box in row) for row in found.rows]
+        assert max(work) < 1.15 * min(work)
+        ideal = max(work) * (1 + bubble(p, 16, v))
+        assert bubble(p, 16, v) * min(work) < found.seconds - min(work) and found.seconds < 1.01 * ideal
