@@ -25,6 +25,7 @@ from ..train.optimizer import Optimizer
 from ..train.rows import sum_of_parts
 from .blocks import Blocks, Saved
 from .hollow import Hollow, Ledger, Unknown
+from .uncompiled import uncompiled
 from .wires import Planned
 
 
@@ -104,7 +105,7 @@ def opened(artifact: Artifact, precision: str) -> Iterator[tuple[Model, Blocks]]
     what runs inside depends on numbers in a way that `Hollow` does not know."""
     program = artifact.lowered
     mode = Hollow(active_share(program))
-    with mode, _uncollected():
+    with uncompiled(), mode, _uncollected():
         model = module_class(artifact.source, f"{artifact.name}/model.py")()
         model.cast(DTYPES[precision]).train()
         model.artifact = artifact

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -261,3 +263,26 @@ def test_a_schedule_that_stands_still_is_no_timeline():
     orders[0], orders[1] = orders[1], orders[0]
     with pytest.raises(InternalError, match="stands still"):
         timeline(Pipe("pipe", 2, 1, 1, ()), orders, lambda *_: 1.0, lambda *_: 0.0)
+
+
+# --- what PyTorch loads --------------------------------------------------------------------------
+
+PLAIN = """
+import sys, torch
+from heddle.runtime.plan.uncompiled import uncompiled
+wrapped = torch.optim.Optimizer.add_param_group.__wrapped__
+with uncompiled():
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    torch.optim.AdamW([weight]).step()
+    assert hasattr(wrapped, "__dynamo_disable")
+assert not any(name.startswith("torch._dynamo") for name in sys.modules)
+assert not hasattr(wrapped, "__dynamo_disable")
+with uncompiled():
+    assert torch._dynamo.config.verbose is False  # asked for more: it is loaded
+assert torch._dynamo.__file__ and wrapped is torch.optim.Optimizer.add_param_group.__wrapped__
+"""
+
+
+def test_a_plan_does_not_load_the_compiler():
+    subprocess.run([sys.executable, "-c", PLAIN], check=True, timeout=120)
