@@ -11,7 +11,7 @@ from .show import ranks_of
 PAGE, MOST_WIDTH, RIGHT = 990, 12_000, 84  # pixels: of all, of a picture that scrolls, of what stands right of it
 ROW, GAP, TOP, AXIS = 26, 6, 6, 26
 DIGIT, MARGIN = 5.5, 1.9  # of a number in a box: what a digit takes, and what is beside it
-MOST_BOXES = 6_000
+MOST_BOXES, MOST_OF_ALL = 6_000, 20_000  # with numbers, and of a picture of all that a browser draws at once
 SHADES = {"F": ("#2f5f93", "#c3d8ec"), "B": ("#b4552d", "#f3d3bd")}
 NAMES = {"F": "forward", "B": "backward"}
 
@@ -32,10 +32,12 @@ def drawing(data: dict[str, Any]) -> str:
     def framed(picture: str) -> str:
         return _framed(data, names, left, picture)
 
-    parts = [_legend(line["chunks"]), framed(_picture(line, width, end))]
+    parts = [_legend(line["chunks"])]
+    if len(boxes) <= MOST_OF_ALL:
+        parts.append(framed(_picture(line, width, end)))
     if wide > width:
         shown = end * min(1.0, MOST_BOXES / len(boxes))
-        words = "The same with the numbers of micro-batches" + (", its beginning" if shown < end else "")
+        words = "The schedule with the numbers of micro-batches" + (", its beginning" if shown < end else "")
         parts += [f"<p>{words}; it scrolls.</p>", framed(_picture(line, max(width, round(wide * shown / end)), shown))]
     return "\n".join(parts)
 

@@ -18,6 +18,7 @@ from ..lib.pipeline import Pipe, keep_stages
 from ..lib.schedules import Action
 from ..train.divided import Divided
 from ..train.piped import metrics_of
+from .alike import alike
 from .blocks import Blocks, Saved
 from .hollow import Ledger
 from .sizes import line_of
@@ -43,11 +44,21 @@ class Piped:
 
 
 def measure_ranks(artifact: Artifact, feed: Feed, precision: str = "fp32", over: Axes = ()) -> list[Piped]:
-    """What each rank along the axis of a pipeline does, the first along all others. Raises as `measure`."""
+    """What each rank along the axis of a pipeline does, the first along all others; those that are alike but for their
+    layers' numbers are run once. Raises as `measure`."""
     with opened(artifact, precision) as (model, blocks):
         pipe: Pipe = model.pipe  # type: ignore[assignment]
         run = _Ranks(model, blocks, artifact, feed, over, precision)
-        return [run.rank(place) for place in range(pipe.size)]
+        known: dict[Any, Piped] = {}
+        found = []
+        for place in range(pipe.size):
+            key = alike(artifact.lowered, pipe, place)
+            piped = known[key] if key in known else run.rank(place)
+            if key is not None:
+                known[key] = piped
+            stages = zip(piped.stages, pipe.of(place), strict=True)
+            found.append(replace(piped, stages=tuple(replace(stage, number=number) for stage, number in stages)))
+        return found
 
 
 class _Ranks:
@@ -80,6 +91,7 @@ class _Ranks:
         """A step of the rank at a place, as the training loop has it."""
         model, mode = self.model, self.mode
         self.mesh.stand(self.pipe.axis, place)
+        mode.ledger = Ledger()  # the optimizer is made once a run, not in a step
         with self._held():
             optimizer = Divided(model, self.config, self.over)
             for stated in (self.gathered.sums, self.gathered.partial, self.gathered.means):

@@ -285,5 +285,5 @@ def test_a_long_timeline_scrolls_and_shows_its_beginning(pipes):
     (pipes / "a.spec").write_text(SPEC + PIPES.replace("microbatches = 4", "microbatches = 1200"))
     run("--layout", "pipes", "--html", "plan.html")
     page = (pipes / "plan.html").read_text()
-    assert "The same with the numbers of micro-batches, its beginning; it scrolls." in page
+    assert "The schedule with the numbers of micro-batches, its beginning; it scrolls." in page
     assert 3 * 2 * 1200 < page.count("<rect") < 3 * 2 * 1200 + 6500
