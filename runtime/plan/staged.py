@@ -94,6 +94,7 @@ class _Ranks:
         mode.ledger = Ledger()  # the optimizer is made once a run, not in a step
         with self._held():
             optimizer = Divided(model, self.config, self.over)
+            self.settled = {id(optimizer.weights[name]) for name in optimizer.summed.places}  # these have their room
             for stated in (self.gathered.sums, self.gathered.partial, self.gathered.means):
                 stated.clear()
             each = mode.ledger = Ledger()
@@ -111,11 +112,13 @@ class _Ranks:
             optimizer.reduce()
             optimizer.clip(1.0)
             optimizer.step(1e-3)
+            state = state_bytes(optimizer)
+            optimizer.summed.let_go()  # the next rank has an optimizer of its own
             self.gathered.settle(self.mesh, (self.pipe.axis, metrics_of(model)))
             mode.unknown = None
             self.settled.clear()
             return Piped(
-                stages, each, once, bytes_of(model.parameters()), gradients, state_bytes(optimizer),
+                stages, each, once, bytes_of(model.parameters()), gradients, state,
                 bytes_of((*model.buffers(), *model.tied.values())),
             )  # fmt: skip
 

@@ -46,8 +46,7 @@ class SideBySide:
                 self.buckets.append(Bucket(axes, tuple(name for name, _ in bucket), flat))
                 for (name, p), piece in zip(bucket, flat.split(sizes), strict=True):
                     self.places[name] = piece.view(p.shape)
-        for name, weight in self.weights.items():
-            weight.register_post_accumulate_grad_hook(partial(self._added, name))
+        self._hooks = [w.register_post_accumulate_grad_hook(partial(self._added, n)) for n, w in self.weights.items()]
         self._lend()
 
     def _added(self, name: str, weight: Tensor) -> None:
@@ -61,6 +60,13 @@ class SideBySide:
         assert weight.grad is not None
         self.put(name, weight.grad, more=name in self.has)
         weight.grad = self.places[name] if weight.dtype == self.places[name].dtype else None
+
+    def let_go(self) -> None:
+        """Parameters have gradients of their own again."""
+        for hook in self._hooks:
+            hook.remove()
+        for weight in self.weights.values():
+            weight.grad = None
 
     def _lend(self) -> None:
         """Let autograd add where the gradients lie."""

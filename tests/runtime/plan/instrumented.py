@@ -200,7 +200,7 @@ def piped_ranks(made, feed, precision="fp32", over=(), seed=0):
             messages["sync" if i >= end else phase, r.kind, r.axes, r.bytes] += 1
         mesh.record = []
         optimizer.gather()
-        gradients = [optimizer.sums.get(n, p.grad) for n, p in optimizer.weights.items()]
+        gradients = [optimizer.gradient(n) for n in optimizer.weights]
         size = sum(g.numel() * g.element_size() for g in gradients if g is not None)
         optimizer.reduce()
         optimizer.clip(1.0)
