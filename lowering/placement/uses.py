@@ -96,6 +96,8 @@ def cut_of(node: Node, graph: Values, dim: str, together: Any) -> Cut | None:
         if (parts := _parts(op, node, dim, together)) is not None:
             return Cut((dim,), "parallel", parts=parts)
         return Cut((dim,), "lift") if op.lift is not None else None
+    if len({roles[f] for f in cut}) > 1 and any(roles[f] == "contract" for f in cut):
+        return None  # one dim in two places: summed away in one (scores), kept in the other (values)
     if any(f in op.rigid or f in op.coupled or f in op.index and f not in op.offset for f in cut):
         return None
     joint = _joint(op, node, graph, dim, together)

@@ -25,7 +25,7 @@ from heddle.runtime.check import program_of
 
 from .decoders import VOCAB, decoders, program
 from .mutants import Mutant, mutants
-from .sharded import BASES, HARMLESS, Twin
+from .sharded import BASES, BIASED, HARMLESS, Twin
 
 TWINS = sorted(str(p.relative_to(shipped_folder())) for p in shipped_folder().glob("*/tiny*.spec"))
 TWINS += ["lra/listops.spec", "lra/text.spec"]
@@ -105,6 +105,12 @@ def test_no_mistake_that_changes_a_number_is_accepted(data: Any) -> None:
     mutant = data.draw(st.sampled_from(mistakes(base)))
     if not prove(mutant.program):
         assert base.far(mutant) < HARMLESS, f"{base}: {mutant}"
+
+
+def test_a_dim_that_one_op_sums_away_and_keeps_is_not_cut_there() -> None:
+    """Scores are sums over `head_dim`, values have it: an `attend` of parts would be a softmax of parts."""
+    base = Twin(BIASED, "mesh tensor = 2\nshard head_dim over tensor")
+    assert prove(base.sharded) == () and base.far(Mutant("none", "", base.sharded)) < HARMLESS
 
 
 def test_a_finding_says_what_where_and_over_which_factor() -> None:
