@@ -282,11 +282,12 @@ class _ObjectiveWriter(Writer):
 
 
 def _grouped(lines: list[Line]) -> list[Line]:
-    """Lines with the spec line only where it changes."""
-    out, last = [], ""
+    """Lines with the spec line, and the reason below it, only where they change."""
+    out, last, why = [], "", ""
     for line in lines:
-        out.append(replace(line, spec=line.spec if line.spec != last else ""))
-        last = line.spec or last
+        is_new = line.spec != last
+        out.append(replace(line, spec=line.spec if is_new else "", why=line.why if is_new or line.why != why else ""))
+        last, why = line.spec or last, line.why
     return out
 
 

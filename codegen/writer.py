@@ -25,11 +25,13 @@ NAMED_MASKS = {"key.position <= query.position": "CAUSAL", "true": "FULL"}
 
 @dataclass
 class Line:
-    """A line of a method, with the line of the spec that asked for it."""
+    """A line of a method, with the line of the spec that asked for it, and why it is as it is, where it could be
+    otherwise."""
 
     text: str
     spec: str = ""
     depth: int = 0
+    why: str = ""
 
 
 @dataclass
@@ -276,7 +278,7 @@ class Writer:
             if node.op == "loop":
                 lines.extend(self._loop(node, spec))
             else:
-                lines.append(Line(f"{targets} = {self.call(node)}", spec))
+                lines.append(Line(f"{targets} = {self.call(node)}", spec, why=node.attr("why", "")))
         return lines
 
     def _loop(self, node: Node, spec: str) -> list[Line]:
@@ -431,7 +433,7 @@ class Writer:
             body += [Line("if at.gathered is not None:"), *(replace(line, depth=line.depth + 1) for line in stated)]
         elif body and len(self.graph.body.outputs) == 1 and body[-1].text.startswith(f"{result} = "):
             last = body.pop()
-            body.append(Line(f"return {last.text.split(' = ', 1)[1]}", last.spec))
+            body.append(replace(last, text=f"return {last.text.split(' = ', 1)[1]}"))
             result = ""
         return Class(
             self.classes[self.graph.name],

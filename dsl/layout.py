@@ -14,6 +14,7 @@ from .diagnostics import Diagnostic, Label, SpecError, did_you_mean, fail, liste
 from .load import File
 from .selectors import Selector, read
 from .source import NOWHERE, Span
+from .ways import Way, ways_of
 
 STORED = ("parameters", "gradients", "optimizer")
 """What is split where it is stored only: no dim of the model."""
@@ -66,7 +67,8 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on a mesh of ranks. `stored` says which axes split parameters, gradients or optimizer state."""
+    """How a model lies on a mesh of ranks. `stored` says which axes split parameters, gradients or optimizer state;
+    `ways` how parts of it are computed where their sequence is split: later ones win."""
 
     name: str
     mesh: tuple[tuple[str, int], ...]
@@ -74,6 +76,7 @@ class Layout:
     stored: tuple[tuple[str, tuple[str, ...], Span], ...] = ()
     stages: Stages | None = None
     recompute: tuple[Selector, ...] = ()
+    ways: tuple[Way, ...] = ()
     expects: tuple[Expectation, ...] = ()
     span: Span = field(default=NOWHERE, compare=False, repr=False)
     mesh_span: Span = field(default=NOWHERE, compare=False, repr=False)
@@ -107,7 +110,7 @@ def layouts(file: File) -> list[str]:
 def layout_of(file: File, name: str | None = None, sizes: Mapping[str, int] | None = None) -> Layout:
     """The layout of a file, the one named or else its last. `sizes` are other sizes of axes of its mesh.
 
-    Raises `SpecError`: unknown-name, wrong-type, out-of-range, not-built-yet, and what selectors raise.
+    Raises `SpecError`: unknown-name, wrong-type, out-of-range, not-built-yet, and what ways and selectors raise.
     """
     known = layouts(file)
     span = Span(file.source, 0, 0)
@@ -168,12 +171,16 @@ def _with(layout: Layout, rule: sx.Rule) -> Layout:
             made = Expectation(rule.what, rule.per, rule.comparison, bound, rule.span)
             rest = tuple(e for e in layout.expects if (e.what, e.per) != (rule.what, rule.per))
             return replace(layout, expects=(*rest, made))
+        case sx.Apply():
+            made_ways = ways_of(rule, _numbers)
+            said = {w.selector.steps for w in made_ways}
+            return replace(layout, ways=(*(w for w in layout.ways if w.selector.steps not in said), *made_ways))
         case sx.Scoped():
             what = "another mesh inside a block (folding)"
         case _:
-            what = "choosing how an op is laid out"
+            what = "a setting of a layout"
     raise fail("not-built-yet", f"{what} is not built yet", rule.span,
-               help="`shard`, `stages`, `recompute` and `expect` are")  # fmt: skip
+               help="`shard`, `stages`, `recompute`, `expect` and ways (`attend: ring`) are")  # fmt: skip
 
 
 def _sharded(layout: Layout, rule: sx.Shard) -> Layout:

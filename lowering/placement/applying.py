@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ...dsl.program import Node, Value
+from ...dsl.program import Node
 from ..graph import op_of, renamed_attrs
-from .choosing import Choosing
+from .exchanging import Exchanging
 from .growing import Growing, View
-from .types import I, M, N, P, Place, R, V, everywhere
+from .types import N, V, everywhere
 from .uses import slots
 from .values import Chosen
 
 
-class Applying(Choosing):
+class Applying(Exchanging):
     """Adds uses of ops."""
 
     def _op(self, node: Node) -> None:
@@ -67,14 +67,15 @@ class Applying(Choosing):
             attrs = (*attrs, ("axes", met))
         bindings = tuple((f, tuple(self._bound(f, d, chosen, node) for d in ds)) for f, ds in node.bindings)
         self._add(replace(node, operands=tuple(operands), attrs=attrs, bindings=bindings), result_places)
+        if chosen.moved:
+            self.moved.update(dict.fromkeys((r.name for r in node.results), chosen.why))
 
     def _dims_of(self, node: Node) -> set[str]:
         have = {d for r in node.results for d in r.type.dims} | {d for _, ds in node.bindings for d in ds}
         return have | {d for o in node.operands if o is not None for d in self.values[o].type.dims}
 
     def _cut_atoms(self, dim: str, chosen: Chosen) -> tuple[str, ...]:
-        atoms = (a for a, c in chosen.cuts.items() if dim in c.dims)
-        return tuple(sorted(atoms, key=self.order.index))
+        return tuple(a for a in self._inwards(chosen) if a in chosen.cuts and dim in chosen.cuts[a].dims)
 
     def _cut_name(self, dim: str, chosen: Chosen) -> str:
         return self.local(dim, self._cut_atoms(dim, chosen))
@@ -87,46 +88,17 @@ class Applying(Choosing):
         return self.local(dim, atoms)
 
     def _operand(self, i: int, name: str, slot: Any, chosen: Chosen, node: Node) -> str:
-        role, dims = slot
-        here = self.places[name]
-        want = here
-        is_weight = name in self.weights
-        carries = self._carries(name) or is_weight and self.weights[name].trained
-        for atom in self.order:
-            cut = chosen.cuts.get(atom)
-            target: str | int
-            if cut is not None:
-                at = next((j for j, (d, _) in enumerate(dims) if d in cut.dims and (i, d) not in cut.whole), None)
-                mate, own = role in cut.mates, role in op_of(node).handed
-                target = at if at is not None else P if mate else V if own else R if carries else N
-            else:
-                letter = chosen.letters[atom]
-                target = letter if letter != P else P if here.letter(atom) == P else R if carries else N
-                if not carries and target in (R, I):
-                    target = N
-            if is_weight and carries and self.loose:
-                noted = self.s.wants.setdefault(self.graph.name, {}).setdefault(name, {}).setdefault(atom, set())
-                if not isinstance(here.on(atom), int):
-                    noted.add("S" if isinstance(target, int) else target)
-                    if not isinstance(target, int):
-                        here = here.put(atom, target, self.order)  # taken as if it were stored so
-            want = want.put(atom, target, self.order)
-        if is_weight and self.loose:
+        if name in self.weights and self.loose:
+            self._noted(i, name, slot, chosen, node)
             return name
-        return self.bring(name, want, node.spans)
+        return self.bring(name, self._wanted(i, name, slot, chosen, node), node.spans, chosen.why)
 
-    def _result(self, r: Value, chosen: Chosen, node: Node) -> Place:
-        place = everywhere(len(r.type.dims), N, self.order)
-        no_grad = r.type.kind not in ("real", "loss") or node.op == "constant" or not any(
-            self._carries(o) or o in self.weights and self.weights[o].trained for o in node.operands if o is not None
-        )  # fmt: skip
+    def _noted(self, i: int, name: str, slot: Any, chosen: Chosen, node: Node) -> None:
+        """Where a use would have a weight, which is then stored so that it suits all."""
+        if not self.weights[name].trained:
+            return
         for atom in self.order:
-            cut = chosen.cuts.get(atom)
-            if cut is None:
-                letter = chosen.letters[atom]
-                place = place.put(atom, N if no_grad and letter in (R, I) else letter, self.order)
-                continue
-            at = next((j for j, d in enumerate(r.type.dims) if d in cut.dims), None)
-            letter = M if cut.kind == "most" else V if cut.kind == "own" else P
-            place = place.put(atom, at if at is not None else letter, self.order)
-        return place
+            if not isinstance(self.places[name].on(atom), int):
+                target = self._target(i, name, slot, chosen, node, atom)
+                noted = self.s.wants.setdefault(self.graph.name, {}).setdefault(name, {}).setdefault(atom, set())
+                noted.add("S" if isinstance(target, int) else target)

@@ -16,18 +16,21 @@ from ...dsl.diagnostics import Collector, Label, did_you_mean, fail
 from ...dsl.layout import Layout, Split, label
 from ...dsl.selectors import START, States
 from ..graph import STRUCTURE, Graph, GraphProgram, op_of
+from .exchanges import exchanges
 from .types import Atom, Mesh
+from .ways import Told, told
 
 
 @dataclass
 class Assignment:
     """`dims[graph][dim]` are the factors that split a dim where it can be, outer first; `outside` are the graphs of the
-    residual stream, in which the rules with `between blocks` hold, too."""
+    residual stream, in which the rules with `between blocks` hold, too; `told` are the ways of uses."""
 
     layout: Layout
     mesh: Mesh
     dims: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     outside: frozenset[str] = frozenset()
+    told: Told = field(default_factory=dict)
 
     def atoms(self, graph: str, dim: str) -> tuple[str, ...]:
         """The factors that split a dim of a graph."""
@@ -51,9 +54,10 @@ def assign(program: GraphProgram, layout: Layout) -> Assignment:
             with errors.collecting():
                 _once(dim, splits)
     errors.finish()
-    mesh = _factored(program, layout, wanted, errors)
+    ways = told(program, layout)
+    mesh = _factored(program, layout, wanted, ways, errors)
     errors.finish()
-    found = Assignment(layout, mesh, outside=outside)
+    found = Assignment(layout, mesh, outside=outside, told=ways)
     for graph in program.graphs.values():
         own = {}
         for dim, splits in wanted.get(graph.name, {}).items():
@@ -160,7 +164,7 @@ def fitting(size: int | None, atoms: tuple[str, ...], mesh: Mesh) -> tuple[str, 
     return tuple(kept)
 
 
-def _factored(program: GraphProgram, layout: Layout, wanted: Wanted, errors: Collector) -> Mesh:
+def _factored(program: GraphProgram, layout: Layout, wanted: Wanted, ways: Told, errors: Collector) -> Mesh:
     """The axes in the factors that smaller dims need. Raises (into `errors`) uneven-split, not-built-yet."""
     cuts: dict[str, dict[int, Any]] = {axis: {} for axis, size in layout.mesh if size > 1}
     for graph in program.graphs.values():
@@ -182,6 +186,11 @@ def _factored(program: GraphProgram, layout: Layout, wanted: Wanted, errors: Col
                 for axis in (a for a in split.axes if layout.size(a) > 1):
                     if number % layout.size(axis) and layout.size(axis) % number == 0 and number > 1:
                         cuts[axis][number] = (graph, first, split)
+        for exchange in exchanges(graph, layout, wanted.get(graph.name, {}), ways.get(graph.name, {})):
+            with errors.collecting():
+                factor = exchange.factor()
+                if factor is not None:
+                    cuts[exchange.axis].setdefault(factor, (graph, exchange.dim, exchange.way))
     atoms: list[Atom] = []
     for axis, size in layout.mesh:
         if size == 1 or layout.stages is not None and axis == layout.stages.axis:

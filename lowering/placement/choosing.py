@@ -8,12 +8,13 @@ from ...dsl.diagnostics import InternalError
 from ...dsl.program import Node
 from ..graph import op_of
 from .growing import View
+from .placing import Placing
 from .types import I, M, N, P, R, V
 from .uses import Cut, cut_of, slots
-from .values import Chosen, Values
+from .values import Chosen
 
 
-class Choosing(Values):
+class Choosing(Placing):
     """Greedy, in the layout's order: a cost is only needed where a layout leaves a choice."""
 
     def _candidates(self, node: Node, atom: str) -> list[str]:

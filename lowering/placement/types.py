@@ -89,6 +89,12 @@ class Place:
             letters[atom] = what
         return Place(tuple(splits), tuple(sorted(letters.items(), key=lambda item: order.index(item[0]))))
 
+    def inside(self, atom: str, dim: int) -> Place:
+        """The same, but split along a dim inside of all that splits it already."""
+        splits = [tuple(a for a in atoms if a != atom) for atoms in self.splits]
+        splits[dim] = (*splits[dim], atom)
+        return Place(tuple(splits), tuple((a, x) for a, x in self.letters if a != atom))
+
     @property
     def has_gradient(self) -> bool:
         return all(x not in (N, M) for _, x in self.letters)

@@ -110,6 +110,17 @@ def cut_of(node: Node, graph: Values, dim: str, together: Any) -> Cut | None:
     return None
 
 
+SEQUENCE_ROLES = ("attend", "window", "scan")
+"""Roles along which a place reads others, so that a rank needs more than its own."""
+
+
+def runs_along(node: Node, graph: Values, cut: Cut) -> bool:
+    """Whether a cut is one of a sequence that the use runs along: what ranks have of it is not enough."""
+    op = op_of(node)
+    formals = {f for s in slots(node, graph) if s for d, f in s[1] if d in cut.dims and f is not None}
+    return (bool(cut.whole) or cut.kind == "lift") and any(op.signature.role(f) in SEQUENCE_ROLES for f in formals)
+
+
 def _parts(op: Op, node: Node, dim: str, together: Any) -> str | None:
     """The setting that counts equal runs of a dim, each with a statistic of its own, where a cut falls between runs."""
     for formal, name in op.grouped:

@@ -25,10 +25,16 @@ class Signature:
 
 @dataclass
 class Chosen:
-    """How one use is computed on each factor of the mesh."""
+    """How one use is computed on each factor of the mesh.
+
+    `moved` are the factors that split another dim here than around it, inside of those that split it anyway; `why` is
+    the reason, for who reads what is written.
+    """
 
     cuts: dict[str, Cut] = field(default_factory=dict)
     letters: dict[str, str] = field(default_factory=dict)
+    moved: tuple[str, ...] = ()
+    why: str = ""
 
 
 def distinct(splits: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
@@ -57,6 +63,8 @@ class Values:
         self.loose = not sharder.stored  # weights are where they are wanted, and that is noted
         self.names = set(graph.values)
         self._extra: dict[str, Dim] = {}
+        self.told = sharder.assignment.told.get(graph.name, {})
+        self.moved: dict[str, str] = {}  # values that lie otherwise than what is around them, and why
         self.after = {n.name for n in parts(graph, sharder.program.emitting).after}
         for weight in graph.body.weights:
             self.places[weight.name] = self._stored(weight.name)
@@ -101,8 +109,8 @@ class Values:
 
     # --- conversions ------------------------------------------------------------------------------
 
-    def bring(self, name: str, want: Place, spans: tuple[Any, ...]) -> str:
-        """The name of a value in another place; conversions are made once."""
+    def bring(self, name: str, want: Place, spans: tuple[Any, ...], why: str = "") -> str:
+        """The name of a value in another place; conversions are made once. `why` is the reason, if it is a choice."""
         have = self.places[name]
         if have == want or not (todo := steps(have, want, self.mesh)):
             return name
@@ -110,7 +118,7 @@ class Values:
         for step in todo:
             now = self._behind_step(now, step, want)
             if (name, now) not in self.memo:
-                self.memo[name, now] = self._convert(at, now, step, spans)
+                self.memo[name, now] = self._convert(at, now, step, spans, why or self.moved.get(name, ""))
             at = self.memo[name, now]
         return at
 
@@ -120,14 +128,15 @@ class Values:
             dst = step.dst
             if dst == R and not have.has_gradient or dst == R and want.on(atom) == N:
                 dst = N
-            now = now.put(atom, dst, self.order)
+            now = now.inside(atom, dst) if isinstance(dst, int) else now.put(atom, dst, self.order)
         return now
 
-    def _convert(self, name: str, now: Place, step: Step, spans: tuple[Any, ...]) -> str:
+    def _convert(self, name: str, now: Place, step: Step, spans: tuple[Any, ...], why: str) -> str:
         value = self.values[name]
         result = Value(self.fresh(self._base_name(value.name, step)), value.type)
         to = self.local_type(value.type, now).dims
-        attrs = (("kind", step.kind), ("axes", step.atoms), ("src", step.src), ("dst", step.dst), ("to", to))
+        reason = [("why", why)] if why and step.communicates else []
+        attrs = (("kind", step.kind), ("axes", step.atoms), ("src", step.src), ("dst", step.dst), ("to", to), *reason)
         self._add(Node((result,), "convert", (name,), attrs, (), spans), (now,))
         return result.name
 

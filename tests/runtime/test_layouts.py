@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 
+from heddle.dsl.diagnostics import SpecError
 from heddle.dsl.layout import layout_of
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.runtime.check import program_of
@@ -29,7 +30,12 @@ MESHES = [
 DIMS = ("vocab", "heads", "kv_heads", "groups", "ffn")
 
 
-def text_of(mesh: dict[str, int], dims: list[str], between: bool, retro: bool) -> str:
+# How uses along a split sequence are computed, where their dims divide; none: bytes decide.
+WAYS = ((), ("attend?: exchange(heads)",), ("attend?: all_gather",),
+        ("attend?: exchange(heads)", "mamba2?: exchange(heads, groups)"))  # fmt: skip
+
+
+def text_of(mesh: dict[str, int], dims: list[str], between: bool, retro: bool, ways: tuple[str, ...] = ()) -> str:
     """A layout in the language."""
     lines = [f"    mesh {', '.join(f'{a} = {n}' for a, n in mesh.items())}"]
     if dims:
@@ -39,6 +45,7 @@ def text_of(mesh: dict[str, int], dims: list[str], between: bool, retro: bool) -
     if between:
         lines.append("    shard seq over tensor between blocks")
     lines.append("    shard batch over data")
+    lines += [f"    {way}" for way in ways]
     return "\n\nlayout drawn:\n" + "\n".join(lines) + "\n"
 
 
@@ -66,13 +73,15 @@ def batch_of(mesh: dict[str, int], seq: int, seed: int, vocab: int, retro: bool,
     return Batch(tokens, document, valid, more)
 
 
-def check(file: str, drawn: Any, seq: int, seed: int, packed: bool, padded: bool, steps: int = 3) -> None:
+def check(
+    file: str, drawn: Any, seq: int, seed: int, packed: bool, padded: bool, steps: int = 3, ways: tuple[str, ...] = ()
+) -> None:
     mesh, dims, between = drawn
     retro = file.startswith("retro")
     if retro:  # its encoder reads a chunk of the decoder's states, which nothing cuts
         mesh = {**mesh, "context": 1}
     path = shipped_folder() / file
-    text = path.read_text(encoding="utf-8") + text_of(mesh, dims, between, retro)
+    text = path.read_text(encoding="utf-8") + text_of(mesh, dims, between, retro, ways)
     loaded = load_text(text, folder=path.parent)
     program, layout = program_of(loaded), layout_of(loaded)
     model = start(program, seed)
@@ -82,7 +91,8 @@ def check(file: str, drawn: Any, seq: int, seed: int, packed: bool, padded: bool
     ranks, _ = on_mesh(program, layout, state, batch, steps=steps)
     far = difference(one, ranks)
     worst = sorted((k for k in far if not far[k] < BOUND), key=far.__getitem__)[-3:]
-    assert not worst, f"{file} on {mesh}, {dims} over tensor, between = {between}: {[(k, far[k]) for k in worst]}"
+    where = f"{file} on {mesh}, {dims} over tensor, between = {between}, {ways}"
+    assert not worst, f"{where}: {[(k, far[k]) for k in worst]}"
 
 
 # A case takes a second: it is found, not made small.
@@ -95,6 +105,24 @@ def check(file: str, drawn: Any, seq: int, seed: int, packed: bool, padded: bool
 )  # fmt: skip
 def test_any_layout_equals_one_device(file: str, drawn: Any, seed: int, seq: int, packed: bool, padded: bool) -> None:
     check(file, drawn, seq, seed, packed, padded)
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+)
+@given(
+    file=st.sampled_from([t for t in TWINS if not t.startswith("retro")]), ways=st.sampled_from(WAYS[1:]),
+    drawn=layouts([m for m in MESHES if m["context"] > 1]), seed=st.integers(0, 2**16), seq=st.sampled_from([16, 32]),
+    packed=st.booleans(), padded=st.booleans(),
+)  # fmt: skip
+def test_every_way_of_a_split_sequence_equals_one_device(
+    file: str, ways: tuple[str, ...], drawn: Any, seed: int, seq: int, packed: bool, padded: bool
+) -> None:
+    try:
+        check(file, drawn, seq, seed, packed, padded, ways=ways)
+    except SpecError as error:
+        assert {d.code for d in error.diagnostics} == {"uneven-split"}
+        reject()
 
 
 @pytest.mark.parametrize("file", TWINS)

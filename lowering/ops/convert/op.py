@@ -24,6 +24,7 @@ OPS = (
             Setting("src", "text", meaning="what it is: R, I, P, M, or which dim is split"),
             Setting("dst", "text", meaning="what it becomes"),
             Setting("to", "dims", meaning="the dims of the result"),
+            Setting("why", "text", "", "the reason, where there was a choice"),
         ),
         infer_with=_infer,
         operand_kinds={"x": _KINDS},
