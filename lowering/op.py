@@ -173,7 +173,8 @@ class Op:
     What a cut over ranks must know: `rigid` formals are needed whole; `offset` those of `index` that can be told where
     a rank's part begins; `lift(node, graph)` takes a use with a statistic, a window or a scan apart into uses that can
     be cut. Of those: `hands_over` says that the result is each rank's own, `handed` names operands that are each rank's
-    own, `meets` that ranks tell each other something in it.
+    own, `meets` by which collective ranks tell each other something in it, if they do. `part_of` is the op that is so
+    taken apart.
 
     `verify(node, graph)` raises `SpecError` for a use that only the whole body shows to be wrong.
     """
@@ -205,7 +206,8 @@ class Op:
     lift: Callable[[Any, Any], str] | None = None
     hands_over: bool = False
     handed: tuple[str, ...] = ()
-    meets: bool = False
+    meets: str = ""
+    part_of: str = ""
     verify: Callable[[Any, Any], None] | None = None
     infer_with: Callable[[OpCall], Typing] | None = None
 

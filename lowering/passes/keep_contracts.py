@@ -10,9 +10,6 @@ from ...dsl.program import Node
 from ..graph import STRUCTURE, Graph, GraphProgram, op_of
 from . import lowering_pass
 
-MET = "all_gather"
-"""What ranks do in an op in which they tell each other something."""
-
 
 @lowering_pass(requires={"placed"}, ensures={"kept"})
 def keep_contracts(program: GraphProgram) -> GraphProgram:
@@ -64,7 +61,7 @@ def _counted(program: GraphProgram, expected: Expectation) -> Iterator[tuple[str
 def _is(node: Node, what: str) -> bool:
     if node.op == "convert":
         return bool(node.attr("kind") == what)
-    return what == MET and node.op not in STRUCTURE and op_of(node).meets
+    return node.op not in STRUCTURE and op_of(node).meets == what
 
 
 def _inside(program: GraphProgram, graph: Graph, what: str) -> Iterator[Node]:

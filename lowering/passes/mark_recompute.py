@@ -7,7 +7,7 @@ from dataclasses import replace
 from ...dsl.diagnostics import Collector, did_you_mean, fail
 from ...dsl.program import Node
 from ...dsl.selectors import START, Selector, States
-from ..graph import STRUCTURE, GraphProgram
+from ..graph import STRUCTURE, GraphProgram, op_of
 from . import lowering_pass
 
 BLOCKS = "blocks"
@@ -81,8 +81,8 @@ def mark_recompute(program: GraphProgram) -> GraphProgram:
 
 
 def _names(node: Node) -> tuple[str, ...]:
-    """What an op's use is called: its variable, and its op."""
-    return (node.name, node.op)
+    """What an op's use is called: its variable, and its op, or the op that it is a part of."""
+    return (node.name, node.op if node.op in STRUCTURE else op_of(node).part_of or node.op)
 
 
 def _check(program: GraphProgram, hits: set[Selector]) -> None:

@@ -62,13 +62,23 @@ class Applying(Exchanging):
                 parts_of[cut.parts] = parts_of.get(cut.parts, 1) * self.mesh.size([atom])
         attrs = tuple((k, v // parts_of[k] if k in parts_of else v) for k, v in attrs)
         if op_of(node).meets:
-            met = tuple(a for a in self.order if a in chosen.cuts and chosen.cuts[a].kind == "own"
+            met = tuple(a for a in self.order if a in chosen.cuts and chosen.cuts[a].kind in ("own", "met")
                         or chosen.letters.get(a) == V)  # fmt: skip
             attrs = (*attrs, ("axes", met))
+            attrs = (*attrs, *self._how(node, met))
         bindings = tuple((f, tuple(self._bound(f, d, chosen, node) for d in ds)) for f, ds in node.bindings)
         self._add(replace(node, operands=tuple(operands), attrs=attrs, bindings=bindings), result_places)
         if chosen.moved:
             self.moved.update(dict.fromkeys((r.name for r in node.results), chosen.why))
+
+    def _how(self, node: Node, met: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+        """What the layout says of how ranks meet, for an op that can be told."""
+        way = self.told.get(node.name)
+        if way is None or op_of(node).setting("order") is None:
+            return ()
+        axes = ", ".join(dict.fromkeys(map(self.mesh.axis, met)))
+        why = f"{axes}: ranks keep their keys and are told those of one other at a time, as the layout says"
+        return ("why", why), *([("order", way.order)] if way.order is not None else [])
 
     def _dims_of(self, node: Node) -> set[str]:
         have = {d for r in node.results for d in r.type.dims} | {d for _, ds in node.bindings for d in ds}

@@ -96,7 +96,8 @@ def _match(node: Node, whole: Node, graph: Graph, found: Whole) -> None:
         _same(node.name, whole.attrs, attrs, span)
     else:
         counted = {other for _, other in op_of(node).grouped if op_of(node).setting(other) is not None}
-        counted |= {"axes"} if op_of(node).meets else set()  # where ranks meet is a matter of places
+        if op_of(node).meets:  # where and how ranks meet is a matter of places
+            counted |= {"axes", "order", "why"}
         attrs = tuple((k, v) for k, v in renamed_attrs(node, name) if k not in counted)
         _same(node.name, tuple((k, v) for k, v in whole.attrs if k not in counted), attrs, span)
     _same(node.name, whole.bindings, bindings, span)

@@ -245,11 +245,11 @@ class Use:
         """Ranks meet along the factors over which each has something of its own, in the order of their rows."""
         if not op_of(self.node).meets:
             return
-        met = tuple(a for a in self.mesh.names() if letters.get(a) == V or a in cuts and cuts[a].kind == "own")
+        met = tuple(a for a in self.mesh.names() if letters.get(a) == V or a in cuts and cuts[a].kind in ("own", "met"))
         if self.node.attr("axes") != met:
             have = str(self.node.attr("axes"))
             raise Unproved(self.node.name, next(iter(met), None), f"a meeting over {list(met)}", have)
-        for dim in {d for cut in cuts.values() if cut.kind == "own" for d in cut.dims}:
+        for dim in {d for cut in cuts.values() if cut.kind in ("own", "met") for d in cut.dims}:
             if self.axes[dim] != met:
                 order = f"rows in the order of {list(met)}"
                 raise Unproved(self.node.name, next(iter(met), None), order, f"`{dim}` otherwise")

@@ -28,8 +28,9 @@ class Cut:
     """One way to compute a use in parts: `dims` are cut together wherever a slot of `cut` has them; operands of `mates`
     lack them and must be partial sums like the result; `parts` a setting that counts groups, which becomes smaller.
 
-    kind: "parallel" (the result is cut), "sum" (the result is partial), "most" (the largest over ranks), "own" (each
-    rank has a result of its own), "lift" (the op must be taken apart first).
+    kind: "parallel" (the result is cut), "met" (it is, and ranks tell each other the rest in the op), "sum" (the result
+    is partial), "most" (the largest over ranks), "own" (each rank has a result of its own), "lift" (the op must be
+    taken apart first).
     """
 
     dims: tuple[str, ...]
@@ -86,7 +87,8 @@ def cut_of(node: Node, graph: Values, dim: str, together: Any) -> Cut | None:
             return Cut((dim,), "parallel")
         return Cut((dim,), "sum") if node.results[0].type.kind == "loss" else None
     roles = {f: op.signature.role(f) for f in formals if f is not None}
-    whole = frozenset((i, dim) for i, _, f in where if f is not None and roles[f] == "attend")
+    attended = any(role == "attend" for role in roles.values())
+    whole = frozenset((i, dim) for i, _, f in where if f is not None and roles[f] == "attend" and not op.meets)
     cut = {f for f in roles if roles[f] != "attend"}
     if not cut or {roles[f] for f in cut} - {"parallel", "contract", "reduce", "window", "scan"}:
         return None
@@ -104,7 +106,7 @@ def cut_of(node: Node, graph: Values, dim: str, together: Any) -> Cut | None:
     if joint is None:
         return None
     if any(d in r.type.dims for d in joint for r in node.results):
-        return Cut(joint, "parallel", whole)
+        return Cut(joint, "met" if attended and op.meets else "parallel", whole)
     if any(roles[f] == "contract" for f in cut):
         return _contracted(op, node, joint, {name for _, name, _ in where})
     return None

@@ -28,6 +28,7 @@ from .norm import (
 from .pipeline import Pipe
 from .pointwise import relu2, rotate, silu_mul
 from .recompute import recompute
+from .ring import attend_ring
 from .rows import At, Coordinates, Mask, count_rows, next_token, reduce_rows, take_row
 from .ssd import ssd, ssd_before, ssd_behind, ssd_leave
 from .stream import Stream
@@ -55,6 +56,7 @@ __all__ = [
     "Stream",
     "Weights",
     "attend",
+    "attend_ring",
     "causal_conv",
     "centred_rows",
     "centred_squares",

@@ -116,6 +116,8 @@ class Wire(Protocol):
 
     def receive(self, like: Tensor, from_: int) -> Tensor: ...
 
+    def swap(self, x: Tensor, to: int, like: Tensor, from_: int) -> Tensor: ...
+
     def barrier(self) -> None: ...
 
 
@@ -199,6 +201,15 @@ class Group:
         wire = self._to(from_)
         self._note("receive", None)
         return wire.receive(like, from_)
+
+    def swap(self, x: Tensor, to: int, like: Tensor, from_: int) -> Tensor:
+        """x goes to one rank while another's comes, of the shape and dtype of `like`: both under way at once, so that
+        ranks that swap in a circle do not wait for each other."""
+        wire = self._to(to)
+        self._to(from_)
+        self._note("send", x)
+        self._note("receive", None)
+        return wire.swap(x.contiguous(), to, like, from_)
 
     def barrier(self) -> None:
         """Waits until all ranks are here."""

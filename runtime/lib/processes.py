@@ -96,6 +96,15 @@ class _Connection:
             dist.recv(made, group=self.group, group_src=self.index[from_])
         return made
 
+    def swap(self, x: Tensor, to: int, like: Tensor, from_: int) -> Tensor:
+        made = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        there = dist.P2POp(dist.isend, x, group=self.group, group_peer=self.index[to])
+        back = dist.P2POp(dist.irecv, made, group=self.group, group_peer=self.index[from_])
+        with self._named("swap"):
+            for work in dist.batch_isend_irecv([there, back]):
+                work.wait()
+        return made
+
     def barrier(self) -> None:
         with self._named("barrier"):
             for work, _ in self.sent:

@@ -221,6 +221,10 @@ class _Meetings:
             raise RuntimeError(f"receive along {named(self.key.axes)}: {sent}, and {_described(like)} is expected")
         return got
 
+    def swap(self, x: Tensor, to: int, like: Tensor, from_: int) -> Tensor:
+        self.send(x, to)
+        return self.receive(like, from_)
+
     def barrier(self) -> None:
         self._all("barrier", torch.empty(0))
 

@@ -256,6 +256,7 @@ def draw_case(draw: Draw, name: str, sizes: Any = SIZES, joined: bool = False) -
         return _pointwise(draw, name, sizes)
     special = {
         "attend": _attend,
+        "attend_ring": _attend_ring,
         "parallel_linear": _parallel_linear,
         "parallel_conv": _parallel_conv,
         "index": _index,
@@ -472,6 +473,13 @@ def _attend(draw: Draw, sizes: Any, joined: bool) -> Case:
         attrs.append(("distances", (sx.Binary("-", _QUERY, _KEY),) * count))
     attrs += [("scale", draw(st.sampled_from((0.5, 1.0))))] if draw(st.booleans()) else []
     return Case("attend", size, tuple(args), tuple(attrs), "s", ("batch",), tied={"h": "k"})
+
+
+def _attend_ring(draw: Draw, sizes: Any, joined: bool) -> Case:
+    """On one rank, which has all of the keys."""
+    case = _attend(draw, sizes, joined)
+    attrs = (*case.attrs, ("axes", ("ranks",)))
+    return replace(case, name="attend_ring", attrs=attrs, place=(0, 1))
 
 
 def _parallel_linear(draw: Draw, sizes: Any, joined: bool) -> Case:

@@ -247,6 +247,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     ),
     "convert": lambda c, o, d: room(c).convert(o["x"]),
     "attend": _attend,
+    "attend_ring": _attend,
     "dropout": lambda c, o, d: room(c).dropout(o["x"], torch.ones_like(o["x"]), 0.0),
     "index": lambda c, o, d: room(c).index(c.size("d")),
     "coordinate": _coordinate,

@@ -177,6 +177,8 @@ BASES = (
     Twin("nemotron_h/tiny.spec", f"mesh context = 2, tensor = 2\n{_TP}shard seq over context"),
     Twin("nemotron_h/tiny.spec", f"mesh context = 2, tensor = 2\n{_TP}shard seq over context\n"
          "attend: exchange(heads)\nmamba2: exchange(heads)"),
+    Twin("transformer_ls/tiny_released.spec", f"mesh context = 2, tensor = 2\n{_TP}shard seq over context\n"
+         "attend: ring"),
     Twin("nemotron_h/tiny.spec", f"mesh data = 2, tensor = 2\n{_TP}shard batch, parameters over data"),
     Twin("transformer_ls/tiny_released.spec", f"mesh data = 1, tensor = 2\n{_TP}{_SP}"),
     Twin("retro/tiny.spec", f"mesh data = 2, tensor = 2\n{_TP}{_SP}shard batch over data", seq=16),

@@ -21,6 +21,7 @@ from heddle.codegen.writer import Writer
 from heddle.dsl.layout import Layout, Split
 from heddle.dsl.program import Dim, Init, Node, Program, Type, Value, Weight
 from heddle.dsl.selectors import Selector, Step
+from heddle.dsl.ways import Way
 from heddle.lowering.graph import Graph, GraphProgram
 from heddle.lowering.ops import table
 from heddle.lowering.passes.infer_types import check_types
@@ -35,7 +36,7 @@ from .test_ops import agree, rounding
 
 LIFTED = sorted(name for name, op in table().items() if op.lift is not None)
 # Which dim of a case is cut.
-CUT = {"rms_norm": "d", "layer_norm": "d", "cross_entropy": "v", "causal_conv": "s", "ssd": "s"}
+CUT = {"attend": "s", "rms_norm": "d", "layer_norm": "d", "cross_entropy": "v", "causal_conv": "s", "ssd": "s"}
 
 
 # Taken apart and run on all ranks: a case is found, not made small.
@@ -88,7 +89,8 @@ class Apart:
 
 def execute(graph: Graph, program: GraphProgram, tensors: Tensors, at: lib.At) -> dict[str, Tensor]:
     """Every value of a graph, by the text that is printed for its nodes."""
-    writer = Writer(graph, program, {}, inline=False)
+    masks: dict[str, tuple[str, str]] = {}
+    writer = Writer(graph, program, masks, inline=False)
     weights = {w.name for w in graph.body.weights}
     names = {"torch": torch, "F": F, "lib": lib, "spmd": lib.spmd, **TYPES, "at": at}
     names |= {k: x for k, x in tensors.items() if k not in weights}
@@ -103,7 +105,9 @@ def execute(graph: Graph, program: GraphProgram, tensors: Tensors, at: lib.At) -
     names["self"] = owner
     found: dict[str, Tensor] = {}
     for node in graph.nodes:
-        made = eval(writer.call(node), names)
+        text = writer.call(node)
+        names |= {name: eval(source, {"lib": lib}) for name, source in masks.values()}
+        made = eval(text, names)
         for r, y in zip(node.results, made if isinstance(made, tuple) else (made,), strict=True):
             found[r.name] = y
             names[writer.expression(r.name)] = y
@@ -135,13 +139,19 @@ def drawn(data: Any, name: str, ranks: int) -> tuple[Case, str, Tensors, Tensor 
     if case.sequence and data.draw(st.booleans()):
         shape = case.size(case.lead[0]), case.size(case.sequence)
         valid = torch.rand(shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))) < 0.7
-        for a in case.given:
-            if a.kind == "real" and case.sequence in a.dims:
+        for a in case.given:  # a row that only asks may not hold anything: what it gets is its own affair
+            if a.kind == "real" and case.sequence in a.dims and is_read_by_others(case, a):
                 mask = valid.view(*shape, *[1] * (len(a.dims) - 2))
                 tensors[a.name] = torch.where(mask, tensors[a.name], torch.nan)
     if name == "cross_entropy":  # rows that do not count may hold anything
         tensors["logits"] = torch.where((tensors["target"] >= 0)[..., None], tensors["logits"], torch.nan)
     return case, dim, tensors, document, valid
+
+
+def is_read_by_others(case: Case, arg: Any) -> bool:
+    """Whether rows of an operand are read for other rows."""
+    formal = arg.formals[arg.dims.index(case.sequence)]
+    return case.op.signature.role(formal) != "parallel"
 
 
 def rows(case: Case, document: Tensor | None, valid: Tensor | None, ranks: int) -> lib.At:
@@ -195,9 +205,10 @@ def test_parts_of_a_use_are_the_use(name, data):
     agree(torch.autograd.grad(found, list(leaves.values()), up, materialize_grads=True), grads.values(), near)
 
 
-def placed(case: Case, dim: str, ranks: int) -> GraphProgram:
-    """The use on each of some ranks, as the shard pass writes it."""
-    layout = Layout("cut", (("ranks", ranks),), (Split(Selector((Step(dim),)), ("ranks",)),))
+def placed(case: Case, dim: str, ranks: int, order: str | None = None) -> GraphProgram:
+    """The use on each of some ranks, as the shard pass writes it. An op that is only taken apart if told so is told."""
+    way = Way(Selector((Step(case.name),), optional=True), "ring", order=order)
+    layout = Layout("cut", (("ranks", ranks),), (Split(Selector((Step(dim),)), ("ranks",)),), ways=(way,))
     body = case.graph.body
     weights = tuple(Weight(w.name, w.dims, Init("free"), case.name) for w in body.weights)
     graph = Graph(replace(body, weights=weights))
@@ -213,7 +224,8 @@ def test_a_use_that_is_cut_is_the_use(name, data):
     ranks = data.draw(st.integers(2, 4))
     case, dim, tensors, document, valid = drawn(data, name, ranks)
     y, up, grads = whole(case, tensors, rows(case, document, valid, 1))
-    program = placed(case, dim, ranks)
+    order = data.draw(st.sampled_from([None, "zigzag"])) if case.size(dim) % (2 * ranks) == 0 else None
+    program = placed(case, dim, ranks, order)
     graph, laid = program.graphs["case"], program.laid
     check_types(graph)
     in_runs = name == "rms_norm" and case.attr("groups") % ranks == 0 and dim == case.attr("over")[0]

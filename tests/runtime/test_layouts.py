@@ -32,7 +32,8 @@ DIMS = ("vocab", "heads", "kv_heads", "groups", "ffn")
 
 # How uses along a split sequence are computed, where their dims divide; none: bytes decide.
 WAYS = ((), ("attend?: exchange(heads)",), ("attend?: all_gather",),
-        ("attend?: exchange(heads)", "mamba2?: exchange(heads, groups)"))  # fmt: skip
+        ("attend?: exchange(heads)", "mamba2?: exchange(heads, groups)"), ("attend?: ring",),
+        ("attend?: ring(order = zigzag)",))  # fmt: skip
 
 
 def text_of(mesh: dict[str, int], dims: list[str], between: bool, retro: bool, ways: tuple[str, ...] = ()) -> str:
@@ -108,7 +109,7 @@ def test_any_layout_equals_one_device(file: str, drawn: Any, seed: int, seq: int
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+    max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
 @given(
     file=st.sampled_from([t for t in TWINS if not t.startswith("retro")]), ways=st.sampled_from(WAYS[1:]),

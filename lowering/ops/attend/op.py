@@ -9,6 +9,7 @@ from ....dsl import syntax as sx
 from ....dsl.diagnostics import fail
 from ...clocks import spread
 from ...op import Monoid, Op, OpCall, Setting, Typing, _match, alone_along, join_leading, mismatch
+from .lift import lift
 
 
 def _infer(call: OpCall) -> Typing:
@@ -104,25 +105,49 @@ def _flops(sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
     return 2.0 * sizes["H"] * (sizes["D"] + sizes["E"])
 
 
+_TEXT = (
+    "q[*, Q, H, D+], k...[*, S@, K, D+], v...[*, S@, K, E], query...?[*, Q, H, D+], bias...?[*, Q, H, N] "
+    "-> o[*, Q, H, E]"
+)
+_SETTINGS = (
+    Setting("masks", "mask", meaning="one a source: comparisons of coordinates of `query` and `key`"),
+    Setting("scale", "number", None, "factor of the scores; head_dim ^ -0.5 if not given"),
+    Setting("options", "names", (), "what sources have beside keys and values: query, bias"),
+    Setting("distances", "mask", (), "one a source: which place of its bias is added to a score"),
+)
 OPS = (
     Op(
         name="attend",
-        text="q[*, Q, H, D+], k...[*, S@, K, D+], v...[*, S@, K, E], query...?[*, Q, H, D+], bias...?[*, Q, H, N] "
-        "-> o[*, Q, H, E]",
+        text=_TEXT,
         meaning="softmax over every key that the masks allow of scale * (q . k), times v; 0 where none is allowed",
-        settings=(
-            Setting("masks", "mask", meaning="one a source: comparisons of coordinates of `query` and `key`"),
-            Setting("scale", "number", None, "factor of the scores; head_dim ^ -0.5 if not given"),
-            Setting("options", "names", (), "what sources have beside keys and values: query, bias"),
-            Setting("distances", "mask", (), "one a source: which place of its bias is added to a score"),
-        ),
+        settings=_SETTINGS,
         linear=(("v",),),
         grouped=(("H", "K"),),
         coordinates=True,
         monoid=Monoid("S", ("max", "sum", "weighted_values"), peers="masked", receiver_free=False),
         flops=_flops,
         infer_with=_infer,
+        lift=lift,
         verify=_verify,
         source="Vaswani et al. 2017, eq. 1; groups: Ainslie et al. 2023; one softmax over sources: Zhu et al. 2021",
+    ),
+    Op(
+        name="attend_ring",
+        text=_TEXT,
+        meaning="attend, where each rank has some of the keys and is told those of the others; made by the compiler",
+        settings=(
+            *_SETTINGS,
+            Setting("axes", "text", ()),
+            Setting("order", "text", None, "in which order ranks have positions while they attend; None: their own"),
+            Setting("why", "text", "", "the reason, where there was a choice"),
+        ),
+        linear=(("v",),),
+        grouped=(("H", "K"),),
+        coordinates=True,
+        meets="send",
+        part_of="attend",
+        flops=_flops,
+        infer_with=_infer,
+        source="Liu et al. 2023, Ring Attention; order: Brandon et al. 2023, Striped Attention; Llama 3 2024, 3.3.2",
     ),
 )

@@ -19,6 +19,11 @@ def attend(q: Tensor, sources: list[tuple[Any, ...]], scale: float) -> Tensor:
     return finish(state)
 
 
+def attend_ring(q: Tensor, parts: list[list[tuple[Any, ...]]], scale: float) -> Tensor:
+    """The same, from sources in parts, each of keys that are elsewhere."""
+    return attend(q, [source for part in parts for source in part], scale)
+
+
 def identity(q: Tensor, width: int) -> State:
     """The state of no keys."""
     b, n, h, _ = q.shape

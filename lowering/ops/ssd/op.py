@@ -89,6 +89,7 @@ OPS = (
     ),
     Op(
         name="ssd_leave",
+        part_of="ssd",
         text="u[*, S+, H, P], dt[*, S+, H], b[*, S+, G, N], A_log[H], dt_bias[H] -> decay[*, H], state[*, H, P, N]",
         meaning="by what rows let an earlier state decay, and the state that they leave; made by the compiler",
         infer_with=_leave,
@@ -101,17 +102,19 @@ OPS = (
     ),
     Op(
         name="ssd_before",
+        part_of="ssd",
         text="decay[*, H], state[*, H, P, N] -> enter[*, H, P, N]",
         meaning="the state that the ranks before this one leave together; made by the compiler",
         settings=(Setting("axes", "text", ()),),
         infer_with=_before,
         linear=(("state",),),
-        meets=True,
+        meets="all_gather",
         flops=lambda sizes, attrs: 0.0,
         source="ours: the exclusive combine of the scan's monoid over ranks",
     ),
     Op(
         name="ssd_inside",
+        part_of="ssd",
         text="u[*, S, H, P], dt[*, S, H], b[*, S, G, N], c[*, S, G, N], A_log[H], D[H], dt_bias[H] -> y[*, S, H, P]",
         meaning="the scan of rows as if none stood before them; made by the compiler",
         settings=(Setting("chunk", "whole", 128),),
@@ -125,6 +128,7 @@ OPS = (
     ),
     Op(
         name="ssd_behind",
+        part_of="ssd",
         text="y[*, S, H, P], dt[*, S, H], c[*, S, G, N], A_log[H], dt_bias[H], enter[*, H, P, N] -> z[*, S, H, P]",
         meaning="what rows give behind a state that enters: y + decay * (enter c); made by the compiler",
         infer_with=_behind,

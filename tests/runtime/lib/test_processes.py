@@ -82,6 +82,9 @@ def primitives(mesh: Mesh) -> dict[str, Tensor]:
             for peer in range(group.size):
                 if peer != group.rank:
                     got |= {f"from {peer}, {i}": group.receive(x, peer) for i in range(2)}
+            for far in range(1, group.size):  # in a circle, and between two ranks both ways at once
+                to, from_ = (group.rank + far) % group.size, (group.rank - far) % group.size
+                got[f"swap {far}"] = group.swap(x + far, to, x, from_)
             group.barrier()
             made |= {f"{axes} {dtype} {name}": value for name, value in got.items()}
     return made

@@ -245,12 +245,14 @@ def test_primitives(mesh, seed):
             group.send(x.detach(), (group.rank + 1) % ranks)
             got.append(group.receive(x, (group.rank - 1) % ranks))
             assert m.record == [Record("send", along, 16 * ranks, "ring"), Record("receive", along, 0, "ring")]
+            got.append(group.swap(x.detach(), (group.rank + 1) % ranks, x, (group.rank - 1) % ranks))
+            assert m.record[2:] == m.record[:2]
         return m.members(*along), got
 
     for rank, (members, got) in enumerate(simulate(axes, run)):
         xs = [numbers(seed + r, 2, ranks) for r in members]
         largest = torch.stack(xs).amax(0)
-        ring = [xs[(members.index(rank) - 1) % ranks]] if ranks > 1 else []
+        ring = [xs[(members.index(rank) - 1) % ranks]] * 2 if ranks > 1 else []
         same(got, [largest, largest, xs[-1], *ring])
         assert not got[1].requires_grad
 

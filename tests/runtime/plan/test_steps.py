@@ -87,6 +87,30 @@ def test_a_plan_is_what_a_run_keeps_and_sends(family, layout, precision, documen
     check(family, layout, precision, Feed(rows, 32, 1, documents))
 
 
+CONTEXT = """
+layout drawn:
+    mesh context = {}, tensor = {}
+    shard vocab?, heads?, kv_heads?, ffn?, groups? over tensor
+    shard seq over context
+    {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "way"),
+    [
+        ("llama/tiny.spec", (4, 1), "attend: ring(order = zigzag)"),
+        ("mistral/tiny.spec", (4, 1), "attend: ring"),  # a window: neighbours only
+        ("llama/tiny.spec", (2, 2), "attend: ring"),
+        ("transformer_ls/tiny.spec", (2, 1), "attend: ring"),
+        ("nemotron_h/tiny.spec", (2, 1), "attend: exchange(heads)\n    mamba2: exchange(heads, groups)"),
+        ("llama/tiny.spec", (4, 1), "attend: all_gather"),
+    ],
+)
+def test_a_plan_of_a_split_sequence_is_what_a_run_keeps_and_sends(family, mesh, way):
+    assert check(family, CONTEXT.format(*mesh, way), "fp32", Feed(1, 64, 1, True))
+
+
 def test_most_layouts_are_checked():
     """Refused ones would leave the law empty."""
     assert all(built(f, TP) is not None for f in FAMILIES)

@@ -55,6 +55,17 @@ layout eight:
     shard batch, optimizer over data
     stages over pipe, microbatches = 2
 
+layout around:
+    mesh context = 4
+    shard seq over context
+    attend: ring(order = zigzag)
+
+layout swapped:
+    mesh context = 2, tensor = 2
+    shard vocab?, heads?, kv_heads?, ffn?, groups? over tensor
+    shard seq over context
+    attend?: exchange(heads)
+
 layout plain:
     mesh data = 4
     shard batch over data
@@ -94,7 +105,7 @@ model tiny(vocab = 256, hidden = 24, heads = 4):
     + LAYOUTS
 )
 RUNS = {
-    "llama": (LLAMA, ("tp", "wide")),
+    "llama": (LLAMA, ("tp", "wide", "around", "swapped")),
     "experts": (EXPERTS, ("tp", "stored", "pipe")),
     "chance": (CHANCE, ("tp", "pipe")),
 }

@@ -1,0 +1,124 @@
+"""What some keys give to some queries under one softmax: a partial result, to be combined with that of other keys.
+
+Dims: b batch, t queries, n keys, H heads, V key heads, D, E widths. Queries and sources are [b, rows, heads, width].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attend import Source, _along, _spell
+from .joint import _BACKWARD, _KERNEL, _added, _repeated, _summed, fits
+
+Above = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Weighed:
+    """Of all keys so far: the mean of their values by weight, out [b, H, t, E], and the logarithm of the sum of their
+    weights, whole [b, H, t]; 0 and minus infinity before there are any. fp32, or fp64 where the queries are."""
+
+    out: Tensor
+    whole: Tensor
+
+    @classmethod
+    def nothing(cls, q: Tensor, width: int) -> Weighed:
+        """Of no keys, for q [b, H, t, D]."""
+        kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = torch.zeros(*q.shape[:3], width, dtype=kind, device=q.device)
+        return cls(out, torch.full(q.shape[:3], -torch.inf, dtype=kind, device=q.device))
+
+    def add(self, rows: slice, more: tuple[Tensor, Tensor]) -> None:
+        """Combine some queries with what further keys give them."""
+        out, whole = more
+        before = self.whole[:, :, rows]
+        both = torch.logaddexp(before, whole)
+        # Where no key was seen yet, minus infinity less itself would be NaN.
+        safe = torch.where(both.isinf(), 0, both)
+        old, new = (before - safe).exp()[..., None], (whole - safe).exp()[..., None]
+        self.out[:, :, rows] = self.out[:, :, rows] * old + out * new
+        self.whole[:, :, rows] = both
+
+
+def lifted(q: Tensor, source: Source, part: Any, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, whole) of one part. q [b, t, H, D]."""
+    mine, k, v = _rows(q, source, part)
+    if _is_plain(source, mine, k, v):
+        got, whole = _KERNEL(mine, k, v, 0.0, part.seen == "causal" if isinstance(part.seen, str) else False,
+                             attn_mask=_mask(part.seen, mine), scale=scale)  # fmt: skip
+        if isinstance(part.seen, str):
+            return got, whole
+        some = part.seen.any(-1)  # the kernel's sum of nothing differs between versions
+        return torch.where(some[..., None], got, 0), torch.where(some, whole, -torch.inf)
+    score = _score(mine, k, _bias(source, part), source, part, scale)
+    whole = score.logsumexp(-1)
+    weight = (score - torch.where(whole.isinf(), 0, whole)[..., None]).exp()
+    return weight @ v.to(weight.dtype), whole
+
+
+def pulled_back(q: Tensor, source: Source, part: Any, scale: float, above: Above, of_q: Tensor, found: Source) -> None:
+    """Add the gradients of one part to `of_q` and to those of the source's tensors. above: the gradient and the result
+    of the whole, [b, t, H, E], and its logarithms of sums [b, H, t]."""
+    mine, k, v = _rows(q, source, part)
+    grad, out = (x[:, part.queries].transpose(1, 2) for x in above[:2])
+    whole = above[2][:, :, part.queries]
+    own = of_q if source.query is None else found.query
+    assert own is not None
+    if _is_plain(source, mine, k, v):
+        got, by_k, by_v = _BACKWARD(
+            grad, mine, k, v, out, whole, 0.0, part.seen == "causal" if isinstance(part.seen, str) else False,
+            attn_mask=_mask(part.seen, mine), scale=scale,
+        )  # fmt: skip
+        by_k, by_v = (_summed(x, source.k.shape[2]) for x in (by_k, by_v))
+    else:
+        bias = _bias(source, part)
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (mine, k, v, *([] if bias is None else [bias]))]
+            score = _score(leaves[0], leaves[1], None if bias is None else leaves[3], source, part, scale)
+            weight = (score - whole[..., None]).exp()
+            wide = grad.to(weight.dtype)
+            # Of p = exp(score - whole) with the sum as a number, this has the gradients that the softmax has.
+            total = (weight * (wide @ leaves[2].to(weight.dtype).mT - (wide * out).sum(-1, keepdim=True))).sum()
+        got, by_k, by_v, *more = torch.autograd.grad(total, leaves)
+        by_k, by_v = (_summed(x, source.k.shape[2]) for x in (by_k, by_v))
+        if found.bias is not None:
+            found.bias[:, part.queries] += more[0]
+    own[:, part.queries] += got.transpose(1, 2)
+    found.k[:, part.keys] += by_k.transpose(1, 2)
+    found.v[:, part.keys] += by_v.transpose(1, 2)
+
+
+def _rows(q: Tensor, source: Source, part: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries, keys and values of a part, for every head: [b, H, rows, width]."""
+    own = q if source.query is None else source.query
+    k, v = (_repeated(x[:, part.keys].transpose(1, 2), q.shape[2]) for x in (source.k, source.v))
+    return own[:, part.queries].transpose(1, 2), k, v
+
+
+def _is_plain(source: Source, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the library's kernel does it."""
+    return source.bias is None and fits(q, k, v)
+
+
+def _mask(seen: Tensor | str, like: Tensor) -> Tensor | None:
+    return None if isinstance(seen, str) else _added(seen, like)
+
+
+def _bias(source: Source, part: Any) -> Tensor | None:
+    return None if source.bias is None else source.bias[:, part.queries]
+
+
+def _score(q: Tensor, k: Tensor, bias: Tensor | None, source: Source, part: Any, scale: float) -> Tensor:
+    """[b, H, t, n] in fp32, or fp64 where queries are; minus infinity where nothing is seen."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    score = scale * q.to(wide) @ k.to(wide).mT
+    if bias is not None and source.distance is not None:
+        queries, keys = part.coordinates()
+        far = source.distance(_along(queries, 2), _along(keys, 1))
+        far = far.clamp(0, bias.shape[-1] - 1)[:, None].expand(*score.shape)
+        score = score + bias.transpose(1, 2).to(wide).gather(-1, far)
+    return score.masked_fill(~_spell(part.seen, q.shape[2], k.shape[2], k), -torch.inf)
