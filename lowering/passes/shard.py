@@ -28,12 +28,17 @@ def shard(program: GraphProgram) -> GraphProgram:
     assignment = assign(program, program.layout)
     first = _Sharder(program, assignment, {})
     first.run()
+    if unused := assignment.tried - first.moved:
+        assignment = assign(program, program.layout, unused)
+        first = _Sharder(program, assignment, {})
+        first.run()
     second = _Sharder(program, assignment, first.decided())
     return second.run()
 
 
 class _Sharder:
-    """One walk over all graphs. The first finds out what is wanted of weights; `stored` is what was decided."""
+    """One walk over all graphs. The first finds out what is wanted of weights, and which axes need their factors; `stored`
+    is what was decided."""
 
     def __init__(self, program: GraphProgram, assignment: Assignment, stored: dict[str, dict[str, Stored]]):
         self.program, self.assignment, self.stored = program, assignment, stored
@@ -43,6 +48,7 @@ class _Sharder:
         self.graphs: dict[str, Graph] = {}
         self.laid = Laid(self.mesh, whole=program.graphs)
         self.wants: dict[str, dict[str, dict[str, set[str]]]] = {}
+        self.moved: set[str] = set()  # axes over which something lies otherwise than what is around it
         self._splitting: dict[str, frozenset[str]] = {}
 
     def run(self) -> GraphProgram:

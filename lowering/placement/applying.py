@@ -69,6 +69,7 @@ class Applying(Exchanging):
         bindings = tuple((f, tuple(self._bound(f, d, chosen, node) for d in ds)) for f, ds in node.bindings)
         self._add(replace(node, operands=tuple(operands), attrs=attrs, bindings=bindings), result_places)
         if chosen.moved:
+            self.s.moved |= {self.mesh.axis(a) for a in chosen.moved}
             self.moved.update(dict.fromkeys((r.name for r in node.results), chosen.why))
 
     def _how(self, node: Node, met: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:

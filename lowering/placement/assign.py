@@ -24,13 +24,15 @@ from .ways import Told, told
 @dataclass
 class Assignment:
     """`dims[graph][dim]` are the factors that split a dim where it can be, outer first; `outside` are the graphs of the
-    residual stream, in which the rules with `between blocks` hold, too; `told` are the ways of uses."""
+    residual stream, in which the rules with `between blocks` hold, too; `told` are the ways of uses, `tried` axes that
+    are factored for an exchange that may be chosen."""
 
     layout: Layout
     mesh: Mesh
     dims: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     outside: frozenset[str] = frozenset()
     told: Told = field(default_factory=dict)
+    tried: frozenset[str] = frozenset()
 
     def atoms(self, graph: str, dim: str) -> tuple[str, ...]:
         """The factors that split a dim of a graph."""
@@ -40,8 +42,8 @@ class Assignment:
 Wanted = dict[str, dict[str, tuple[Split, ...]]]
 
 
-def assign(program: GraphProgram, layout: Layout) -> Assignment:
-    """Decide for every graph. Raises `SpecError`: selects-nothing, split-twice, uneven-split, not-built-yet."""
+def assign(program: GraphProgram, layout: Layout, without: frozenset[str] = frozenset()) -> Assignment:
+    """Decide for every graph; the axes `without` are not factored for what may be chosen. Raises `SpecError`: selects-nothing, split-twice, uneven-split, not-built-yet."""
     outside = _outside(program)
     wanted, hits = _wanted(program, layout, outside)
     errors = Collector()
@@ -55,9 +57,9 @@ def assign(program: GraphProgram, layout: Layout) -> Assignment:
                 _once(dim, splits)
     errors.finish()
     ways = told(program, layout)
-    mesh = _factored(program, layout, wanted, ways, errors)
+    mesh, tried = _factored(program, layout, wanted, ways, errors, without)
     errors.finish()
-    found = Assignment(layout, mesh, outside=outside, told=ways)
+    found = Assignment(layout, mesh, outside=outside, told=ways, tried=tried)
     for graph in program.graphs.values():
         own = {}
         for dim, splits in wanted.get(graph.name, {}).items():
@@ -164,8 +166,12 @@ def fitting(size: int | None, atoms: tuple[str, ...], mesh: Mesh) -> tuple[str, 
     return tuple(kept)
 
 
-def _factored(program: GraphProgram, layout: Layout, wanted: Wanted, ways: Told, errors: Collector) -> Mesh:
-    """The axes in the factors that smaller dims need. Raises (into `errors`) uneven-split, not-built-yet."""
+def _factored(
+    program: GraphProgram, layout: Layout, wanted: Wanted, ways: Told, errors: Collector, without: frozenset[str]
+) -> tuple[Mesh, frozenset[str]]:
+    """The axes in the factors that smaller dims need, and those that are factored for what may be chosen only. Raises
+    (into `errors`) uneven-split, not-built-yet."""
+    maybe: dict[str, set[int]] = {}
     cuts: dict[str, dict[int, Any]] = {axis: {} for axis, size in layout.mesh if size > 1}
     for graph in program.graphs.values():
         shared = dict(_shared(graph))
@@ -189,13 +195,19 @@ def _factored(program: GraphProgram, layout: Layout, wanted: Wanted, ways: Told,
         for exchange in exchanges(graph, layout, wanted.get(graph.name, {}), ways.get(graph.name, {})):
             with errors.collecting():
                 factor = exchange.factor()
-                if factor is not None:
+                if factor is not None and exchange.way is None:
+                    maybe.setdefault(exchange.axis, set()).add(factor)
+                elif factor is not None:
                     cuts[exchange.axis].setdefault(factor, (graph, exchange.dim, exchange.way))
+    tried = frozenset(maybe) - without
     atoms: list[Atom] = []
     for axis, size in layout.mesh:
         if size == 1 or layout.stages is not None and axis == layout.stages.axis:
             continue
         chain = [1, *sorted(n for n in cuts[axis] if 1 < n < size), size]
+        for n in sorted(maybe.get(axis, ())) if axis in tried else ():
+            longer = sorted({*chain, n})
+            chain = longer if all(b % a == 0 for a, b in pairwise(longer)) else chain
         wrong = next(((a, b) for a, b in pairwise(chain) if b % a), None)
         if wrong is not None:
             graph, dim, split = cuts[axis][wrong[1] if wrong[1] in cuts[axis] else wrong[0]]
@@ -207,7 +219,7 @@ def _factored(program: GraphProgram, layout: Layout, wanted: Wanted, ways: Told,
         sizes = [b // a for a, b in pairwise(chain)]
         names = [axis] if len(sizes) == 1 else [f"{axis}.{i}" for i in range(len(sizes))]
         atoms += [Atom(n, axis, s) for n, s in zip(names, sizes, strict=True)]
-    return Mesh(tuple(atoms))
+    return Mesh(tuple(atoms)), tried
 
 
 def _shared(graph: Graph) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,8 @@ from .uses import SEQUENCE_ROLES
 @dataclass(frozen=True)
 class Exchange:
     """A dim that is split over an axis in one use in place of the sequence: a rank of the other axes that split it has
-    `left` places. `shared` is a dim that it divides into runs, with the places that are left of that."""
+    `left` places. `shared` is a dim that it divides into runs, with the places that are left of that. Without a `way`
+    it is one that may be chosen."""
 
     graph: Graph
     axis: str
@@ -25,24 +26,29 @@ class Exchange:
     dim: str
     left: int
     shared: tuple[str, int] | None
-    way: Way
+    way: Way | None
 
     def factor(self) -> int | None:
         """At how many ranks the axis must be factored, None where it need not be. Raises `uneven-split`."""
         if self.left % self.ranks:
-            raise self._uneven(self.dim, self.left, False)
+            self._refuse(self.dim, self.left, False)
+            return None
         if self.shared is None or self.shared[1] % self.ranks == 0 or self.shared[1] == 1:
             return None
         if self.ranks % self.shared[1]:
-            raise self._uneven(*self.shared, True)
+            self._refuse(*self.shared, True)
+            return None
         return self.shared[1]
 
-    def _uneven(self, dim: str, left: int, may_share: bool) -> Exception:
+    def _refuse(self, dim: str, left: int, may_share: bool) -> None:
+        """Raises `uneven-split` where the layout asks for it; what may be chosen is then not."""
+        if self.way is None:
+            return
         size, ranks, axis = self.graph.size(dim) or 0, self.ranks, self.axis
         fits = [n for n in range(1, max(left, ranks) + 1) if left % n == 0 or may_share and n % left == 0]
         near = [*[n for n in fits if n < ranks][-1:], *[n for n in fits if n > ranks][:1]]
         here = "" if left == size else f", of which a rank of the other axes has {left},"
-        return fail("uneven-split", f"`{dim}` = {size}{here} does not divide over the {ranks} ranks of `{axis}`",
+        raise fail("uneven-split", f"`{dim}` = {size}{here} does not divide over the {ranks} ranks of `{axis}`",
                     self.way.span, f"{left} / {ranks} = {left / ranks:g}",
                     (Label(self.graph.body.span, f"`{dim}` is a dim of `{self.graph.body.block}`"),),
                     help=f"{' or '.join(f'`{axis} = {n}`' for n in near)} would do")  # fmt: skip
@@ -51,13 +57,15 @@ class Exchange:
 def exchanges(
     graph: Graph, layout: Layout, wanted: Mapping[str, Sequence[Split]], told: Mapping[str, Way]
 ) -> Iterator[Exchange]:
-    """What the layout's exchanges split in a graph. `wanted` are the rules that split each of its dims."""
-    for node in graph.nodes:
+    """What exchanges split in a graph: those that the layout asks for, and those that may be chosen where keys are read.
+    `wanted` are the rules that split each of its dims."""
+    for node in (n for n in graph.nodes if n.op not in STRUCTURE):
         way = told.get(node.name)
-        if node.op in STRUCTURE or way is None or way.kind != "exchange":
+        if way is not None and way.kind != "exchange" or way is None and not _attends(node):
             continue
         for axis in dict.fromkeys(a for d in _sequences(node) for a in _axes(wanted, layout, d)):
-            for dim in (d for d in way.dims if d in exchangeable(node)):
+            dims = exchangeable(node)
+            for dim in (d for d in dims if graph.size(d) is not None and (way is None or d in way.dims)):
                 left = _left(graph, layout, wanted, dim, axis)
                 other = _shared(node).get(dim)
                 shared = None if other in (None, dim) else (other, _left(graph, layout, wanted, other, axis))
@@ -77,6 +85,10 @@ def exchangeable(node: Node) -> tuple[str, ...]:
         found.update((d, fits and found.get(d, True)) for d in dims)
     along = set(_sequences(node))
     return tuple(d for d, fits in found.items() if fits and d not in along)
+
+
+def _attends(node: Node) -> bool:
+    return any(op_of(node).signature.role(f) == "attend" for f in op_of(node).signature.formals())
 
 
 def _shared(node: Node) -> dict[str, str]:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from ...dsl.diagnostics import InternalError
-from ...dsl.program import Node, Type
+from ...dsl.diagnostics import InternalError, fail
+from ...dsl.program import TOKENS, Node, Type
 from ...dsl.ways import Way
 from ..graph import op_of
 from .choosing import Choosing
@@ -46,7 +46,11 @@ class Exchanging(Choosing):
         return chosen
 
     def _lifting(self, chosen: Chosen, atoms: list[str], node: Node) -> Chosen:
-        """A use that reads a sequence as a whole is taken apart, if its room says how."""
+        """A use that reads a sequence as a whole is taken apart, if its room says how. Raises `not-built-yet`."""
+        for dim in (d for a in atoms if chosen.cuts[a].whole for d in chosen.cuts[a].dims if self.whole(d).sequence):
+            if self.whole(dim).clock != TOKENS:
+                raise fail("not-built-yet", f"a ring along `{dim}` is not built yet", self.told[node.name].span,
+                           "only along the tokens of the model's first input", help="`all_gather` is")  # fmt: skip
         lifted = {a: replace(chosen.cuts[a], kind="lift") for a in atoms if op_of(node).lift and chosen.cuts[a].whole}
         return replace(chosen, cuts={**chosen.cuts, **lifted})
 
