@@ -61,7 +61,7 @@ def exchanges(
     `wanted` are the rules that split each of its dims."""
     for node in (n for n in graph.nodes if n.op not in STRUCTURE):
         way = told.get(node.name)
-        if way is not None and way.kind != "exchange" or way is None and not _attends(node):
+        if way is not None and way.kind != "exchange" or way is None and not attends(node):
             continue
         for axis in dict.fromkeys(a for d in _sequences(node) for a in _axes(wanted, layout, d)):
             dims = exchangeable(node)
@@ -70,6 +70,11 @@ def exchanges(
                 other = _shared(node).get(dim)
                 shared = None if other in (None, dim) else (other, _left(graph, layout, wanted, other, axis))
                 yield Exchange(graph, axis, layout.size(axis), dim, left, shared, way)
+
+
+def attends(node: Node) -> bool:
+    """Whether a use reads keys."""
+    return any(op_of(node).signature.role(f) == "attend" for f in op_of(node).signature.formals())
 
 
 def exchangeable(node: Node) -> tuple[str, ...]:
@@ -85,10 +90,6 @@ def exchangeable(node: Node) -> tuple[str, ...]:
         found.update((d, fits and found.get(d, True)) for d in dims)
     along = set(_sequences(node))
     return tuple(d for d, fits in found.items() if fits and d not in along)
-
-
-def _attends(node: Node) -> bool:
-    return any(op_of(node).signature.role(f) == "attend" for f in op_of(node).signature.formals())
 
 
 def _shared(node: Node) -> dict[str, str]:

@@ -10,7 +10,7 @@ from ...dsl.program import Node
 from ...dsl.selectors import START, States
 from ...dsl.ways import Way
 from ..graph import STRUCTURE, Graph, GraphProgram
-from .exchanges import exchangeable
+from .exchanges import attends, exchangeable
 
 Told = dict[str, dict[str, Way]]
 """By graph and name of a use; of several ways that select it the last."""
@@ -86,6 +86,9 @@ def _check(program: GraphProgram, way: Way, hits: dict[Way, list[Node]]) -> None
         known |= {g.body.block for g in program.graphs.values()}
         raise fail("selects-nothing", f"nothing of `{program.program.name}` is named `{way.selector}`", way.span,
                    "in this layout", help=did_you_mean(way.selector.steps[-1].name, known, "something"))  # fmt: skip
+    if way.kind != "exchange" and not any(map(attends, hits[way])):
+        raise fail("selects-nothing", f"`{way.selector}` reads no keys, which `{way.kind}` is about", way.span,
+                   "this changes nothing", help="`exchange(DIM)` is for all that runs along a sequence")  # fmt: skip
     for dim in way.dims:
         dims = {d for node in hits[way] for d in exchangeable(node)}
         if dim not in dims:

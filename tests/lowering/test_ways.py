@@ -137,6 +137,19 @@ layout drawn:
     assert not any(n.op in ("ssd_leave", "rows_before") for n in made.graphs["mamba2"].nodes)
 
 
+@pytest.mark.parametrize(
+    ("rules", "kind", "count"),
+    [("attend: exchange(heads)", "all_to_all", 4), ("attend: ring", "send", 1), ("attend: all_gather", "all_gather", 2)],
+)
+def test_a_contract_counts_what_a_way_makes(rules: str, kind: str, count: int) -> None:
+    text = f"mesh context = 2\nshard seq over context\n{rules}\nexpect {kind} per attention "
+    for bound in (f"== {count}", f"<= {count}"):
+        lower(program_of(loaded := decoder(4, 4, text + bound)), layout=layout_of(loaded))
+    with pytest.raises(SpecError) as raised:
+        lower(program_of(loaded := decoder(4, 4, f"{text}< {count}")), layout=layout_of(loaded))
+    assert [d.code for d in raised.value.diagnostics] == ["contract-broken"]
+
+
 # --- what cannot be -------------------------------------------------------------------------------
 
 
@@ -154,6 +167,8 @@ layout drawn:
          "`attend` has no dim `head_dim` that can be split for a sequence", None),
         (4, 4, "context = 2", "attnd: exchange(heads)", "selects-nothing",
          "nothing of `one` is named `attnd`", "something named `attend` exists"),
+        (4, 4, "context = 2", "rms_norm: ring", "selects-nothing",
+         "`rms_norm` reads no keys, which `ring` is about", "`exchange(DIM)` is for all that runs along a sequence"),
         (4, 4, "context = 2", "attend: rong", "unknown-name", "this is no way to lay something out",
          "a way named `ring` exists"),
         (4, 4, "context = 2", "attend: exchange", "missing-argument",
