@@ -8,6 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
+from math import lcm
 from typing import Any
 
 import jinja2
@@ -72,6 +73,7 @@ def emit_module(program: GraphProgram, version: str, named: bool = False) -> str
         stored=_stored(program),
         partial=_partial(program),
         rows=_rows(program),
+        cuts=_cuts(program),
         result=_result(program),
     )
 
@@ -115,6 +117,18 @@ def _rows(program: GraphProgram) -> tuple[str, ...]:
     """The axes over which the rows of a batch are split."""
     inputs = program.model.body.inputs
     return program.model.dims[inputs[0].type.dims[0]].axes if inputs and inputs[0].type.dims else ()
+
+
+def _cuts(program: GraphProgram) -> int:
+    """Into how many equal parts the tokens of a row are cut: one a rank, or two where it has both ends of a fold."""
+    if program.laid is None:
+        return 1
+    found = 1
+    for graph in program.graphs.values():
+        split = [d for d in graph.dims.values() if d.axes and d.clock == TOKENS]
+        ranks = lcm(*(program.laid.mesh.size(d.axes) for d in split))
+        found = lcm(found, ranks * (2 if any(n.attr("order") == "zigzag" for n in graph.nodes) else 1))
+    return found
 
 
 def _result(program: GraphProgram) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..dsl.layout import Layout
 from ..dsl.program import Program
 from ..lowering.graph import GraphProgram
-from .compile import Artifact, build, instantiate
+from .compile import Artifact, build, instantiate, module_class
 from .lib import Gathered
 from .lib.laid import (
     global_counts,
@@ -34,6 +34,7 @@ from .lib.schedules import order
 from .lib.simulated import simulate
 from .opinion.ask import ask, is_installed
 from .plan.step import Feed, inputs
+from .train.rows import check_cuts
 
 MOST_WEIGHTS, MOST_RANKS = 4_000_000, 16
 """What is run here: as many weights on as many ranks."""
@@ -42,9 +43,13 @@ CLOSE = 1e-10
 
 
 def certify(program: Program, layout: Layout, seq: int, seed: int = 0) -> dict[str, Any]:
-    """The card: `holds` says whether all that was looked at holds. Raises `SpecError` for a layout that cannot be, and
-    `UnprovedLayout` (a fault of ours) for one that is not proved."""
+    """The card: `holds` says whether all that was looked at holds.
+
+    Raises `SpecError` for a layout that cannot be, UserError `uneven-batch` for rows that it cannot cut, and
+    `UnprovedLayout` (a fault of ours) for one that is not proved.
+    """
     artifact = build(program, layout=layout)
+    check_cuts(module_class(artifact.source, f"{artifact.name}/model.py"), seq)
     lowered = artifact.lowered
     card: dict[str, Any] = {
         "model": program.name,

@@ -37,8 +37,8 @@ def shard(program: GraphProgram) -> GraphProgram:
 
 
 class _Sharder:
-    """One walk over all graphs. The first finds out what is wanted of weights, and which axes need their factors; `stored`
-    is what was decided."""
+    """One walk over all graphs. The first finds out what is wanted of weights, and which axes need their factors;
+    `stored` is what was decided."""
 
     def __init__(self, program: GraphProgram, assignment: Assignment, stored: dict[str, dict[str, Stored]]):
         self.program, self.assignment, self.stored = program, assignment, stored

@@ -43,7 +43,10 @@ Wanted = dict[str, dict[str, tuple[Split, ...]]]
 
 
 def assign(program: GraphProgram, layout: Layout, without: frozenset[str] = frozenset()) -> Assignment:
-    """Decide for every graph; the axes `without` are not factored for what may be chosen. Raises `SpecError`: selects-nothing, split-twice, uneven-split, not-built-yet."""
+    """Decide for every graph; the axes `without` are not factored for what may be chosen.
+
+    Raises `SpecError`: selects-nothing, split-twice, uneven-split, not-built-yet.
+    """
     outside = _outside(program)
     wanted, hits = _wanted(program, layout, outside)
     errors = Collector()

@@ -57,8 +57,8 @@ class Exchange:
 def exchanges(
     graph: Graph, layout: Layout, wanted: Mapping[str, Sequence[Split]], told: Mapping[str, Way]
 ) -> Iterator[Exchange]:
-    """What exchanges split in a graph: those that the layout asks for, and those that may be chosen where keys are read.
-    `wanted` are the rules that split each of its dims."""
+    """What exchanges split in a graph: those that the layout asks for, and those that may be chosen where keys are
+    read. `wanted` are the rules that split each of its dims."""
     for node in (n for n in graph.nodes if n.op not in STRUCTURE):
         way = told.get(node.name)
         if way is not None and way.kind != "exchange" or way is None and not attends(node):

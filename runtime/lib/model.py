@@ -50,11 +50,13 @@ class Model(Filled):
     # Models that the objective asks, by name; a dict, so that they are no modules of this one.
     lent: Mapping[str, Model] = MappingProxyType({})
     # Where this rank stands, in a module that was laid out over several; `axes` are those of its mesh, `stored` says
-    # how each weight lies on it, `rows` over which axes a batch is split, `partial` over which a loss is a sum.
+    # how each weight lies on it, `rows` over which axes a batch is split, `cuts` into how many equal parts the tokens
+    # of a row are cut, `partial` over which axes a loss is a sum.
     mesh: Mesh | None = None
     axes: Mapping[str, int] = MappingProxyType({})
     stored: Mapping[str, Any] = MappingProxyType({})
     rows: tuple[str, ...] = ()
+    cuts: int = 1
     result: tuple[tuple[tuple[str, ...], ...], tuple[str, ...]] = ((), ())
     pipe: Pipe | None = None
     # Of a pipeline: weights that several stages have, and what they are like.

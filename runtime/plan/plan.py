@@ -19,6 +19,7 @@ from ..distributed import check_stored, over_of
 from ..lib.mesh import Axes, Mesh
 from ..lib.pipeline import Pipe
 from ..lib.schedules import order
+from ..train.rows import check_cuts
 from .devices import Device
 from .estimate import Times, busy_seconds, estimate, sending_seconds
 from .schedules import TOWARDS, Box, places_of, timeline, waited
@@ -125,7 +126,7 @@ def plan(
     program: Program, layout: Layout, device: Device, precision: str, feed: Feed, steps: Steps | None = None
 ) -> Plan:
     """Plan a step of a layout; one with stages says itself how many micro-batches a step has. Raises `SpecError`: what
-    the shard pass raises, not-built-yet."""
+    the shard pass raises, not-built-yet; UserError: uneven-batch for rows that it cannot cut."""
     check_stored(layout)
     steps = steps or Steps()
     if layout.stages is not None:
@@ -134,7 +135,8 @@ def plan(
                        layout.stages.span)  # fmt: skip
         feed = replace(feed, microbatches=layout.stages.microbatches)
     artifact = build(program, layout=layout)
-    kind = module_class(artifact.source, artifact.name)
+    kind = module_class(artifact.source, f"{artifact.name}/model.py")
+    check_cuts(kind, feed.seq)
     mesh, over = Mesh(dict(kind.axes)), over_of(artifact, layout)
     of = _Planned(artifact, layout, device, precision, feed, mesh, over)
     pipeline = None

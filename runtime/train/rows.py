@@ -28,7 +28,8 @@ class Ranks:
 
 
 def check_rows(model: Model | type[Model], config: TrainConfig) -> None:
-    """Raises UserError `uneven-batch` where the ranks of a mesh cannot have equally many rows of a micro-batch."""
+    """Raises UserError `uneven-batch` where the ranks of a mesh cannot have equally many rows of a micro-batch, or
+    equally many tokens of a row."""
     ranks = prod(model.axes[a] for a in model.rows)
     if config.batch % ranks:
         near = [n for n in (config.batch // ranks * ranks, (config.batch // ranks + 1) * ranks) if n]
@@ -36,6 +37,18 @@ def check_rows(model: Model | type[Model], config: TrainConfig) -> None:
             "uneven-batch",
             f"a micro-batch of {config.batch} rows does not divide over {ranks} ranks",
             help=f"--batch {' or '.join(map(str, near))} does",
+        )
+    check_cuts(model, config.seq)
+
+
+def check_cuts(model: Model | type[Model], seq: int) -> None:
+    """Raises UserError `uneven-batch` where ranks cannot have equally many tokens of a row."""
+    if seq % model.cuts:
+        near = [n for n in (seq // model.cuts * model.cuts, (seq // model.cuts + 1) * model.cuts) if n]
+        raise UserError(
+            "uneven-batch",
+            f"rows of {seq} tokens do not divide into the {model.cuts} parts that the layout cuts them into",
+            help=f"--seq {' or '.join(map(str, near))} does",
         )
 
 

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from heddle.dsl.diagnostics import SpecError
 from heddle.runtime.distributed import over_of
 from heddle.runtime.plan.hollow import Hollow, Unknown
+from heddle.runtime.plan.plan import Steps
 from heddle.runtime.plan.sizes import held
 from heddle.runtime.plan.step import Feed, measure
 from tests.runtime.plan.instrumented import artifact, ranks
@@ -109,6 +110,14 @@ layout drawn:
 )
 def test_a_plan_of_a_split_sequence_is_what_a_run_keeps_and_sends(family, mesh, way):
     assert check(family, CONTEXT.format(*mesh, way), "fp32", Feed(1, 64, 1, True))
+
+
+def test_a_search_takes_no_step_of_other_parts_of_a_sequence():
+    """Meshes whose modules read alike, but whose ranks have other parts of each row."""
+    steps = Steps()
+    feed, texts = Feed(1, 64), [CONTEXT.format(n, 1, "attend: ring") for n in (2, 4)]
+    two, four = (steps.of(built("llama/tiny.spec", text), feed, "fp32", ()) for text in texts)
+    assert two.saved_bytes > four.saved_bytes
 
 
 def test_most_layouts_are_checked():

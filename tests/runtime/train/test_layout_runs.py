@@ -60,6 +60,16 @@ layout around:
     shard seq over context
     attend: ring(order = zigzag)
 
+layout couple:
+    mesh context = 2
+    shard seq over context
+    attend: ring
+
+layout folded:
+    mesh context = 6
+    shard seq over context
+    attend: ring(order = zigzag)
+
 layout swapped:
     mesh context = 2, tensor = 2
     shard vocab?, heads?, kv_heads?, ffn?, groups? over tensor
@@ -234,10 +244,17 @@ def test_eight_ranks_are_one_process(tmp_path, spec):
 def straight(tmp_path_factory):
     """A run of two ranks that nothing disturbs: six steps, each saved."""
     folder = tmp_path_factory.mktemp("two")
-    words = [*write_project(folder, LLAMA), "--layout", "narrow", "--save-every", "1", "--timeout", "20"]
-    ended = Gang([[*words, "--steps", "6", "-o", str(folder / "straight")]], 2).start().wait()
-    assert [each[0].code for each in ended] == [0, 0], ended
+    plain = write_project(folder, LLAMA)
+    words = [*plain, "--layout", "narrow", "--save-every", "1", "--timeout", "20"]
+    ring = [*plain, "--layout", "couple", "--steps", "2", "-o", str(folder / "ring")]
+    ended = Gang([[*words, "--steps", "6", "-o", str(folder / "straight")], ring], 2).start().wait()
+    assert [[e.code for e in each] for each in ended] == [[0, 0], [0, 0]], ended
+    alone([*plain, "--steps", "2", "-o", str(folder / "one")])
     return folder, words
+
+
+def test_two_ranks_that_share_a_sequence_are_one_process(straight):
+    is_same(straight[0] / "ring", straight[0] / "one")
 
 
 @pytest.mark.parametrize(
@@ -246,8 +263,10 @@ def straight(tmp_path_factory):
         ("tp", "4", "error[mesh-does-not-fit]: `tp` has 4 ranks (data 2 x tensor 2), and there are 2 processes",
          "`mesh data = 1, tensor = 2` has 2"),
         ("both", "3", "error[uneven-batch]: a micro-batch of 3 rows does not divide over 2 ranks", "--batch 2 or 4"),
+        ("folded", "4", "error[uneven-batch]: rows of 16 tokens do not divide into the 12 parts that the layout cuts",
+         "--seq 12 or 24"),
     ],
-    ids=["mesh", "batch"],
+    ids=["mesh", "batch", "rows"],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_on_every_rank(tmp_path, layout, batch, said, help):
     words = write_project(tmp_path, LLAMA)
