@@ -7,7 +7,7 @@ import textwrap
 
 WIDTH = 120
 _CLOSES = {"(": ")", "[": "]", "{": "}"}
-_TOKENS = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|lambda [\w, ]*|.", re.DOTALL)
+_TOKENS = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|lambda [\w, =]*|.", re.DOTALL)
 _OPERATORS = re.compile(r" (?:[-+*/@&|]|\*\*|//|if|else) ")
 _PREFIX = re.compile(r"(?:return |[\w.]+(?:, [\w.]+)* = )?")
 

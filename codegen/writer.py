@@ -235,8 +235,19 @@ class Writer:
         return self.again(node, self._call(node))
 
     def again(self, node: Node, text: str) -> str:
-        """A call, in a form that the backward pass can make again where it was asked to."""
-        return f"lib.recompute(lambda: {text}, at)" if node.attr("recompute") else text
+        """A call, in a form that the backward pass can make again where it was asked to: of what it is given now, not
+        of what later statements give the same names to."""
+        if not node.attr("recompute"):
+            return text
+        given = dict.fromkeys(v for o in node.operands if o is not None for v in self._read(o))
+        return f"lib.recompute(lambda {', '.join(f'{v}={v}' for v in given)}: {text}, at)"
+
+    def _read(self, name: str) -> list[str]:
+        """The variables that the expression of a value reads."""
+        node = self.graph.producers.get(name)
+        if node is not None and node.name not in self.kept and self.is_inlined(node):
+            return [v for o in node.operands if o is not None for v in self._read(o)]
+        return [] if self.expression(name).startswith(f"{self.owner}.") else [self.expression(name)]
 
     def _call(self, node: Node) -> str:
         if node.op == "call":

@@ -16,8 +16,10 @@ from heddle.runtime.check import program_of
 from heddle.runtime.compile import build, module_class
 from heddle.runtime.lib.laid import part, take_whole
 from heddle.runtime.lib.simulated import simulate
+from tests.lowering.mutants import Mutant
+from tests.lowering.sharded import BIASED, Twin
 
-from .laid_out import Batch, alone, difference, on_mesh, start
+from .laid_out import Batch, alone, difference, losses, on_mesh, start
 
 BOUND = 1e-10
 TWINS = [
@@ -33,7 +35,7 @@ DIMS = ("vocab", "heads", "kv_heads", "groups", "ffn")
 # How uses along a split sequence are computed, where their dims divide; none: bytes decide.
 WAYS = ((), ("attend?: exchange(heads)",), ("attend?: all_gather",),
         ("attend?: exchange(heads)", "mamba2?: exchange(heads, groups)"), ("attend?: ring",),
-        ("attend?: ring(order = zigzag)",))  # fmt: skip
+        ("attend?: ring(order = zigzag)",), ("attend?: ring", "recompute attend?, ssd?, causal_conv?"))  # fmt: skip
 
 
 def text_of(mesh: dict[str, int], dims: list[str], between: bool, retro: bool, ways: tuple[str, ...] = ()) -> str:
@@ -124,6 +126,59 @@ def test_every_way_of_a_split_sequence_equals_one_device(
     except SpecError as error:
         assert {d.code for d in error.diagnostics} == {"uneven-split"}
         reject()
+
+
+CHANCE = """
+block chances(heads, mask = causal):
+    x[seq, hidden]
+    q = linear(x, hidden -> [heads, head_dim = 4])
+    k = linear(x, hidden -> [heads, head_dim])
+    v = linear(x, hidden -> [heads, head_dim])
+    o = attend(q, (k, v, mask))
+    some = dropout(o, 0.5)
+    return linear(some, [heads, head_dim] -> hidden)
+
+model one(vocab = 32, hidden = 16):
+    tokens[batch, seq]: token
+    embedding = embed(tokens, vocab -> hidden)
+    x = embedding + chances(rms_norm(embedding), heads = 8)
+    final = rms_norm(x)
+    logits = linear(final, hidden -> vocab)
+    return logits
+"""
+
+
+@pytest.mark.parametrize("mesh", ["context = 4", "context = 2, tensor = 2", "tensor = 2, context = 2"])
+@pytest.mark.parametrize("way", ["exchange(heads)", "ring(order = zigzag)", "all_gather"])
+def test_random_zeros_are_the_same_wherever_heads_and_positions_are(mesh: str, way: str) -> None:
+    """Behind an exchange a rank has some heads of all positions: their places count, not the rank's."""
+    rules = f"layout drawn:\n    mesh {mesh}\n    shard seq over context\n    attend: {way}\n"
+    rules += "    shard heads over tensor\n" * ("tensor" in mesh)
+    loaded = load_text(f"{CHANCE}\n{rules}")
+    program, tokens = program_of(loaded), torch.randint(0, 32, (2, 16), generator=torch.Generator().manual_seed(1))
+    model = start(program).train()
+    model.chance, state = 7, {k: v.clone() for k, v in model.state_dict().items()}
+    batch = Batch(tokens, None, None, {})
+    wanted = sum(losses(model, batch)[0].values()).detach()
+    kind = module_class((made := build(program, layout=layout_of(loaded))).source, made.name)
+
+    def rank(where: Any) -> Any:
+        laid = kind().double().train()
+        laid.mesh, laid.chance = where, 7
+        take_whole(laid, state)
+        (loss,) = losses(laid, batch)[0].values()
+        return where["context"].all_reduce(loss.detach())
+
+    assert all(abs(float(loss - wanted)) < BOUND for loss in simulate(dict(kind.axes), rank))
+    model.chance = 8
+    assert abs(float(sum(losses(model, batch)[0].values()).detach() - wanted)) > 1e-3, "nothing depends on chance"
+
+
+@pytest.mark.parametrize("again", ["layer_norm", "attend", "linear", "attention", "gelu"])
+def test_what_is_made_again_is_made_of_what_it_was_given(again: str) -> None:
+    """A variable of a generated module may hold something else by then: `x = x + ...`."""
+    base = Twin(BIASED, f"mesh context = 2, tensor = 2\nshard ffn over tensor\nshard seq over context\nrecompute {again}")
+    assert base.far(Mutant("none", "", base.sharded)) < BOUND
 
 
 @pytest.mark.parametrize("file", TWINS)
