@@ -29,6 +29,7 @@ TWINS = [
 MESHES = [
     dict(data=d, context=c, tensor=t) for d in (1, 2) for c in (1, 2, 4) for t in (1, 2, 4) if 1 < d * c * t <= 8
 ]  # fmt: skip
+AGAIN = "    recompute blocks\n"
 DIMS = ("vocab", "heads", "kv_heads", "groups", "ffn")
 
 
@@ -77,14 +78,15 @@ def batch_of(mesh: dict[str, int], seq: int, seed: int, vocab: int, retro: bool,
 
 
 def check(
-    file: str, drawn: Any, seq: int, seed: int, packed: bool, padded: bool, steps: int = 3, ways: tuple[str, ...] = ()
+    file: str, drawn: Any, seq: int, seed: int, packed: bool, padded: bool, steps: int = 3,
+    ways: tuple[str, ...] = (), more: str = "",
 ) -> None:
     mesh, dims, between = drawn
     retro = file.startswith("retro")
     if retro:  # its encoder reads a chunk of the decoder's states, which nothing cuts
         mesh = {**mesh, "context": 1}
     path = shipped_folder() / file
-    text = path.read_text(encoding="utf-8") + text_of(mesh, dims, between, retro, ways)
+    text = path.read_text(encoding="utf-8") + text_of(mesh, dims, between, retro, ways) + more
     loaded = load_text(text, folder=path.parent)
     program, layout = program_of(loaded), layout_of(loaded)
     model = start(program, seed)
@@ -94,7 +96,7 @@ def check(
     ranks, _ = on_mesh(program, layout, state, batch, steps=steps)
     far = difference(one, ranks)
     worst = sorted((k for k in far if not far[k] < BOUND), key=far.__getitem__)[-3:]
-    where = f"{file} on {mesh}, {dims} over tensor, between = {between}, {ways}"
+    where = f"{file} on {mesh}, {dims} over tensor, between = {between}, {ways}, {more}"
     assert not worst, f"{where}: {[(k, far[k]) for k in worst]}"
 
 
@@ -104,10 +106,12 @@ def check(
 )
 @given(
     file=st.sampled_from(TWINS), drawn=layouts(), seed=st.integers(0, 2**16), seq=st.sampled_from([8, 16, 24]),
-    packed=st.booleans(), padded=st.booleans(),
+    packed=st.booleans(), padded=st.booleans(), more=st.sampled_from(["", AGAIN]),
 )  # fmt: skip
-def test_any_layout_equals_one_device(file: str, drawn: Any, seed: int, seq: int, packed: bool, padded: bool) -> None:
-    check(file, drawn, seq, seed, packed, padded)
+def test_any_layout_equals_one_device(
+    file: str, drawn: Any, seed: int, seq: int, packed: bool, padded: bool, more: str
+) -> None:
+    check(file, drawn, seq, seed, packed, padded, more=more)
 
 
 @settings(
@@ -183,7 +187,7 @@ def test_what_is_made_again_is_made_of_what_it_was_given(again: str) -> None:
 
 @pytest.mark.parametrize("file", TWINS)
 def test_every_family_on_all_axes_at_once(file: str) -> None:
-    check(file, (dict(data=2, context=2, tensor=2), list(DIMS), True), 16, 1, True, True)
+    check(file, (dict(data=2, context=2, tensor=2), list(DIMS), True), 16, 1, True, True, more=AGAIN)
 
 
 @pytest.mark.parametrize("file", ["llama/tiny.spec", "nemotron_h/tiny.spec", "transformer_ls/tiny_released.spec"])
