@@ -110,7 +110,8 @@ def _pipe(program: GraphProgram) -> str:
         return ""
     owns = "".join(f"\n{' ' * 12}{stage.owns!r}," for stage in pipe.stages)
     numbers = f'"{pipe.axis}", {pipe.size}, {pipe.chunks}, {pipe.microbatches}'
-    return f"lib.Pipe(\n        {numbers},\n        ({owns}\n        ),\n    )"
+    parts = "\n        parts=2," if pipe.schedule == "zero_bubble" else ""
+    return f"lib.Pipe(\n        {numbers},\n        ({owns}\n        ),{parts}\n    )"
 
 
 def _rows(program: GraphProgram) -> tuple[str, ...]:

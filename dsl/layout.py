@@ -18,7 +18,7 @@ from .ways import Way, ways_of
 
 STORED = ("parameters", "gradients", "optimizer")
 """What is split where it is stored only: no dim of the model."""
-SCHEDULES = ("interleaved",)
+SCHEDULES = ("interleaved", "zero_bubble")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Split:
 class Stages:
     """`stages over A`: layers one after the other on the ranks of an axis, micro-batches in the order of a schedule.
 
-    `layers` are the layers of each stage, if they are not to be divided evenly.
+    A schedule is "1f1b" where nothing is said, or one of `SCHEDULES`; a rank has `chunks` stages. `layers` are the
+    layers of each stage, if they are not to be divided evenly.
     """
 
     axis: str

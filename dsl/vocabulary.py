@@ -165,6 +165,7 @@ _WORDS: dict[str, dict[str, str]] = {
     },
     "way of a layout": {
         "interleaved": "a pipeline schedule with several chunks of layers a rank",
+        "zero_bubble": "a pipeline schedule that makes gradients of weights while a rank would wait",
         "ring": "keys and values passed round a ring of ranks",
         "exchange": "heads for positions, by an all-to-all",
         "ahead": "weights gathered some layers ahead",

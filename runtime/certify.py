@@ -89,7 +89,8 @@ def _pipeline(lowered: GraphProgram) -> dict[str, Any]:
     if pipe is None:
         return {}
     layers = Counter(path for stage in pipe.stages for path in stage.owns if path.rpartition(".")[2].isdigit())
-    orders = [order(rank, pipe.size, pipe.microbatches, pipe.chunks) for rank in range(pipe.size)]
+    parts = 2 if pipe.schedule == "zero_bubble" else 1
+    orders = [order(rank, pipe.size, pipe.microbatches, pipe.chunks, parts) for rank in range(pipe.size)]
     return {
         "stages": [list(stage.owns) for stage in pipe.stages],
         "once": all(n == 1 for n in layers.values()),
@@ -109,7 +110,7 @@ def _ends(orders: list[Any], ranks: int, chunks: int) -> bool:
             while at[rank] < len(actions):
                 kind, batch, chunk = actions[at[rank]]
                 stage = rank + chunk * ranks
-                needs = ("F", batch, stage - 1) if kind == "F" else ("B", batch, stage + 1)
+                needs = {"F": ("F", batch, stage - 1), "B": ("B", batch, stage + 1), "W": ("B", batch, stage)}[kind]
                 if needs[2] not in (-1, last + 1) and needs not in done:
                     break
                 done.add((kind, batch, stage))

@@ -67,7 +67,7 @@ def _check(told: Stages, ranks: int) -> None:
                    told.span, help=f"`microbatches = {ranks}` or more")  # fmt: skip
     if told.chunks > 1 and told.microbatches % ranks:
         near = ranks * (told.microbatches // ranks + 1)
-        raise fail("too-few-microbatches", f"an interleaved schedule takes micro-batches in groups of {ranks}",
+        raise fail("too-few-microbatches", f"a schedule with chunks takes micro-batches in groups of {ranks}",
                    told.span, f"{told.microbatches} is no multiple",
                    help=f"`microbatches = {near}` would do")  # fmt: skip
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from .later import Later, Weight, waiting
 from .product import product
 
 
@@ -48,10 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ins: int = 1) 
     outs = weight.shape[: weight.dim() - ins]
     if ins > 1:
         x = x.flatten(-ins)
-    rows = prod(outs)
-    if weight.dim() > 2:
-        weight = weight.reshape(rows, -1)
-    (y,) = product(x, weight, None if bias is None else bias.reshape(-1), [rows])
+    (y,) = product(x, weight, bias, [prod(outs)])
     return y.view(*x.shape[:-1], *outs) if len(outs) > 1 else y
 
 
@@ -178,9 +177,31 @@ class Embed(nn.Module):
 
 def embed(tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens int64[...], weight [vocab, *outs] -> [..., *outs]."""
-    if weight.dim() > 2:
-        return F.embedding(tokens, weight.flatten(1)).unflatten(-1, weight.shape[1:])
-    return F.embedding(tokens, weight)
+    store = waiting()
+    if store is not None and weight.requires_grad:
+        of = Weight.of(weight, (len(weight), -1))
+        found: Tensor = _LaterRows.apply(tokens, store.anchor, of, store)
+    else:
+        found = F.embedding(tokens, weight if weight.dim() == 2 else weight.flatten(1))
+    return found if weight.dim() == 2 else found.unflatten(-1, weight.shape[1:])
+
+
+class _LaterRows(torch.autograd.Function):
+    """Rows of a table; its gradient waits."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, anchor: Tensor, weight: Weight, store: Later) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight, ctx.rows, ctx.store = weight.without_value(), len(weight.value), store
+        return F.embedding(tokens, weight.value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        (tokens,), rows = ctx.saved_tensors, ctx.rows
+        back = torch.ops.aten.embedding_dense_backward
+        ctx.store.put(ctx.weight, lambda: back(grad, tokens, rows, -1, False), grad, tokens)
+        return None, None, None, None
 
 
 def embed_part(tokens: Tensor, weight: Tensor, start: int) -> Tensor:

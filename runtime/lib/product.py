@@ -5,6 +5,7 @@ Dims: M rows, K columns of a weight, N rows of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .later import Later, Weight, waiting
+
 # Rows converted at a time: their fp32 copies stay in the cache. Fewer rows in all are left to the native kernel, which
 # then reads half the bytes: at M = 32 both are equal, at M = 512, K = 512, N = 4112 7.6 ms against 13.
 BLOCK_ROWS = 512
@@ -20,12 +23,19 @@ LEAST_ROWS = 64
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int]) -> tuple[Tensor, ...]:
-    """x [..., K], weight [N, K], bias [N] -> x weight^T + bias in pieces of `widths` columns, side by side."""
+    """x [..., K], weight [N, K], bias [N] -> x weight^T + bias in pieces of `widths` columns, side by side; N and K of
+    a weight may be several dims."""
     x = x.to(weight.dtype)  # constants keep the dtype that they were computed in until they meet a weight
+    x, weight, bias = autocast(x, weight, bias) if torch.is_grad_enabled() else (x, weight, bias)
+    flat, store = (sum(widths), x.shape[-1]), waiting()
+    if store is not None and (weight.requires_grad or bias is not None and bias.requires_grad):
+        of = Weight.of(weight, flat), None if bias is None else Weight.of(bias, flat[:1])
+        return _LaterProduct.apply(x, store.anchor, *of, widths, store)
+    if weight.dim() > 2:
+        weight, bias = weight.reshape(flat), None if bias is None else bias.reshape(-1)
     if not torch.is_grad_enabled():
         y = _forward(x, weight, bias)
         return (y,) if len(widths) == 1 else torch.split_with_sizes(y, widths, -1)
-    x, weight, bias = autocast(x, weight, bias)
     if len(widths) == 1 and not upcasts(x):
         return (F.linear(x, weight, bias),)
     return _Product.apply(x, weight, bias, widths)
@@ -87,30 +97,72 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        kind = torch.float32 if upcasts(x) else x.dtype
-        flat, w = x.reshape(-1, x.shape[-1]), weight.to(kind)
-        blocks = _blocks(len(flat)) if upcasts(x) else [slice(0, len(flat))]
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        grad_x = torch.empty_like(flat) if needs_x else None
-        grad_weight = torch.zeros_like(w) if needs_weight else None
-        grad_bias = w.new_zeros(len(w)) if ctx.has_bias else None
-        for rows in blocks:
-            x_now = flat[rows].to(kind)
-            sum_x = None
-            start = 0
-            for grad, width in zip(grads, ctx.widths, strict=True):
-                columns = slice(start, start + width)
-                start += width
-                if grad is None:
-                    continue
-                g = grad.reshape(-1, width)[rows].to(kind)
-                if needs_x:
-                    sum_x = g @ w[columns] if sum_x is None else sum_x.addmm_(g, w[columns])
-                if grad_weight is not None:
-                    grad_weight[columns].addmm_(g.T, x_now, beta=0 if rows.start == 0 else 1)
-                if grad_bias is not None:
-                    grad_bias[columns] += g.sum(0)
-            if grad_x is not None:
-                grad_x[rows] = 0 if sum_x is None else sum_x
-        found = (None if grad_x is None else grad_x.view(x.shape), grad_weight, grad_bias)
-        return *(None if g is None else g.to(x.dtype) for g in found), None
+        return *_gradients(x, weight, ctx.widths, grads, needs_x, needs_weight, ctx.has_bias), None
+
+
+class _LaterProduct(torch.autograd.Function):
+    """The same, but the gradients of the weights wait."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, weight: Weight, bias: Weight | None, widths: list[int], store: Later
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight.value)
+        ctx.weights = weight.without_value(), None if bias is None else bias.without_value()
+        ctx.widths, ctx.store = widths, store
+        ctx.set_materialize_grads(False)
+        return tuple(_forward(x, weight.value, None if bias is None else bias.value).split(widths, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = (saved.detach() for saved in ctx.saved_tensors)  # what waits must not keep the graph
+        widths, kept = ctx.widths, [g for g in grads if g is not None]
+
+        def of_weights(weight: bool, bias: bool) -> Tensor:
+            found = _gradients(x, None, widths, grads, False, weight, bias)[1 if weight else 2]
+            assert found is not None
+            return found
+
+        if kept:
+            ctx.store.put(ctx.weights[0], lambda: of_weights(True, False), x, *kept)
+            if ctx.weights[1] is not None:
+                ctx.store.put(ctx.weights[1], lambda: of_weights(False, True), *kept)
+        of_x = _gradients(x, weight, widths, grads, ctx.needs_input_grad[0], False, False)[0]
+        return of_x, None, None, None, None, None
+
+
+def _gradients(
+    x: Tensor, weight: Tensor | None, widths: list[int], grads: Sequence[Tensor | None], needs_x: bool,
+    needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Those of x (which asks for the weight), weight and bias, from those of the pieces."""
+    kind = torch.float32 if upcasts(x) else x.dtype
+    flat, w = x.reshape(-1, x.shape[-1]), None if weight is None else weight.to(kind)
+    blocks = _blocks(len(flat)) if upcasts(x) else [slice(0, len(flat))]
+    grad_x = torch.empty_like(flat) if needs_x else None
+    grad_weight = flat.new_zeros(sum(widths), flat.shape[1], dtype=kind) if needs_weight else None
+    grad_bias = flat.new_zeros(sum(widths), dtype=kind) if needs_bias else None
+    for rows in blocks:
+        x_now = flat[rows].to(kind)
+        sum_x = None
+        start = 0
+        for grad, width in zip(grads, widths, strict=True):
+            columns = slice(start, start + width)
+            start += width
+            if grad is None:
+                continue
+            g = grad.reshape(-1, width)[rows].to(kind)
+            if needs_x:
+                assert w is not None
+                sum_x = g @ w[columns] if sum_x is None else sum_x.addmm_(g, w[columns])
+            if grad_weight is not None:
+                grad_weight[columns].addmm_(g.T, x_now, beta=0 if rows.start == 0 else 1)
+            if grad_bias is not None:
+                grad_bias[columns] += g.sum(0)
+        if grad_x is not None:
+            grad_x[rows] = 0 if sum_x is None else sum_x
+    found = (None if grad_x is None else grad_x.view(x.shape), grad_weight, grad_bias)
+    of_x, of_weight, of_bias = (None if g is None else g.to(x.dtype) for g in found)
+    return of_x, of_weight, of_bias

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .gathered import Gathered
+from .later import later, waiting
 from .rows import At
 
 
@@ -19,7 +20,7 @@ def recompute(run: Callable[..., Any], at: At, *given: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return run(*given)
-    ran, uses = [False], dict(at.uses)
+    ran, uses, store = [False], dict(at.uses), waiting()
 
     def once(*inputs: Any) -> Any:
         if not ran[0]:
@@ -28,7 +29,8 @@ def recompute(run: Callable[..., Any], at: At, *given: Any) -> Any:
         stated, at.uses = (at.gathered, at.losses, at.uses), dict(uses)
         at.gathered, at.losses = None if stated[0] is None else Gathered(), {}
         try:
-            return run(*inputs)
+            with later(store):  # the same products keep the same; what runs again may run in another thread
+                return run(*inputs)
         finally:
             at.gathered, at.losses, at.uses = stated
 

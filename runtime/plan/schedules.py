@@ -17,10 +17,13 @@ def bubble(ranks: int, microbatches: int, chunks: int = 1) -> float:
 
 
 def held(order: Iterable[Action]) -> int:
-    """The most micro-batches, each through one chunk, whose activations wait at once."""
+    """The most micro-batches, each through one chunk, whose activations wait at once: until the gradients of weights
+    are made of them, where these come later."""
+    actions = list(order)
+    last = "W" if any(action.kind == "W" for action in actions) else "B"
     waiting = most = 0
-    for action in order:
-        waiting += 1 if action.kind == "F" else -1
+    for action in actions:
+        waiting += {"F": 1, last: -1}.get(action.kind, 0)
         most = max(most, waiting)
     return most
 

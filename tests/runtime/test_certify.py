@@ -40,6 +40,7 @@ def made(mesh: str, more: str = "") -> Any:
             "pipe = 2, tensor = 2, data = 1",
             "    stages over pipe, schedule = interleaved(chunks = 2), microbatches = 4\n",
         ),
+        ("pipe = 2, tensor = 2, data = 1", "    stages over pipe, schedule = zero_bubble, microbatches = 2\n"),
     ],
 )
 def test_a_layout_holds(mesh: str, more: str) -> None:
@@ -85,12 +86,14 @@ def test_what_is_too_large_is_not_run_and_says_so() -> None:
     assert card["holds"] and card["numbers"]["close"] is None and "32 ranks" in card["numbers"]["why"]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(("ranks", "chunks", "batches"), [(1, 1, 1), (4, 1, 4), (2, 3, 4), (4, 2, 8)])
-def test_published_schedules_end(ranks: int, chunks: int, batches: int) -> None:
-    assert module._ends([order(r, ranks, batches, chunks) for r in range(ranks)], ranks, chunks)
+def test_published_schedules_end(ranks: int, chunks: int, batches: int, parts: int) -> None:
+    assert module._ends([order(r, ranks, batches, chunks, parts) for r in range(ranks)], ranks, chunks)
 
 
 def test_a_schedule_that_waits_for_itself_does_not_end() -> None:
     """The first rank wants a gradient back before it has sent what that is of."""
     orders = [[Action("B", 0), Action("F", 0)], [Action("F", 0), Action("B", 0)]]
     assert not module._ends(orders, 2, 1)
+    assert not module._ends([[Action("F", 0), Action("W", 0), Action("B", 0)]], 1, 1)

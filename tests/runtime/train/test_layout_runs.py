@@ -76,6 +76,17 @@ layout swapped:
     shard seq over context
     attend?: exchange(heads)
 
+layout chunks = pipe with:
+    stages over pipe, schedule = zero_bubble(chunks = 2), microbatches = 2
+
+layout deep:
+    mesh pipe = 4
+    stages over pipe, schedule = zero_bubble, microbatches = 4
+
+layout halves:
+    mesh pipe = 2
+    stages over pipe, schedule = zero_bubble, microbatches = 2
+
 layout plain:
     mesh data = 4
     shard batch over data
@@ -116,9 +127,11 @@ model tiny(vocab = 256, hidden = 24, heads = 4):
 )
 RUNS = {
     "llama": (LLAMA, ("tp", "wide", "around", "swapped")),
-    "experts": (EXPERTS, ("tp", "stored", "pipe")),
+    "experts": (EXPERTS, ("tp", "stored", "chunks", "deep")),
     "chance": (CHANCE, ("tp", "pipe")),
 }
+BATCHES = {"deep": ["--batch", "2", "--accumulate", "4"]}
+"""Other micro-batches of the same step."""
 LONG = not settings.default.derandomize
 """`make soak`: all moments, and the real torchrun."""
 
@@ -161,7 +174,8 @@ def run_four(folder):
     for name, (spec, layouts) in RUNS.items():
         words = [*write_project(folder / name, spec), "--accumulate", "2", "--save-every", "1", "--eval-every", "2"]
         for layout in layouts:
-            jobs.append([*words, "--steps", "3", "--layout", layout, "-o", str(folder / name / layout)])
+            jobs.append([*words, "--steps", "3", "--layout", layout, "-o", str(folder / name / layout),
+                         *BATCHES.get(layout, [])])  # fmt: skip
         runs[name] = words
     words = runs["llama"]
     first = folder / "llama" / "first"
@@ -235,6 +249,14 @@ def test_eight_ranks_are_one_process(tmp_path, spec):
     assert [each[0].code for each in ended] == [0] * 8, ended
     alone([*words, "-o", str(tmp_path / "one")])
     is_same(tmp_path / "eight", tmp_path / "one")
+
+
+def test_two_ranks_in_a_pipeline_are_one_process(tmp_path):
+    words = [*write_project(tmp_path, CHANCE), "--accumulate", "2", "--steps", "3"]
+    ended = Gang([[*words, "--layout", "halves", "-o", str(tmp_path / "halves")]], 2).start().wait()
+    assert [each[0].code for each in ended] == [0, 0], ended
+    alone([*words, "-o", str(tmp_path / "one")])
+    is_same(tmp_path / "halves", tmp_path / "one")
 
 
 # --- what goes wrong -------------------------------------------------------------------------------
