@@ -75,6 +75,7 @@ def emit_module(program: GraphProgram, version: str, named: bool = False) -> str
         rows=_rows(program),
         cuts=_cuts(program),
         result=_result(program),
+        regathered=_regathered(program),
     )
 
 
@@ -112,6 +113,14 @@ def _pipe(program: GraphProgram) -> str:
     numbers = f'"{pipe.axis}", {pipe.size}, {pipe.chunks}, {pipe.microbatches}'
     parts = "\n        parts=2," if pipe.schedule == "zero_bubble" else ""
     return f"lib.Pipe(\n        {numbers},\n        ({owns}\n        ),{parts}\n    )"
+
+
+def _regathered(program: GraphProgram) -> tuple[str, ...]:
+    """The axes along which weights are gathered for each pass anew."""
+    layout = program.layout
+    if layout is None or program.laid is None or layout.apart != "blocks":
+        return ()
+    return tuple(a for axis in layout.stored_over("parameters") for a in program.laid.mesh.names(axis))
 
 
 def _rows(program: GraphProgram) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ register_forward_hook register_forward_pre_hook register_full_backward_hook regi
 register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
 register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ run scored self set_extra_state
 set_submodule shape share_memory slots state_dict storage_dtype stream to to_empty train train_beside training type
-vocab xpu zero_grad axes before chance cuts device mesh partial pipe result rows site stored tied
+vocab xpu zero_grad axes before chance cuts device mesh partial pipe regathered result rows site stored tied
 """
 TAKEN = frozenset(_TAKEN.split())
 

@@ -69,12 +69,14 @@ class Expectation:
 @dataclass(frozen=True)
 class Layout:
     """How a model lies on a mesh of ranks. `stored` says which axes split parameters, gradients or optimizer state;
-    `ways` how parts of it are computed where their sequence is split: later ones win."""
+    `ways` how parts of it are computed where their sequence is split: later ones win. `apart` says where parameters are
+    whole: between "blocks" they are not, and gathered again for the backward pass, or only between "microbatches"."""
 
     name: str
     mesh: tuple[tuple[str, int], ...]
     splits: tuple[Split, ...] = ()
     stored: tuple[tuple[str, tuple[str, ...], Span], ...] = ()
+    apart: str = "blocks"
     stages: Stages | None = None
     recompute: tuple[Selector, ...] = ()
     ways: tuple[Way, ...] = ()
@@ -185,16 +187,22 @@ def _with(layout: Layout, rule: sx.Rule) -> Layout:
 
 
 def _sharded(layout: Layout, rule: sx.Shard) -> Layout:
-    splits, stored = layout.splits, layout.stored
+    splits, stored, apart = layout.splits, layout.stored, layout.apart
     for item in rule.dims:
         selector = read(item, _numbers)
         name = selector.steps[-1].name
-        if len(selector.steps) == 1 and name in STORED:
+        is_stored = len(selector.steps) == 1 and name in STORED
+        if rule.between is not None and (name != "parameters" if is_stored else rule.between != "blocks"):
+            raise fail("unknown-name", f"`{name}` is not sharded between `{rule.between}`", rule.span,
+                       help="dims are between `blocks`, parameters between `blocks` or `microbatches`, "
+                       "in lines of their own")  # fmt: skip
+        if is_stored:
+            apart = (rule.between or "blocks") if name == "parameters" else apart
             stored = (*(s for s in stored if s[0] != name), (name, rule.axes, rule.span))
             continue
         made = Split(selector, rule.axes, rule.between == "blocks", rule.span)
         splits = (*(s for s in splits if (s.selector.steps, s.between) != (selector.steps, made.between)), made)
-    return replace(layout, splits=splits, stored=stored)
+    return replace(layout, splits=splits, stored=stored, apart=apart)
 
 
 def _stages(rule: sx.Stages) -> Stages:

@@ -15,6 +15,7 @@ from .source import Span
 from .vocabulary import PRECISION_SETTINGS
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+BETWEEN = ("blocks", "microbatches")
 _WORDS = {
     sx.Mesh: "mesh",
     sx.Shard: "shard",
@@ -65,12 +66,13 @@ def _rules(keyword: str, rules: Iterable[sx.Rule], axes: Axes) -> Iterator[Diagn
         elif isinstance(rule, sx.Shard):
             for name in rule.axes:
                 yield from _axis(name, _behind(rule.span, "over", name), axes)
-            if rule.between not in (None, "blocks"):
+            if rule.between not in (None, *BETWEEN):
                 yield Diagnostic(
                     "unknown-name",
                     f"nothing is sharded between `{rule.between}`",
                     Label(_behind(rule.span, "between", rule.between), "not found"),
-                    help="`between blocks` is the residual stream outside blocks",
+                    help="`between blocks` is the residual stream outside blocks; parameters may be whole from a "
+                    "forward pass to its backward pass, and split `between microbatches`",
                 )
         elif isinstance(rule, sx.Stages):
             yield from _axis(rule.axis, _behind(rule.span, "over", rule.axis), axes)

@@ -175,6 +175,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "reduce_scatter": "a sum over ranks, a part on each",
         "send": "from one rank to another",
         "blocks": "the blocks of the residual stream",
+        "microbatches": "the parts of a batch that run one after the other",
     },
     "option": {
         "current": "by the values at hand",

@@ -18,6 +18,7 @@ from .initial import initialise
 from .linear import spec_paths
 from .mesh import Mesh
 from .pipeline import Pipe
+from .regather import gathering_again
 from .rows import At
 from .sample import check_sampling, choose
 from .spmd import I, P, S, all_gather, all_reduce
@@ -57,6 +58,8 @@ class Model(Filled):
     stored: Mapping[str, Any] = MappingProxyType({})
     rows: tuple[str, ...] = ()
     cuts: int = 1
+    # The axes along which weights are gathered again for the backward pass, in place of being kept whole.
+    regathered: tuple[str, ...] = ()
     result: tuple[tuple[tuple[str, ...], ...], tuple[str, ...]] = ((), ())
     pipe: Pipe | None = None
     # Of a pipeline: weights that several stages have, and what they are like.
@@ -155,7 +158,8 @@ class Model(Filled):
     ) -> Tensor:
         """tokens int64[batch, seq] -> logits [batch, seq, vocab]; document, position, valid as in `At`."""
         at = self._rows(tokens, position, document, valid)
-        return self._whole(self.run(tokens, *self._more(more, at), at, STATELESS))
+        with gathering_again(self.regathered):
+            return self._whole(self.run(tokens, *self._more(more, at), at, STATELESS))
 
     def _whole(self, logits: Tensor) -> Tensor:
         """What all ranks give together for this rank's rows of the batch."""
@@ -183,7 +187,8 @@ class Model(Filled):
         """
         at = self._rows(tokens, None, document, valid)
         at.gathered = gathered
-        return self.losses_of(tokens, *self._more(more, at, self.scored), at)
+        with gathering_again(self.regathered):
+            return self.losses_of(tokens, *self._more(more, at, self.scored), at)
 
     def counts(
         self, tokens: Tensor, document: Tensor | None = None, valid: Tensor | None = None, **more: Tensor

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .later import Later, later
 from .linear import spec_path
+from .regather import gathering_again
 from .schedules import Action, order
 
 
@@ -125,7 +126,7 @@ class _Step:
                 like = torch.empty(shape, dtype=self.model.storage_dtype, device=inputs[0].device)
                 taken.append(self.on.receive(like, (self.rank - 1) % self.pipe.size).requires_grad_())
         store = Later() if self.pipe.parts == 2 and torch.is_grad_enabled() else None
-        with later(store):
+        with gathering_again(self.model.regathered), later(store):
             gave = getattr(self.model, f"stage_{stage}")(*inputs, *taken, at)
             losses = self.model.losses_of(*inputs, at, gave) if stage == self.last else at.losses
         given = [] if stage == self.last else list(gave)

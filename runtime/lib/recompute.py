@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .gathered import Gathered
 from .later import later, waiting
+from .regather import gathering_as_ever
 from .rows import At
 
 
@@ -25,11 +26,12 @@ def recompute(run: Callable[..., Any], at: At, *given: Any) -> Any:
     def once(*inputs: Any) -> Any:
         if not ran[0]:
             ran[0] = True
-            return run(*inputs)
+            with gathering_as_ever():
+                return run(*inputs)
         stated, at.uses = (at.gathered, at.losses, at.uses), dict(uses)
         at.gathered, at.losses = None if stated[0] is None else Gathered(), {}
         try:
-            with later(store):  # the same products keep the same; what runs again may run in another thread
+            with later(store), gathering_as_ever():  # as the first time, and maybe in another thread
                 return run(*inputs)
         finally:
             at.gathered, at.losses, at.uses = stated

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from .mesh import Group, named
+from .regather import note_gathered
 
 __all__ = ["I", "P", "R", "S", "V", "all_gather", "all_max", "all_reduce", "all_to_all", "convert", "reduce_scatter"]
 __all__ += ["reinterpret"]
@@ -195,7 +196,10 @@ def _convert(name: str, x: Tensor, group: Group, src: Placement, dst: Placement)
     if there is _part or there is _sum_part or there is _exchange:
         _check_parts(x, group, j)
     if group.size > 1:
-        return _Linear.apply(x, group, there, back, i, j)
+        made: Tensor = _Linear.apply(x, group, there, back, i, j)
+        if there is _join and i is not None:
+            note_gathered(made, x, group, i)
+        return made
     if i is None and there in (_join, _padded):
         return x[None]
     return x[0] if i is None and there in (_part, _sum_part) else x

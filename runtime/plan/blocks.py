@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..lib import Model
+from ..lib.regather import Gone, gone, is_gathering_again
 from ..lib.rows import At
 from .around import Around, Name
 from .hollow import Hollow, Ledger, Shape, shape_of
@@ -121,7 +122,9 @@ class Blocks:
         such as scores that only choose, takes what it kept along when it goes; its address may be another's then."""
         before, self.waiting = self.waiting, WeakValueDictionary()
 
-        def pack(x: Tensor) -> tuple[_Waiting | None, Tensor]:
+        def pack(x: Tensor) -> Gone | tuple[_Waiting | None, Tensor]:
+            if (found := gone(x)) is not None:
+                return found
             x = x.detach()  # what is kept must not hold on to who made it, or it stays where no backward pass comes
             storage = x.untyped_storage()
             place, size = storage.data_ptr(), storage.nbytes()
@@ -138,7 +141,7 @@ class Blocks:
 
         found: dict[int, Saved] = {}
         try:
-            with saved_tensors_hooks(pack, lambda packed: packed[1]):
+            with saved_tensors_hooks(pack, lambda packed: packed.again() if isinstance(packed, Gone) else packed[1]):
                 yield found
             found |= {place: waiting.saved for place, waiting in self.waiting.items()}
         finally:
@@ -162,7 +165,7 @@ class Blocks:
         tensors = [a for a in args if isinstance(a, Tensor)]
         lent = [a for a in args if isinstance(a, nn.Module)]
         weights = list(dict.fromkeys(p for m in (module, *lent) for p in m.parameters()))
-        shapes = tuple(more.items()), tuple(map(shape_of, weights))
+        shapes = tuple(more.items()), tuple(map(shape_of, weights)), is_gathering_again()
         kind = None
         for _ in range(2):  # what is made once for all layers is there the second time
             key = (type(module), tuple(map(self._described, args)), *shapes)

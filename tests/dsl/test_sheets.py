@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from heddle.dsl.diagnostics import SpecError
+from heddle.dsl.layout import layout_of
 from heddle.dsl.load import load, load_text
 from heddle.dsl.names import check_names
 
@@ -31,6 +33,7 @@ def test_every_program_is_fine(path: Path) -> None:
         (MESH + "    shard data over data, pipe\n", [("unknown-name", "pipe")]),
         (MESH + "    stages over pipe, microbatches = 2\n", [("unknown-name", "pipe")]),
         (MESH + "    shard seq over tensor between block\n", [("unknown-name", "block")]),
+        (MESH + "    shard parameters over data between microbatches\n", []),
         (MESH + "    expect all_reduce per attention <= 1\n", []),
         (MESH + "    expect all_redcue per attention <= 1\n", [("unknown-name", "all_redcue")]),
         (MESH + "    in moe:\n        mesh expert = 8\n        shard experts over expert\n", []),
@@ -62,6 +65,36 @@ def test_every_program_is_fine(path: Path) -> None:
 )
 def test_sheets(text: str, errors: list[tuple[str, str]]) -> None:
     assert found(text) == errors
+
+
+@pytest.mark.parametrize(
+    ("rules", "apart"),
+    [
+        ("shard parameters over data", "blocks"),
+        ("shard parameters over data between blocks", "blocks"),
+        ("shard parameters over data between microbatches", "microbatches"),
+        ("shard parameters over data between microbatches; shard optimizer over data", "microbatches"),
+        ("shard parameters over data between microbatches; shard parameters over data", "blocks"),
+    ],
+)
+def test_parameters_are_split_between_blocks_or_microbatches(rules: str, apart: str) -> None:
+    layout = layout_of(load_text(f"{MESH}    {rules}\n"))
+    assert layout.apart == apart and layout.stored_over("parameters") == ("data",) and not layout.splits
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "shard heads over tensor between microbatches",
+        "shard optimizer over data between blocks",
+        "shard parameters, heads over data between microbatches",
+    ],
+)
+def test_nothing_else_is_split_between_microbatches(rule: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        layout_of(load_text(f"{MESH}    {rule}\n"))
+    (found,) = caught.value.diagnostics
+    assert found.code == "unknown-name" and found.primary.span.text == rule
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ MESHES = [
     dict(data=d, context=c, tensor=t) for d in (1, 2) for c in (1, 2, 4) for t in (1, 2, 4) if 1 < d * c * t <= 8
 ]  # fmt: skip
 AGAIN = "    recompute blocks\n"
+PARTS = "    shard parameters over data\n"
 DIMS = ("vocab", "heads", "kv_heads", "groups", "ffn")
 
 
@@ -106,7 +107,7 @@ def check(
 )
 @given(
     file=st.sampled_from(TWINS), drawn=layouts(), seed=st.integers(0, 2**16), seq=st.sampled_from([8, 16, 24]),
-    packed=st.booleans(), padded=st.booleans(), more=st.sampled_from(["", AGAIN]),
+    packed=st.booleans(), padded=st.booleans(), more=st.sampled_from(["", AGAIN, PARTS, PARTS + AGAIN]),
 )  # fmt: skip
 def test_any_layout_equals_one_device(
     file: str, drawn: Any, seed: int, seq: int, packed: bool, padded: bool, more: str
@@ -187,7 +188,7 @@ def test_what_is_made_again_is_made_of_what_it_was_given(again: str) -> None:
 
 @pytest.mark.parametrize("file", TWINS)
 def test_every_family_on_all_axes_at_once(file: str) -> None:
-    check(file, (dict(data=2, context=2, tensor=2), list(DIMS), True), 16, 1, True, True, more=AGAIN)
+    check(file, (dict(data=2, context=2, tensor=2), list(DIMS), True), 16, 1, True, True, more=AGAIN + PARTS)
 
 
 @pytest.mark.parametrize("file", ["llama/tiny.spec", "nemotron_h/tiny.spec", "transformer_ls/tiny_released.spec"])

@@ -113,9 +113,10 @@ def test_any_pipeline_equals_one_device(data: Any, file: str, seed: int) -> None
     mesh = {"pipe": pipe, "data": data.draw(st.sampled_from((1, 2))), "tensor": data.draw(st.sampled_from((1, 2)))}
     name = data.draw(st.sampled_from(("interleaved", "zero_bubble")))
     how = f"schedule = {name}(chunks = {chunks}), "
-    more = "    recompute blocks\n" * data.draw(st.booleans()) + "    shard parameters over data\n" * data.draw(
-        st.booleans()
+    stored = data.draw(
+        st.sampled_from(("", *(f"    shard parameters over data{x}\n" for x in ("", " between microbatches"))))
     )
+    more = "    recompute blocks\n" * data.draw(st.booleans()) + stored
     check(file, mesh, f"{how}microbatches = {batches}", batches, seed, more)
 
 

@@ -20,6 +20,7 @@ from tests.runtime.plan.instrumented import artifact, ranks
 
 FAMILIES = ("nemotron_h/tiny.spec", "nemotron_h/tiny_moe.spec", "llama/tiny.spec", "mistral/tiny.spec",
             "nemotron4/tiny.spec", "transformer_ls/tiny.spec", "transformer_ls/tiny_released.spec", "retro/tiny.spec")  # fmt: skip
+KEPT = "parameters between microbatches"
 TENSOR = ("vocab", "kv_heads", "ffn", "groups")
 
 
@@ -39,9 +40,9 @@ def layouts(draw):
     if mesh[1] <= 2 and draw(st.booleans()):  # all tiny twins have two heads, not all have four
         rules.append("    shard seq? over tensor between blocks")
     rules.append("    shard batch? over data")
-    stored = draw(st.sampled_from([None, None, "optimizer", "parameters"]))
+    stored = draw(st.sampled_from([None, None, "optimizer", "parameters", "parameters", KEPT]))
     if mesh[0] > 1 and stored:
-        rules.append(f"    shard {stored} over data")
+        rules.append(f"    shard {stored.partition(' ')[0]} over data{' between microbatches' * (stored == KEPT)}")
     if draw(st.booleans()):
         rules.append(
             f"    recompute {draw(st.sampled_from(['attention?, long_short?', 'mlp?, gated_mlp?', 'blocks']))}"
@@ -75,6 +76,7 @@ layout drawn:
     shard seq? over tensor between blocks
     shard batch? over data
 """
+PARTS = TP + "    shard parameters over data\n"
 
 
 @settings(max_examples=34)
@@ -84,6 +86,8 @@ layout drawn:
 @example("nemotron_h/tiny_moe.spec", TP, "bf16", True, 2)
 @example("retro/tiny.spec", TP, "fp32", True, 1)
 @example("transformer_ls/tiny.spec", TP, "bf16", False, 1)
+@example("nemotron_h/tiny_moe.spec", PARTS, "bf16", True, 1)
+@example("transformer_ls/tiny.spec", PARTS + "    recompute attention?, long_short?\n", "fp32", True, 1)
 def test_a_plan_is_what_a_run_keeps_and_sends(family, layout, precision, documents, rows):
     check(family, layout, precision, Feed(rows, 32, 1, documents))
 
