@@ -12,7 +12,7 @@ Every conversion here is linear and keeps X (but for `reinterpret`, which keeps 
 
     all_reduce      P -> R      the sum                     gradient: the sum
                     P -> I      the sum                               as it is
-    all_gather      S(d) -> R   join                                  reduce and scatter
+    all_gather      S(d) -> R   join                                  reduce and scatter; of weights in fp32 at least
                     S(d) -> I   join                                  own part
     reduce_scatter  P -> S(d)   the sum's own part                    join
     all_to_all      S(i) -> S(j)                                      S(j) -> S(i)
@@ -38,7 +38,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .mesh import Group, named
 from .regather import note_gathered
@@ -132,6 +132,11 @@ def _sum_part(x: Tensor, group: Group, i: int | None, _j: int | None) -> Tensor:
     return group.reduce_scatter(x, 0)[0] if i is None else group.reduce_scatter(x, i)
 
 
+def _sum_part_wide(x: Tensor, group: Group, i: int | None, j: int | None) -> Tensor:
+    """Summed in fp32 at least; autograd rounds the sum to the dtype of the weight."""
+    return _sum_part(x.to(torch.promote_types(x.dtype, torch.float32)), group, i, j)
+
+
 def _part(x: Tensor, group: Group, i: int | None, _j: int | None) -> Tensor:
     return x[group.rank].clone() if i is None else group.parts(x, i)[group.rank].clone()
 
@@ -196,13 +201,22 @@ def _convert(name: str, x: Tensor, group: Group, src: Placement, dst: Placement)
     if there is _part or there is _sum_part or there is _exchange:
         _check_parts(x, group, j)
     if group.size > 1:
-        made: Tensor = _Linear.apply(x, group, there, back, i, j)
-        if there is _join and i is not None:
+        if not (i is not None and there is _join and _is_weight(x)):
+            return _Linear.apply(x, group, there, back, i, j)
+        made: Tensor = _Linear.apply(x, group, there, _sum_part_wide if back is _sum_part else back, i, j)
+        if not torch.compiler.is_compiling():
             note_gathered(made, x, group, i)
         return made
     if i is None and there in (_join, _padded):
         return x[None]
     return x[0] if i is None and there in (_part, _sum_part) else x
+
+
+def _is_weight(x: Tensor) -> bool:
+    """Whether this is a weight of the model, or one that was gathered along other axes."""
+    if isinstance(x, nn.Parameter) or torch.compiler.is_compiling():  # a traced program has no graph behind it yet
+        return isinstance(x, nn.Parameter)
+    return getattr(x.grad_fn, "back", None) is _sum_part_wide
 
 
 def _kind(name: str, placement: Placement) -> str:

@@ -31,7 +31,7 @@ def evaluate(model: Model, data: Packed, batch: int, rows: int | None = None) ->
         if model.mesh is not None:
             counts = global_counts(model, counts)
         if model.pipe is not None:
-            sums = through_stages(model, [piece], [more], counts, None, backward=False)
+            sums = through_stages(model, [piece], [more], counts, None)
             total += sum(float(v) for v in sums.values())
         else:
             sums = model.losses(piece.tokens, piece.document, **more)

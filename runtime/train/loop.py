@@ -264,8 +264,7 @@ class _Run:
         if self.model.mesh is not None:
             counts = global_counts(self.model, counts)
         if self.model.pipe is not None:
-            sums = through_stages(self.model, batches, inputs, counts, gathered)
-            self.optimizer.gather()
+            sums = through_stages(self.model, batches, inputs, counts, gathered, self.optimizer.gather)
             return total_of(sums, counts)
         total = torch.zeros((), dtype=torch.float64, device=device)
         parts: dict[str, Tensor] = {}

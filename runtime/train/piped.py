@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ def check_pipe(model: Model | type[Model], config: TrainConfig) -> None:
 
 def through_stages(
     model: Model, batches: list[Batch], more: list[Mapping[str, Tensor]], counts: dict[str, Tensor],
-    gathered: Gathered | None, backward: bool = True,
+    gathered: Gathered | None, gather: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The sum of each loss over all ranks, on every rank; with `backward`, gradients are added up on the way.
+    """The sum of each loss over all ranks, on every rank. With `gather` gradients are made, too: it is called each time
+    that a micro-batch has added to those of the weights, and may take them to where they are added up.
 
     batches: this rank's rows of each micro-batch, the same on all stages; more: the inputs beside tokens, by name.
     """
@@ -45,8 +46,11 @@ def through_stages(
         [b.tokens, *(m[name] for name in (model.scored or model.inputs)[1:])]
         for b, m in zip(batches, more, strict=True)
     ]
-    run = pipelined if backward else run_through
-    sums = global_sums(model, run(model, inputs, counts, at_of))
+    if gather is None:
+        sums = run_through(model, inputs, counts, at_of)
+    else:
+        sums = pipelined(model, inputs, counts, at_of, gather)
+    sums = global_sums(model, sums)
     return sums if gathered is not None else {name: sums[name] for name in _scored(model)}
 
 

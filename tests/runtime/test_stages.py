@@ -29,6 +29,8 @@ from heddle.runtime.lib.pipeline import keep_stages, pipelined
 from heddle.runtime.lib.schedules import order
 from heddle.runtime.lib.simulated import simulate
 from heddle.runtime.plan.schedules import held
+from heddle.runtime.train.config import TrainConfig
+from heddle.runtime.train.divided import Divided
 
 from .laid_out import alone, start
 from .test_layouts import BOUND, batch_of
@@ -158,6 +160,34 @@ def test_stages_that_cannot_be(stages: str, code: str) -> None:
     with pytest.raises(SpecError) as caught:
         check("nemotron_h/tiny.spec", {"pipe": 2}, stages, 2, 0)
     assert caught.value.diagnostics[0].code == code
+
+
+@pytest.mark.parametrize("schedule", ["interleaved(chunks = 1)", "zero_bubble"])
+def test_gradients_in_bf16_are_summed_over_micro_batches_in_fp32(schedule: str) -> None:
+    """The sum of what each micro-batch gives where it is alone, which is rounded; the sum is not."""
+    path, batches = shipped_folder() / "llama/tiny.spec", 8
+    text = path.read_text(encoding="utf-8") + text_of({"pipe": 2}, f"schedule = {schedule}, microbatches = {batches}")
+    loaded = load_text(text, folder=path.parent)
+    program, layout = program_of(loaded), layout_of(loaded)
+    one = start(program)
+    tokens = [(t,) for t in batch_of({"data": batches}, 8, 0, one.vocab, False, False, False).tokens.chunk(batches)]
+    made, counts = build(program, layout=layout), {"lm": torch.tensor(100)}
+
+    def rank(mesh: Any) -> list[float]:
+        model = module_class(made.source, made.name)().to(torch.bfloat16).eval()
+        model.mesh = mesh
+        keep_stages(model)
+        take_whole(model, one.state_dict())
+
+        def sums(batches: list[Any]) -> dict[str, torch.Tensor]:
+            optimizer = Divided(model, TrainConfig(dtype="bf16"))
+            pipelined(model, batches, counts, lambda i: model._rows(batches[i][0], None, None, None), optimizer.gather)
+            return {laid.path: optimizer.sums[name].double() for name, laid in optimizer.laid.items()}
+
+        whole, parts = sums(tokens), [sums([t]) for t in tokens]
+        return [float((whole[p] - sum(x[p] for x in parts)).abs().max() / whole[p].abs().max()) for p in whole]
+
+    assert max(max(found) for found in simulate({"pipe": 2, "back": 1}, rank)) < batches * 2**-24
 
 
 def test_gradients_that_wait_are_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,15 @@ def test_conversions_and_their_gradients_are_what_they_mean(mesh, conversion, fa
         (grad,) = torch.autograd.grad(y, x, g, create_graph=True)
         # The backward is linear in g as well: its own gradient is the forward.
         (again,) = torch.autograd.grad(grad, g, u)
-        return m.members(*along), y.detach(), grad.detach(), again.detach(), inputs(m, 0), inputs(m, 30), inputs(m, 60, y)
+        return (
+            m.members(*along),
+            y.detach(),
+            grad.detach(),
+            again.detach(),
+            inputs(m, 0),
+            inputs(m, 30),
+            inputs(m, 60, y),
+        )
 
     results = simulate(axes, run)
     for members, *_, xs, us, gs in results:
@@ -226,7 +234,11 @@ def test_primitives(mesh, seed):
 
     def run(m):
         group, x = m[along], numbers(seed + m.rank, 2, ranks)
-        got = [group.all_reduce(x, "max"), spmd.all_max(x.requires_grad_(), group), group.broadcast(x.detach(), ranks - 1)]
+        got = [
+            group.all_reduce(x, "max"),
+            spmd.all_max(x.requires_grad_(), group),
+            group.broadcast(x.detach(), ranks - 1),
+        ]
         group.barrier()
         mine = x.detach().clone()
         for step in range(4):  # nobody else sees what a rank does to its own tensors
@@ -348,7 +360,9 @@ def test_a_sharded_program_is_the_whole_one(tensor, data, sequence, seed):
 
     def run(m):
         t, d = m["tensor"], m["data"]
-        up_part = spmd.convert(up, t, src=I, dst=S(1)).clone().requires_grad_()  # a group of one gives `up`, which all share
+        up_part = (
+            spmd.convert(up, t, src=I, dst=S(1)).clone().requires_grad_()
+        )  # a group of one gives `up`, which all share
         down_part = spmd.convert(down, t, src=I, dst=S(0)).clone().requires_grad_()
         h = spmd.convert(x, d, src=R, dst=S(0))
         if sequence:
@@ -385,7 +399,10 @@ MISTAKES = ("leave out", "other kind", "other shape", "other dtype", "other axes
 
 @law
 @given(
-    st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=5), st.sampled_from(MISTAKES), st.integers(0, 3), st.data()
+    st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=5),
+    st.sampled_from(MISTAKES),
+    st.integers(0, 3),
+    st.data(),
 )
 def test_a_mistake_of_one_rank_is_found_at_once(steps, mistake, who, data):
     at = data.draw(st.integers(0, len(steps) - 1))
@@ -436,7 +453,9 @@ def test_what_each_rank_called_is_said():
         m["tensor"].receive(torch.ones(2), peer)
         m["tensor"].send(torch.ones(2), peer)
 
-    with pytest.raises(RuntimeError, match="no rank can go on: rank 0: waits in receive from rank 1 along `tensor`; rank 1: w"):
+    with pytest.raises(
+        RuntimeError, match="no rank can go on: rank 0: waits in receive from rank 1 along `tensor`; rank 1: w"
+    ):
         simulate({"tensor": 2}, crossed)
 
     def misread(m):
@@ -491,3 +510,33 @@ def test_backwards_meet_also_through_functions_that_are_differentiable_once():
     # y = mean(1 .. 4) = 2.5 on all ranks; 4 ranks sum 2 * 2.5 each; each of the 20 steps keeps a sum of equal gradients.
     for grad in simulate({"tensor": 4}, run):
         assert torch.equal(grad, torch.full((2,), 4 * 2 * 2.5, dtype=torch.float64))
+
+
+def test_gradients_of_weights_are_summed_in_fp32():
+    """Ones beside 256 are lost in bf16, which has 8 bits. What is no weight is summed in its own dtype."""
+
+    def rank(mesh):
+        found = []
+        for kind in (torch.nn.Parameter, lambda x: x.requires_grad_()):
+            x = kind(torch.zeros(2, dtype=torch.bfloat16))
+            whole = spmd.all_gather(x, mesh["a"], src=S(0), dst=R)
+            whole.backward(torch.full((16,), 256.0 if mesh.rank == 0 else 1.0, dtype=torch.bfloat16))
+            assert x.grad is not None and x.grad.dtype == torch.bfloat16
+            found.append(x.grad)
+        return found
+
+    for weight, other in simulate({"a": 8}, rank):
+        assert weight.tolist() == [264.0, 264.0]  # 263, rounded to even
+        assert other.tolist() == [256.0, 256.0]
+
+
+def test_weights_that_are_gathered_along_several_axes_are_weights_all_the_way():
+    def rank(mesh):
+        mesh.record = []
+        x = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+        whole = spmd.all_gather(x, mesh["b"], src=S(0), dst=R)
+        whole = spmd.all_gather(whole, mesh["a"], src=S(0), dst=R)
+        whole.sum().backward()
+        return [r.bytes for r in mesh.record if r.kind == "reduce_scatter"]
+
+    assert set(map(tuple, simulate({"a": 2, "b": 2}, rank))) == {(8 * 4, 4 * 4)}
