@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from heddle.runtime import lib
 from heddle.runtime.lib.later import Later, later, waiting
+from heddle.runtime.lib.pipeline import pipelined
+from heddle.runtime.lib.simulated import simulate
 
 
 class Small(nn.Module):
@@ -143,3 +145,51 @@ def test_nothing_waits_outside_or_without_gradients() -> None:
         with later(None):
             assert waiting() is None
     assert waiting() is None
+
+
+class Staged(nn.Module):
+    """Two stages by hand. The gradient of `place` is a view of that of a product, and is made before it."""
+
+    storage_dtype, regathered = torch.float64, ()
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.pipe = lib.Pipe("pipe", 2, 1, 3, (("a",), ("b", "place")), parts)
+        source = torch.Generator().manual_seed(0)
+        self.a, self.b = (
+            nn.Parameter(torch.randn(4, 4, generator=source, dtype=torch.float64)) for _ in range(2)
+        )  # fmt: skip
+        self.place = nn.Parameter(torch.randn(24, generator=source, dtype=torch.float64))
+
+    def takes_1(self, at: Any) -> list[tuple[int, ...]]:
+        return [(2, 3, 4)]
+
+    def stage_0(self, x: Tensor, at: Any) -> tuple[Tensor]:
+        return (lib.linear(x, self.a),)
+
+    def stage_1(self, x: Tensor, h: Tensor, at: Any) -> Tensor:
+        return lib.linear(torch.tanh(h), self.b) + self.place.view(2, 3, 4)
+
+    def losses_of(self, x: Tensor, at: Any, ran: Tensor) -> dict[str, Tensor]:
+        return {"lm": ran.square().sum()}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_gradient_that_is_a_view_of_one_that_waits_leaves_it_alone(parts: int) -> None:
+    source = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(2, 3, 4, generator=source, dtype=torch.float64),) for _ in range(3)]
+    one, at = Staged(parts), SimpleNamespace(losses={})
+    for (x,) in batches:
+        one.losses_of(x, at, one.stage_1(x, *one.stage_0(x, at), at))["lm"].backward()
+    wanted = {n: p.grad for n, p in one.named_parameters()}
+
+    def rank(mesh: Any) -> dict[str, Tensor | None]:
+        model: Any = Staged(parts)
+        model.mesh = mesh
+        pipelined(model, batches, {"lm": torch.tensor(1)}, lambda _: SimpleNamespace(losses={}))
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    for found in simulate({"pipe": 2, "back": 1}, rank):
+        for name, grad in found.items():
+            if grad is not None:
+                torch.testing.assert_close(grad, wanted[name], rtol=1e-10, atol=1e-10)
