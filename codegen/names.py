@@ -18,7 +18,7 @@ GLOBAL = re.compile(r"CAUSAL|FULL|MASK_\d+|CLOCK_\d+|[FIPRS]|Model|True|False|No
 # What a module of PyTorch, the library's model and its state have of their own; weights under such a name are lost.
 _TAKEN = """
 INIT T_destination add_module after_step apply around artifact ask at beside bfloat16 buffers bytes call_super_init
-cast children coming compile counts counts_of cpu cuda decode device double dump_patches eval extra_repr float follows
+cast children coming compile counts counts_of cpu cuda decode double dump_patches eval extra_repr float follows
 forward generate gives get_buffer get_extra_state get_parameter get_submodule half initialise inputs ipu keep_fp32
 late lend lent load_state_dict longest losses losses_of modules mtia named_buffers named_children
 named_logical_parameters named_modules named_parameters parameters prefill program register_backward_hook
