@@ -193,13 +193,12 @@ def piped_ranks(made, feed, precision="fp32", over=(), seed=0):
 
         model._rows = looking
         with saved_tensors_hooks(meter.pack, meter.unpack):
-            through_stages(model, batches, more, counts, gathered)
+            through_stages(model, batches, more, counts, gathered, optimizer.gather)
         meter.look()
         end = next(i for i, (_, r) in enumerate(mesh.record) if r.kind == "barrier")
         for i, (phase, r) in enumerate(mesh.record):
             messages["sync" if i >= end else phase, r.kind, r.axes, r.bytes] += 1
         mesh.record = []
-        optimizer.gather()
         gradients = [optimizer.gradient(n) for n in optimizer.weights]
         size = sum(g.numel() * g.element_size() for g in gradients if g is not None)
         optimizer.reduce()
