@@ -97,7 +97,7 @@ def _tie(model: Any) -> None:
     mine = {laid.path: laid.holder for laid in laid_parameters(model)}
     for path, like in model.tied.items():
         holder = mine.get(path)
-        own = torch.zeros_like(like) if holder is None or holder.grad is None else holder.grad
+        own = torch.zeros_like(like, device=model.device) if holder is None or holder.grad is None else holder.grad
         summed = all_reduce(own, model.mesh[model.pipe.axis], src=P, dst=I)
         if holder is not None:
             holder.grad = summed

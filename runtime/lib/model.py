@@ -62,7 +62,7 @@ class Model(Filled):
     regathered: tuple[str, ...] = ()
     result: tuple[tuple[tuple[str, ...], ...], tuple[str, ...]] = ((), ())
     pipe: Pipe | None = None
-    # Of a pipeline: weights that several stages have, and what they are like.
+    # Of a pipeline: weights that several stages have, and what they are like (on no device).
     tied: Mapping[str, Tensor] = MappingProxyType({})
     partial: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     # What the objective owns; none of the modules of this one, so that it is not saved with it.

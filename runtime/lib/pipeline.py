@@ -54,7 +54,7 @@ def keep_stages(model: Any) -> None:
     pipe: Pipe = model.pipe
     mine = set(pipe.of(model.mesh.place(pipe.axis)))
     named = {path: view for path, _, view in model.named_logical_parameters()}
-    model.tied = {path: torch.empty_like(v) for path, v in named.items() if len(pipe.stages_of(path)) > 1}
+    model.tied = {path: v.to("meta") for path, v in named.items() if len(pipe.stages_of(path)) > 1}
     for prefix, child in model.named_modules():
         for own in (child._parameters, child._buffers):
             for name, tensor in own.items():

@@ -119,7 +119,7 @@ class _Ranks:
             self.settled.clear()
             return Piped(
                 stages, each, once, bytes_of(model.parameters()), gradients, state,
-                bytes_of((*model.buffers(), *model.tied.values())),
+                bytes_of(model.buffers()),
             )  # fmt: skip
 
     @contextmanager

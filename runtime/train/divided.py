@@ -132,7 +132,8 @@ class Divided(Optimizer):
             name = mine.get(path)
             own = None if name is None else self.gradient(name)
             wide = torch.promote_types(like.dtype, torch.float32)
-            whole = self.mesh[self.pipe.axis].all_reduce(torch.zeros_like(like, dtype=wide) if own is None else own)
+            nothing = torch.zeros_like(like, dtype=wide, device=self.model.device)
+            whole = self.mesh[self.pipe.axis].all_reduce(nothing if own is None else own)
             if name in self.summed.places:
                 self.summed.put(name, whole)
             elif name is not None and self.weights[name].dtype.itemsize < 4:

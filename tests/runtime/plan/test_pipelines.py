@@ -188,7 +188,7 @@ def test_every_weight_is_on_the_ranks_of_its_stages():
         (table,) = (w for w in g.weights if w.path == "embedding.weight")
         sums = [n for m, n in g.step.once.messages.items() if m.axes == ("pipe",) and m.bytes == table.bytes]
         assert sums == [1]
-        assert g.memory.constants > table.bytes  # each keeps one to add zeros where it has none
+        assert g.memory.constants < table.bytes  # what it is like is known, and takes no room
 
 
 def test_a_plan_has_as_many_micro_batches_as_the_layout():
