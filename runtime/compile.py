@@ -53,9 +53,13 @@ def build(program: Program, target: str = "cpu", layout: Layout | None = None) -
     """
     if target not in TARGETS:
         raise UserError("unknown-target", f"no target is named `{target}`", help=f"targets: {', '.join(TARGETS)}")
-    lowered = lower(program, layout=layout)
-    source = emit_module(lowered, __version__)
-    return Artifact(f"{program.name}-{digest(source)}", source, lowered)
+    return emitted(lower(program, layout=layout))
+
+
+def emitted(lowered: GraphProgram, **how: Any) -> Artifact:
+    """The artifact of lowered graphs; `how` as of `emit_module`."""
+    source = emit_module(lowered, __version__, **how)
+    return Artifact(f"{lowered.program.name}-{digest(source)}", source, lowered)
 
 
 def write(artifact: Artifact, folder: Path) -> Path:

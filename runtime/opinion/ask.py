@@ -27,13 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ... import __version__
-from ...codegen.emit import emit_module
 from ...lowering.graph import GraphProgram
 from ...lowering.pipeline import lower
 from ...lowering.placement.types import I, N, P, Place, R
 from .. import lib
-from ..compile import Artifact, module_class
+from ..compile import emitted, module_class
 from ..distributed import groups
 from ..lib import spmd
 from ..lib.laid import entry
@@ -87,8 +85,8 @@ class _Run:
         self.theirs: Any = theirs
         self.program, self.good, self.laid, self.trust = program, good, program.laid, trust
         self.mesh, self.said, self.device = program.laid.mesh, Opinion(), device
-        self.artifact = Artifact("checked", emit_module(program, __version__, named=True), program)
-        self.kind = module_class(self.artifact.source, "checked/model.py")
+        self.artifact = emitted(program, named=True)
+        self.kind = module_class(self.artifact.source, f"{self.artifact.name}/model.py")
         self.ranks = 1
         for size in self.kind.axes.values():
             self.ranks *= size
