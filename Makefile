@@ -10,7 +10,7 @@ TESTS ?= tests
 ROUNDS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu soak check bench bench-gpu bench-programs bench-layouts clean
+.PHONY: help env demo test test-gpu soak soak-layouts check bench bench-gpu bench-programs bench-layouts clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; \
@@ -30,6 +30,9 @@ test-gpu: $(READY)  ## tests of what runs on a GPU; skipped where there is none
 soak: $(READY)  ## the same properties on new random examples, ROUNDS times
 	@for round in $$(seq $(ROUNDS)); do echo "round $$round of $(ROUNDS)"; \
 		$(PYTEST) --quiet --hypothesis-profile=soak $(TESTS) || exit 1; done
+
+soak-layouts: $(READY)  ## 500 new random layouts and pipelines against one device (a quarter of an hour); the result is committed
+	$(BIN)/python -m heddle.benchmarks.layout_soak --json benchmarks/results/layout_soak.json
 
 check: $(READY)  ## what needs no running: ruff and mypy
 	$(BIN)/ruff check .

@@ -22,6 +22,8 @@ from tests.lowering.sharded import BIASED, Twin
 from .laid_out import Batch, alone, difference, losses, on_mesh, start
 
 BOUND = 1e-10
+LONG = not settings.default.derandomize
+"""`make soak`: 500 cases, with those of pipelines."""
 TWINS = [
     "llama/tiny.spec", "mistral/tiny.spec", "nemotron4/tiny.spec", "nemotron_h/tiny.spec", "nemotron_h/tiny_moe.spec",
     "transformer_ls/tiny.spec", "transformer_ls/tiny_released.spec", "retro/tiny.spec",
@@ -103,7 +105,7 @@ def check(
 
 # A case takes a second: it is found, not made small.
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+    max_examples=320 if LONG else 30, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
 @given(
     file=st.sampled_from(TWINS), drawn=layouts(), seed=st.integers(0, 2**16), seq=st.sampled_from([8, 16, 24]),
@@ -116,7 +118,7 @@ def test_any_layout_equals_one_device(
 
 
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+    max_examples=100 if LONG else 10, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
 @given(
     file=st.sampled_from([t for t in TWINS if not t.startswith("retro")]), ways=st.sampled_from(WAYS[1:]),

@@ -33,7 +33,7 @@ from heddle.runtime.train.config import TrainConfig
 from heddle.runtime.train.divided import Divided
 
 from .laid_out import alone, start
-from .test_layouts import BOUND, batch_of
+from .test_layouts import BOUND, LONG, batch_of
 
 # name: layers, inputs beside the tokens
 TWINS = {
@@ -104,7 +104,7 @@ def check(file: str, mesh: dict[str, int], stages: str, batches: int, seed: int,
 
 
 @settings(
-    max_examples=16, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+    max_examples=80 if LONG else 16, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
 @given(data=st.data(), file=st.sampled_from(sorted(TWINS)), seed=st.integers(0, 2**16))
 def test_any_pipeline_equals_one_device(data: Any, file: str, seed: int) -> None:
