@@ -58,6 +58,11 @@ class Later:
         """How many weights wait."""
         return len(self._waiting)
 
+    def kept(self) -> Iterator[Tensor]:
+        """What waits with them: what products read, and gradients of results."""
+        for _, pieces in self._waiting.values():
+            yield from (x for piece in pieces for x, _ in piece.kept)
+
     def put(self, weight: Weight, make: Callable[[], Tensor], *kept: Tensor) -> None:
         """make() gives, of `kept`, what one use adds to the gradient of a weight."""
         edge = weight.edge

@@ -93,9 +93,9 @@ class _Kind:
 class Blocks:
     """Runs the blocks of a model in place of themselves. `waiting` has every storage that waits for the backward pass,
     once; weights and buffers do not count. `free` are names of classes that are run each time: what they state beside
-    their results is theirs."""
+    their results is theirs; None: all are."""
 
-    def __init__(self, mode: Hollow, model: Model, source: str, free: frozenset[str]) -> None:
+    def __init__(self, mode: Hollow, model: Model, source: str, free: frozenset[str] | None) -> None:
         self.mode, self.model, self.around = mode, model, Around(mode)
         self.waiting: WeakValueDictionary[int, _Waiting] = WeakValueDictionary()
         self.told: dict[int, Saved] = {}  # who keeps a storage, where that was found out before
@@ -106,8 +106,12 @@ class Blocks:
         self._own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers()) if x.numel()}
         for path, module in model.named_modules():
             if type(module).__module__ == type(model).__module__ and module is not model:
-                runs_alone = type(module).__name__ in free
+                runs_alone = free is None or type(module).__name__ in free
                 module.forward = partial(self._pass if runs_alone else self._call, module, path)
+
+    def waits(self, storage: torch.UntypedStorage) -> bool:
+        """Whether it is there for a pass, and not of a weight or a buffer."""
+        return bool(storage.nbytes()) and storage.data_ptr() not in self._own
 
     def where(self) -> tuple[str, str]:
         """(block, line of the spec) of the statement of the generated module that runs now."""

@@ -12,8 +12,8 @@ PAGE, MOST_WIDTH, RIGHT = 990, 12_000, 84  # pixels: of all, of a picture that s
 ROW, GAP, TOP, AXIS = 26, 6, 6, 26
 DIGIT, MARGIN = 5.5, 1.9  # of a number in a box: what a digit takes, and what is beside it
 MOST_BOXES, MOST_OF_ALL = 6_000, 20_000  # with numbers, and of a picture of all that a browser draws at once
-SHADES = {"F": ("#2f5f93", "#c3d8ec"), "B": ("#b4552d", "#f3d3bd")}
-NAMES = {"F": "forward", "B": "backward"}
+SHADES = {"F": ("#2f5f93", "#c3d8ec"), "B": ("#b4552d", "#f3d3bd"), "W": ("#4a7c4e", "#cfe3cf")}
+NAMES = {"F": "forward", "B": "backward", "W": "gradients of weights"}
 
 
 def drawing(data: dict[str, Any]) -> str:
@@ -32,7 +32,7 @@ def drawing(data: dict[str, Any]) -> str:
     def framed(picture: str) -> str:
         return _framed(data, names, left, picture)
 
-    parts = [_legend(line["chunks"])]
+    parts = [_legend(line["chunks"], {box[0] for box in boxes})]
     if len(boxes) <= MOST_OF_ALL:
         parts.append(framed(_picture(line, width, end)))
     if wide > width:
@@ -107,9 +107,9 @@ def colour(kind: str, chunk: int, chunks: int) -> tuple[str, str]:
     return "#" + "".join(f"{c:02x}" for c in mixed), "#ffffff" if share < 0.5 else "#222222"
 
 
-def _legend(chunks: int) -> str:
+def _legend(chunks: int, kinds: set[str]) -> str:
     shown = []
-    for kind, name in NAMES.items():
+    for kind, name in ((kind, name) for kind, name in NAMES.items() if kind in kinds):
         for chunk in range(chunks):
             words = f"{name}, chunk {chunk}" if chunks > 1 else name
             shown.append(f'<span style="background: {colour(kind, chunk, chunks)[0]}"></span>{words}')

@@ -60,12 +60,14 @@ of a step take {{ "%.4g" % p.pipeline.seconds }} s, in which ranks wait {{ "%.1f
 what they work.</p>
 {{ timeline }}
 <table class="stages"><tr><th>stage</th><th>ranks</th><th style="text-align: left">holds</th><th>parameters</th>
-<th>saved a micro-batch</th><th>in flight</th><th>forward</th><th>backward</th><th>FLOP a step</th>
+<th>saved a micro-batch</th><th>in flight</th><th>forward</th><th>backward</th>
+{% if 'W' in stages[0][1].seconds %}<th>of weights</th>{% endif %}<th>FLOP a step</th>
 <th>sent a micro-batch</th></tr>
 {% for group, row in stages %}<tr><td>{{ row.stage }}</td><td>{{ ranks_of(group).partition(" ")[2] }}</td>
 <td class="words"><code>{{ row.holds | join(", ") }}</code></td><td>{{ "{:,}".format(row.parameters) }}</td>
-<td>{{ size(row.saved) }}</td><td>{{ row.in_flight }}</td><td>{{ "%.4g" % (1000 * row.seconds.F) }} ms</td>
-<td>{{ "%.4g" % (1000 * row.seconds.B) }} ms</td><td>{{ amount(row.flops) }}</td>
+<td>{{ size(row.saved) }}</td><td>{{ row.in_flight }}</td>
+{% for seconds in row.seconds.values() %}<td>{{ "%.4g" % (1000 * seconds) }} ms</td>{% endfor %}
+<td>{{ amount(row.flops) }}</td>
 <td>{{ size(row.sent.values() | sum) }}</td></tr>
 {% endfor %}</table>{% endif %}
 <h2>Memory by rank</h2>

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from ...dsl.diagnostics import fail
 from ...dsl.layout import Layout
 from ...dsl.program import Program
 from ...lowering.cost import flops_per_token
@@ -18,7 +17,6 @@ from ..compile import Artifact, build, module_class
 from ..distributed import check_stored, over_of
 from ..lib.mesh import Axes, Mesh
 from ..lib.pipeline import Pipe
-from ..lib.schedules import order
 from ..train.rows import check_cuts
 from .devices import Device
 from .estimate import Times, busy_seconds, estimate, sending_seconds
@@ -26,8 +24,6 @@ from .schedules import TOWARDS, Box, places_of, timeline, waited
 from .sizes import Held, Ranks, held
 from .staged import Piped, measure_ranks, scheduled
 from .step import Feed, Step, measure
-
-SCHEDULES = ("1f1b", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -130,9 +126,6 @@ def plan(
     check_stored(layout)
     steps = steps or Steps()
     if layout.stages is not None:
-        if layout.stages.schedule not in SCHEDULES:
-            raise fail("not-built-yet", f"a plan of the schedule `{layout.stages.schedule}` is not built yet",
-                       layout.stages.span)  # fmt: skip
         feed = replace(feed, microbatches=layout.stages.microbatches)
     artifact = build(program, layout=layout)
     kind = module_class(artifact.source, f"{artifact.name}/model.py")
@@ -177,7 +170,7 @@ class _Planned:
 
     def piped(self, pipe: Pipe, ranks: Sequence[Piped]) -> tuple[list[Group], Pipeline]:
         """The ranks along the axis of a pipeline, each for all that have the same stages."""
-        orders = [order(place, pipe.size, self.feed.microbatches, pipe.chunks) for place in range(pipe.size)]
+        orders = [pipe.order(place, self.feed.microbatches) for place in range(pipe.size)]
         parts = {stage.number: stage.parts for piped in ranks for stage in piped.stages}
         places, sizes = places_of(pipe), (self.mesh, self.device, self.precision)
         near = _near(self.mesh, pipe, self.device.node)

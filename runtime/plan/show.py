@@ -56,13 +56,14 @@ def _print_pipeline(console: Console, data: dict[str, Any]) -> None:
     chunks = f" in {line['chunks']} chunks" if line["chunks"] > 1 else ""
     console.print(f"\n{line['stages']} stages over `{line['axis']}`, {line['schedule']}{chunks}: "
                   f"{line['seconds']:.4g} s, in which ranks wait {line['bubble']:.1%} of what they work")  # fmt: skip
-    table = _table("stage", "at", "holds", "parameters", "saved", "in flight", "forward", "backward", "sent")
+    table = _table("stage", "at", "holds", "parameters", "saved", "in flight", "forward", "backward",
+                   *["of weights"] * any("W" in s["seconds"] for g in groups for s in g["stages"]), "sent")
     stages = ((stage, i) for i, group in enumerate(groups) for stage in group["stages"])
     for stage, place in sorted(stages, key=lambda pair: pair[0]["stage"]):
         table.add_row(
             str(stage["stage"]), str(place), ", ".join(stage["holds"]), amount(stage["parameters"]),
             size(stage["saved"]), str(stage["in_flight"]),
-            *(f"{1000 * stage['seconds'][k]:.4g} ms" for k in ("F", "B")), size(sum(stage["sent"].values())),
+            *(f"{1000 * seconds:.4g} ms" for seconds in stage["seconds"].values()), size(sum(stage["sent"].values())),
         )  # fmt: skip
     console.print()
     console.print(table)

@@ -27,6 +27,8 @@ from .wires import Planned
 
 BORDER = "stage border"
 """The block of what goes from one stage to the next."""
+LATER = "gradients of weights"
+"""The block of what waits for the second part of a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,16 @@ class _Ranks:
         mode, number = self.mode, self.pipe.of(step.rank)[chunk]
         begun = mode.live
 
+
         def ran() -> Part:
-            left = step.ran.get((number, 0))
-            border = {} if left is None else {x.untyped_storage().data_ptr(): x for x in (*left.taken, *left.given)}
-            saved = [w.saved for w in waiting.values()]
-            more = (x.untyped_storage().nbytes() for place, x in border.items() if place not in waiting)
-            saved += [Saved(BORDER, self.line, size) for size in more]
-            return Part(mode.ledger, mode.peak - before, mode.live - begun, tuple(saved))
+            left, late = step.ran.get((number, 0)), step.left.get((number, 0))
+            held = [] if left is None else [(BORDER, x) for x in (*left.taken, *left.given)]
+            held += [] if late is None else [(LATER, x) for x in late.kept()]
+            found = {place: w.saved for place, w in waiting.items()}
+            for block, storage in ((block, x.untyped_storage()) for block, x in held):
+                if self.blocks.waits(storage):
+                    found.setdefault(storage.data_ptr(), Saved(block, self.line, storage.nbytes()))
+            return Part(mode.ledger, mode.peak - before, mode.live - begun, tuple(found.values()))
 
         mode.ledger, mode.phase, mode.block = Ledger(), "forward", ""
         before = mode.peak = mode.live
@@ -170,7 +175,13 @@ class _Ranks:
         mode.ledger, mode.phase, mode.block = Ledger(), "backward", ""
         before = mode.peak = mode.live
         step.backward(Action("B", 0, chunk))
-        return Stage(number, {"F": forward, "B": ran()})
+        parts = {"F": forward, "B": ran()}
+        if self.pipe.parts == 2:
+            mode.ledger = Ledger()
+            before = mode.peak = mode.live
+            step.weights(Action("W", 0, chunk))
+            parts["W"] = ran()
+        return Stage(number, parts)
 
 
 def scheduled(piped: Piped, order: Sequence[Action]) -> Step:

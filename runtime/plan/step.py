@@ -67,7 +67,7 @@ class Stage:
 
 @dataclass
 class Step:
-    """What one step of one rank does. `saved` waits for the backward pass, at the moment when most does;
+    """What one step of one rank does. `saved` waits for the backward pass when most does, between actions;
     `working_bytes` is the most that micro-batches hold at once, what is saved included, weights and gradients not.
 
     `micro` has the work and messages of one micro-batch (phases "counts", "forward", "backward"), `once` those of the
@@ -110,7 +110,10 @@ def opened(artifact: Artifact, precision: str) -> Iterator[tuple[Model, Blocks]]
         model.cast(DTYPES[precision]).train()
         model.artifact = artifact
         names = class_names(program.graphs)
-        blocks = Blocks(mode, model, artifact.source, frozenset(names[g] for g in program.emitting))
+        free = frozenset(names[g] for g in program.emitting)
+        # Where a backward pass has two parts, what a block leaves for the second is its own each time.
+        in_two = model.pipe is not None and model.pipe.parts == 2
+        blocks = Blocks(mode, model, artifact.source, None if in_two else free)
         model.mesh = Planned(dict(model.axes), mode, blocks.where)
         model.chance = 0
         try:

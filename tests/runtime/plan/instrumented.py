@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from heddle.dsl.layout import layout_of
 from heddle.dsl.load import load_text, shipped_folder
@@ -17,6 +18,7 @@ from heddle.runtime.compile import DTYPES, build, module_class
 from heddle.runtime.data import Batch
 from heddle.runtime.lib import Gathered
 from heddle.runtime.lib.laid import global_counts
+from heddle.runtime.lib.later import Later
 from heddle.runtime.lib.pipeline import keep_stages
 from heddle.runtime.lib.simulated import simulate
 from heddle.runtime.plan.step import inputs
@@ -109,21 +111,23 @@ class Meter:
 
     def __init__(self, model):
         self.own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-        self.packed, self.border, self.most = WeakSet(), WeakSet(), 0
+        self.packed, self.border, self.most = WeakSet(), WeakTensorKeyDictionary(), 0
         for name in [n for n in dir(type(model)) if n.startswith("stage_")]:
             setattr(model, name, partial(self._stage, getattr(model, name), len(model.scored or model.inputs)))
 
     def _stage(self, run, inputs, *given):
         gave = run(*given)
         taken = given[inputs:-1]  # behind the model's inputs, before the coordinates
-        self.border.update(taken)
-        if isinstance(gave, tuple):
-            self.border.update(gave)
+        self.wait(*taken, *(gave if isinstance(gave, tuple) else ()))
         return gave
 
+    def wait(self, *tensors):
+        """They are kept for a later pass."""
+        self.border.update(dict.fromkeys(tensors))
+
     def look(self):
-        """Called when a pass is over, or the next has not freed anything yet."""
-        held = [h.tensor for h in self.packed] + list(self.border)
+        """Called between passes: when one is over, or the next begins."""
+        held = [h.tensor for h in self.packed] + list(self.border.keys())
         sizes = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in held)}
         self.most = max(self.most, sum(size for place, size in sizes.items() if place not in self.own))
 
@@ -132,7 +136,6 @@ class Meter:
         return held
 
     def unpack(self, held):
-        self.look()
         return held.tensor
 
 
@@ -151,12 +154,26 @@ def piped_ranks(made, feed, precision="fp32", over=(), seed=0):
     """As `ranks`, for a layout with stages; a step has as many micro-batches as the layout says."""
     kind = module_class(made.source, f"{made.name}/model.py")
     books = threading.local()
-    plain = torch.autograd.backward
+    plain, put_there, run_there = torch.autograd.backward, Later.put, Later.run
 
     def marked(*args, **more):
+        books.meter.look()
         books.own.is_back = True
         try:
             return plain(*args, **more)
+        finally:
+            books.own.is_back = False
+
+    def put(store, weight, make, *kept):
+        books.meter.wait(*kept)
+        put_there(store, weight, make, *kept)
+
+    def ran(store):
+        # The second part of a backward pass is one, too, and the last moment at which all waits.
+        books.meter.look()
+        books.own.is_back = True
+        try:
+            return run_there(store)
         finally:
             books.own.is_back = False
 
@@ -185,6 +202,7 @@ def piped_ranks(made, feed, precision="fp32", over=(), seed=0):
         counts = global_counts(model, counts)
         messages.update(("sync", r.kind, r.axes, r.bytes) for r in mesh.record)
         meter, gathered, rows = Meter(model), Gathered(), model._rows
+        books.meter = meter
         books.own = mesh.record = _Book()
 
         def looking(*args):
@@ -209,8 +227,8 @@ def piped_ranks(made, feed, precision="fp32", over=(), seed=0):
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         return meter.most, messages, weights, _state(optimizer), size
 
-    torch.autograd.backward = marked
+    torch.autograd.backward, Later.put, Later.run = marked, put, ran
     try:
         return simulate(dict(kind.axes), run)
     finally:
-        torch.autograd.backward = plain
+        torch.autograd.backward, Later.put, Later.run = plain, put_there, run_there

@@ -300,3 +300,14 @@ def test_a_long_timeline_scrolls_and_shows_its_beginning(pipes):
     page = (pipes / "plan.html").read_text()
     assert "The schedule with the numbers of micro-batches, its beginning; it scrolls." in page
     assert 3 * 2 * 1200 < page.count("<rect") < 3 * 2 * 1200 + 6500
+
+
+def test_a_page_of_a_schedule_in_which_gradients_of_weights_come_later(place):
+    (place / "a.spec").write_text(
+        f"{SPEC}\nlayout late:\n    mesh pipe = 2\n    stages over pipe, schedule = zero_bubble, microbatches = 4\n"
+    )
+    found = data("--layout", "late", "--html", "late.html")
+    assert {box[0] for row in found["pipeline"]["timeline"] for box in row} == {"F", "B", "W"}
+    assert set(found["groups"][0]["stages"][0]["seconds"]) == {"F", "B", "W"}
+    page = (place / "late.html").read_text()
+    assert "gradients of weights" in page and "<th>of weights</th>" in page

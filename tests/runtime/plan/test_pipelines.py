@@ -88,7 +88,8 @@ def cases(draw):
         draw(st.sampled_from(["", "    shard optimizer over data\n", "    shard parameters over data\n"])),
         draw(st.sampled_from(["", "", "    recompute blocks\n", "    recompute mlp?, gated_mlp?\n"])),
     ]
-    how = f"schedule = interleaved(chunks = {chunks}), " if chunks > 1 else ""
+    how = draw(st.sampled_from([f"schedule = interleaved(chunks = {chunks}), " if chunks > 1 else "",
+                                f"schedule = zero_bubble(chunks = {chunks}), "]))  # fmt: skip
     layout = text_of(pipe, f"{how}microbatches = {batches}", data, tensor, "".join(rules))
     feed = Feed(draw(st.integers(1, 2)), 32, 1, draw(st.booleans()))
     return family, layout, draw(st.sampled_from(["fp32", "bf16"])), feed
@@ -97,7 +98,9 @@ def cases(draw):
 def steps_of(made, feed, precision, over=()):
     pipe = made.lowered.laid.pipe
     found = measure_ranks(made, feed, precision, over)
-    return [scheduled(p, order(r, pipe.size, pipe.microbatches, pipe.chunks)) for r, p in enumerate(found)]
+    parts = 2 if pipe.schedule == "zero_bubble" else 1
+    orders = [order(r, pipe.size, pipe.microbatches, pipe.chunks, parts) for r in range(pipe.size)]
+    return [scheduled(p, actions) for p, actions in zip(found, orders)]
 
 
 def check(family, layout, precision, feed):
@@ -129,6 +132,8 @@ TWO, FOUR = text_of(2, "microbatches = 4", 2, 1), text_of(4, "schedule = interle
 @example(("llama", FOUR, "bf16", Feed(1, 32, 1, True)))
 @example(("hybrid", text_of(4, "microbatches = 6"), "fp32", Feed(1, 32, 1, True)))
 @example(("transformer_ls/tiny_released.spec", TWO, "bf16", Feed(2, 32, 1, False)))
+@example(("llama", text_of(4, "schedule = zero_bubble, microbatches = 6"), "bf16", Feed(1, 32, 1, True)))
+@example(("hybrid", text_of(2, "schedule = zero_bubble(chunks = 2), microbatches = 4"), "fp32", Feed(1, 32, 1, True)))
 @example(("retro/tiny.spec", TWO, "fp32", Feed(1, 32, 1, True)))
 @example(("nemotron_h/tiny_moe.spec", text_of(2, "microbatches = 2", 1, 2), "bf16", Feed(1, 32, 1, True)))
 def test_a_plan_is_what_each_rank_of_a_pipeline_keeps_and_sends(case):
@@ -240,11 +245,17 @@ def unnumbered(piped):
     return parts, counted(piped.counts), counted(piped.once), rest
 
 
-def test_another_schedule_is_not_planned_as_one_that_is_known():
-    made = built("llama", text_of(2, "microbatches = 6"))
-    layout = replace(made.lowered.layout, stages=replace(made.lowered.layout.stages, schedule="unheard"))
-    with pytest.raises(SpecError, match="a plan of the schedule `unheard` is not built yet"):
-        plan(made.program, layout, device("h100-80g"), "fp32", Feed(1, 32))
+@given(p=st.integers(2, 6), more=st.integers(0, 6), data=st.data())
+def test_gradients_of_weights_fill_what_others_wait(p, more, data):
+    """ZB-H1 (Qi et al. 2023, table 1): ranks of equal stages wait (p - 1)(F + B - W), where W is no longer than F and B;
+    one forward, one backward waits (p - 1)(F + B + W)."""
+    w = data.draw(st.integers(1, 9))
+    f, b = (data.draw(st.integers(w, 12)) for _ in range(2))
+    m, seconds = p + more, {"F": f, "B": b, "W": w}
+    pipe = Pipe("pipe", p, 1, m, ((),) * p, parts=2)
+    rows = timeline(pipe, [pipe.order(r, m) for r in range(p)], lambda kind, _: seconds[kind], lambda *_: 0.0)
+    end = max(row[-1].end for row in rows)
+    assert all(waited(row, end) == (p - 1) * (f + b - w) for row in rows)
 
 
 @pytest.mark.parametrize("family", ["llama", "hybrid"])
