@@ -9,8 +9,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ..dsl.diagnostics import SpecError
+from .asked import overrides, reported
 from .index_commands import app as index_commands
 
 app = typer.Typer(
@@ -44,54 +44,6 @@ Layout = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="plain data for tools")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one")]
 Format = Annotated[str, typer.Option("--format", metavar="text|json", help="how diagnostics are printed")]
-
-
-@contextmanager
-def reported(form: str = "text") -> Iterator[None]:
-    """Print what is wrong and leave with the exit code of the kind of error."""
-    from .errors import UserError
-
-    try:
-        yield
-    except SpecError as error:
-        if not _rank():  # what is wrong with a spec is wrong on every rank
-            _print_diagnostics(error, form)
-        raise typer.Exit(2) from None
-    except UserError as error:
-        _print_user_error(error, form)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        raise typer.Exit(0) from None
-
-
-def _rank() -> int:
-    """Which of the processes that torchrun started this is; 0 for one alone."""
-    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
-
-
-def _print_diagnostics(error: SpecError, form: str) -> None:
-    from ..dsl.render import render_all
-
-    if form == "json":
-        typer.echo(json.dumps({"diagnostics": [d.to_json() for d in error.diagnostics]}, indent=1))
-    else:
-        typer.echo(render_all(error.diagnostics, color=sys.stderr.isatty()), err=True)
-
-
-def _print_user_error(error: Any, form: str) -> None:
-    if form == "json":
-        typer.echo(
-            json.dumps({"diagnostics": [{"code": error.code, "message": error.message, "help": error.help}]}, indent=1)
-        )
-        return
-    rank = f"rank {_rank()}: " if _rank() else ""
-    typer.echo(f"{rank}error[{error.code}]: {error.message}", err=True)
-    if error.help:
-        first, *more = error.help.split("\n")
-        typer.echo("\n".join([f"  = help: {first}", *(f"          {line}" for line in more)]), err=True)
 
 
 class Resuming(typer.core.TyperCommand):
@@ -123,28 +75,6 @@ def command_as(**settings: Any) -> Callable[[Callable[..., None]], Callable[...,
 
 
 command = command_as()
-
-
-def overrides(pairs: list[str] | None, dotted: bool = False) -> dict[str, Any]:
-    """`["hidden=256", 'pattern="M*-"']` as values; `dotted` names have parts. Raises UserError `bad-override`."""
-    from ..dsl.elaborate.constants import constant
-    from .errors import UserError
-
-    found = {}
-    for pair in pairs or []:
-        name, equals, text = pair.partition("=")
-        words = name.strip().replace(".", "_") if dotted else name.strip()
-        if not equals or not words.isidentifier() or not text.strip():
-            raise UserError("bad-override", f"`--set {pair}` is not NAME=VALUE", help="for example --set hidden=256")
-        try:
-            found[name.strip()] = constant(name.strip(), text.strip())
-        except SpecError as error:
-            raise UserError(
-                "bad-override",
-                f"`{text}` is no value: {error.diagnostics[0].message}",
-                help="strings stand in quotes: --set 'pattern=\"M*-\"'",
-            ) from None
-    return found
 
 
 def program_at(spec: str, pairs: list[str] | None = None) -> Any:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .asked import reported
+
 app = typer.Typer(help="Indexes of text, for models that retrieve.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -21,7 +23,6 @@ def build(
     factory: Annotated[str | None, typer.Option(help="Faiss's word for the index; exact below 200,000 chunks")] = None,
 ) -> None:
     """Cut documents into chunks, embed them and index the vectors; an interrupted build goes on."""
-    from .cli import reported
     from .retrieval import build_index
 
     def shown(done: int, shards: int) -> None:
@@ -43,7 +44,6 @@ def query(
     """The chunks that are nearest to a text, with what follows them."""
     import numpy as np
 
-    from .cli import reported
     from .data import open_tokenizer
     from .retrieval import Index
 
