@@ -102,7 +102,8 @@ class Use:
         if clock is None or clock == TOKENS:
             return "None" if clock is None else f"at.part({_quoted(axes)})" if axes else "at"
         times = clock.times if times is None else times
-        return f"lib.on(at, {self.writer.clock(clock)}{'' if times == 1 else f', {times}'})"
+        rows = f"lib.on(at, {self.writer.clock(clock)}{'' if times == 1 else f', {times}'})"
+        return f"{rows}.part({_quoted(axes)})" if axes else rows
 
     def clock_of(self, state: Any) -> str:
         """The arguments of a cache that say whose rows it keeps: nothing for tokens."""

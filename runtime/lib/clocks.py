@@ -143,7 +143,7 @@ def _rows(at: At, group: Tensor, which: Tensor, count: Tensor | None, times: int
             document.repeat_interleave(times, 1),
             there.repeat_interleave(times, 1),
         )
-    made.times, made.tokens, made._step, made.gathered = times, at, step, at.gathered
+    made.times, made.tokens, made._step, made.gathered, made.mesh = times, at, step, at.gathered, at.mesh
     return made
 
 

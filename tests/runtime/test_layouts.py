@@ -42,13 +42,12 @@ WAYS = ((), ("attend?: exchange(heads)",), ("attend?: all_gather",),
         ("attend?: ring(order = zigzag)",), ("attend?: ring", "recompute attend?, ssd?, causal_conv?"))  # fmt: skip
 
 
-def text_of(mesh: dict[str, int], dims: list[str], between: bool, retro: bool, ways: tuple[str, ...] = ()) -> str:
+def text_of(mesh: dict[str, int], dims: list[str], between: bool, ways: tuple[str, ...] = ()) -> str:
     """A layout in the language."""
     lines = [f"    mesh {', '.join(f'{a} = {n}' for a, n in mesh.items())}"]
     if dims:
         lines.append(f"    shard {', '.join(f'{d}?' for d in dims)} over tensor")
-    if not retro:
-        lines.append("    shard seq over context")
+    lines.append("    shard seq over context")
     if between:
         lines.append("    shard seq over tensor between blocks")
     lines.append("    shard batch over data")
@@ -86,10 +85,8 @@ def check(
 ) -> None:
     mesh, dims, between = drawn
     retro = file.startswith("retro")
-    if retro:  # its encoder reads a chunk of the decoder's states, which nothing cuts
-        mesh = {**mesh, "context": 1}
     path = shipped_folder() / file
-    text = path.read_text(encoding="utf-8") + text_of(mesh, dims, between, retro, ways) + more
+    text = path.read_text(encoding="utf-8") + text_of(mesh, dims, between, ways) + more
     loaded = load_text(text, folder=path.parent)
     program, layout = program_of(loaded), layout_of(loaded)
     model = start(program, seed)
@@ -197,7 +194,7 @@ def test_every_family_on_all_axes_at_once(file: str) -> None:
 def test_forward_gives_whole_logits_for_a_ranks_rows(file: str) -> None:
     mesh = dict(data=2, context=2, tensor=2)
     path = shipped_folder() / file
-    text = path.read_text(encoding="utf-8") + text_of(mesh, list(DIMS), True, False)
+    text = path.read_text(encoding="utf-8") + text_of(mesh, list(DIMS), True)
     loaded = load_text(text, folder=path.parent)
     program = program_of(loaded)
     model = start(program)
