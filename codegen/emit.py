@@ -111,7 +111,7 @@ def _pipe(program: GraphProgram) -> str:
         return ""
     owns = "".join(f"\n{' ' * 12}{stage.owns!r}," for stage in pipe.stages)
     numbers = f'"{pipe.axis}", {pipe.size}, {pipe.chunks}, {pipe.microbatches}'
-    parts = "\n        parts=2," if pipe.schedule == "zero_bubble" else ""
+    parts = f"\n        parts={pipe.parts}," if pipe.parts > 1 else ""
     return f"lib.Pipe(\n        {numbers},\n        ({owns}\n        ),{parts}\n    )"
 
 

@@ -89,8 +89,7 @@ def _pipeline(lowered: GraphProgram) -> dict[str, Any]:
     if pipe is None:
         return {}
     layers = Counter(path for stage in pipe.stages for path in stage.owns if path.rpartition(".")[2].isdigit())
-    parts = 2 if pipe.schedule == "zero_bubble" else 1
-    orders = [order(rank, pipe.size, pipe.microbatches, pipe.chunks, parts) for rank in range(pipe.size)]
+    orders = [order(rank, pipe.size, pipe.microbatches, pipe.chunks, pipe.parts) for rank in range(pipe.size)]
     return {
         "stages": [list(stage.owns) for stage in pipe.stages],
         "once": all(n == 1 for n in layers.values()),

@@ -45,6 +45,11 @@ class Pipe:
     schedule: str
     stages: tuple[Stage, ...]
 
+    @property
+    def parts(self) -> int:
+        """In how many parts its schedule has a backward pass: two where gradients of weights come later."""
+        return 2 if self.schedule == "zero_bubble" else 1
+
 
 @dataclass(frozen=True)
 class Laid:

@@ -98,8 +98,7 @@ def cases(draw):
 def steps_of(made, feed, precision, over=()):
     pipe = made.lowered.laid.pipe
     found = measure_ranks(made, feed, precision, over)
-    parts = 2 if pipe.schedule == "zero_bubble" else 1
-    orders = [order(r, pipe.size, pipe.microbatches, pipe.chunks, parts) for r in range(pipe.size)]
+    orders = [order(r, pipe.size, pipe.microbatches, pipe.chunks, pipe.parts) for r in range(pipe.size)]
     return [scheduled(p, actions) for p, actions in zip(found, orders)]
 
 
