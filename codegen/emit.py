@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
@@ -18,6 +18,7 @@ from ..dsl.program import TOKENS, Node, Parameter
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..lowering.passes.stream import streaming_errors
 from . import layout, names
+from .shared import Shared
 from .writer import Class, Line, Writer, first_line
 
 
@@ -29,35 +30,45 @@ def _template() -> jinja2.Template:
     ).from_string(text)
 
 
-def emit_module(program: GraphProgram, version: str, named: bool = False) -> str:
-    """The text of `model.py` for target `cpu`: one class a distinct block, callees first. `named`: each use of an op
+@dataclass(frozen=True)
+class Files:
+    """What is written of a model: the text of `model.py`, and of each file in `kernels/` by its name."""
+
+    model: str
+    kernels: dict[str, str]
+
+
+def emit(program: GraphProgram, version: str, named: bool = False) -> Files:
+    """The files of a model for its target: one class a distinct block, callees first. `named`: each use of an op
     goes through `spmd.use`, which is told what it is, for those who look on while the module runs."""
-    masks: dict[str, tuple[str, str]] = {}
+    shared = Shared()
     program = replace(program, named=named)
     objectives = set(program.program.objectives.values())
     classes = []
     for graph in program.callees_first():
         if graph.name not in objectives:
-            classes.append(Writer(graph, program, masks).as_class())
+            classes.append(Writer(graph, program, shared).as_class())
     model = next(c for c in classes if c.name == names.class_names(program.graphs)[program.program.root])
     model.is_model, model.more = True, program.model.body.asked > 0
     model.gives = repr(program.program.gives) if model.more else ""
     inputs = tuple(v.name for v in program.model.body.inputs)
     model.input_names = "" if inputs == ("tokens",) else repr(inputs)
-    model.follows = _follows(program, masks)
+    model.follows = _follows(program, shared)
     model.vocab, model.longest, model.shape = _vocab(program), _longest(program), _shape(program.model)
     classes = [c for c in classes if c is not model]
     for name in program.program.objectives.values():
-        _add_objective(model, program.graphs[name], program, masks)
+        _add_objective(model, program.graphs[name], program, shared)
         if program.program.beside():
-            classes.append(_beside(program.graphs[name], program, masks))
+            classes.append(_beside(program.graphs[name], program, shared))
             model.beside = classes[-1].name
     classes.append(model)
     errors = streaming_errors(program)
-    return _template().render(
+    text = _template().render(
         program=program.program,
+        target=program.target.name,
         version=version,
-        masks=sorted(masks.values()),
+        masks=sorted(shared.masks.values()),
+        kernels=list(shared.files),
         classes=classes,
         init=_init_table(program.program.parameters()),
         keep=_keep_patterns(program.program.parameters()),
@@ -77,6 +88,7 @@ def emit_module(program: GraphProgram, version: str, named: bool = False) -> str
         result=_result(program),
         regathered=_regathered(program),
     )
+    return Files(text, shared.files)
 
 
 def _stored(program: GraphProgram) -> list[tuple[str, str]]:
@@ -205,13 +217,13 @@ def _whole_size(graph: Graph, dim: str, program: GraphProgram) -> int | None:
     return size if size is None or not axes else size * program.laid.mesh.size(axes)
 
 
-def _follows(program: GraphProgram, masks: dict[str, tuple[str, str]]) -> str:
+def _follows(program: GraphProgram, shared: Shared) -> str:
     """The inputs whose rows come with groups of tokens, each with its clock."""
     graph, found = program.model, []
     for value in graph.body.inputs:
         clock = next((graph.dims[d].clock for d in value.type.dims if graph.dims[d].clock is not None), None)
         if clock is not None and clock != TOKENS:
-            found.append(f'"{value.name}": {Writer(graph, program, masks).clock(clock)}')
+            found.append(f'"{value.name}": {Writer(graph, program, shared).clock(clock)}')
     return f"{{{', '.join(found)}}}" if found else ""
 
 
@@ -219,9 +231,9 @@ def _source_name(program: GraphProgram) -> str:
     return program.program.span.source.name.replace("\\", "/").rsplit("/", 1)[-1]
 
 
-def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]]) -> None:
+def _add_objective(model: Class, graph: Graph, program: GraphProgram, shared: Shared) -> None:
     """The objective as two methods: the sums, and the counts that they are divided by."""
-    writer = _ObjectiveWriter(graph, program, masks)
+    writer = _ObjectiveWriter(graph, program, shared)
     # What the objective does not name itself stands behind the rest, and goes to the model under the model's names.
     named = [v.name for v in graph.body.inputs]
     rest = [v.name for v in program.model.body.inputs if v.name not in named]
@@ -236,7 +248,7 @@ def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dic
     model.losses = writer.statements(graph.nodes)
     if any("state." in line.text for line in model.losses):
         model.losses.insert(0, Line("state = lib.STATELESS"))
-    inner = _stated_counts(program, masks, {label for label, _ in emits})
+    inner = _stated_counts(program, shared, {label for label, _ in emits})
     model.loss_result = ", ".join(f'"{label}": {writer.expression(value)}' for label, value in emits)
     model.loss_result += ", **at.losses" if inner else ""
     counts = {label: writer.count_of(value) for label, value in emits}
@@ -248,17 +260,17 @@ def _add_objective(model: Class, graph: Graph, program: GraphProgram, masks: dic
     )
 
 
-def _beside(graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]]) -> Class:
+def _beside(graph: Graph, program: GraphProgram, shared: Shared) -> Class:
     """What an objective owns, as a module that holds it. Raises `SpecError` `not-built-yet` for a buffer."""
     for weight in program.program.beside():
         if not weight.weight.trained:
             raise fail("not-built-yet", "a buffer of an objective is not built yet", weight.weight.span)
-    writer = Writer(graph, program, masks)
+    writer = Writer(graph, program, shared)
     name = writer.classes[graph.name]
     return Class(name, first_line(graph.body.doc), writer.construct(), [], [], [], [], "", is_beside=True)
 
 
-def _stated_counts(program: GraphProgram, masks: dict[str, tuple[str, str]], taken: set[str]) -> dict[str, str]:
+def _stated_counts(program: GraphProgram, shared: Shared, taken: set[str]) -> dict[str, str]:
     """The counts of the losses that blocks of the model state. Raises `SpecError` for one that two losses disagree
     on."""
     found: dict[str, str] = {}
@@ -266,7 +278,7 @@ def _stated_counts(program: GraphProgram, masks: dict[str, tuple[str, str]], tak
     for graph in program.callees_first():
         if graph.name in objectives or not graph.body.emits:
             continue
-        writer = Writer(graph, program, masks)
+        writer = Writer(graph, program, shared)
         for label, value in writer.parts.losses:
             text, needed = writer.count_of(value)
             span = graph.producers[value].spans[0]
@@ -353,6 +365,6 @@ def _keep_patterns(parameters: Sequence[Parameter]) -> list[str]:
     return list(keep)
 
 
-def digest(text: str) -> str:
+def digest(*texts: str) -> str:
     """The name of an artifact: its content."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]

@@ -38,6 +38,12 @@ class Use:
         setting = self._op.setting(name)
         return self.node.attr(name, setting.default if setting else None)
 
+    @property
+    def kernel(self) -> str:
+        """The argument that gives this use its kernel, or nothing where it has none."""
+        name = self.writer.kernel(self)
+        return f", kernel={name}" if name else ""
+
     def literal(self, name: str) -> str | None:
         """A number that stands in place of a tensor."""
         value = self.node.attr(name)

@@ -26,6 +26,6 @@ def _template(room: str, name: str) -> jinja2.Template:
     return _environment().from_string(text)
 
 
-def render(op: str, template: str, facts: Mapping[str, Any]) -> str:
-    """The text of a kernel's file: `template` of the room of `op`, e.g. `attend.triton.jinja`."""
+def render(op: str, facts: Mapping[str, Any], template: str = "triton.py.jinja") -> str:
+    """The text of a kernel's file: a template of the room of `op`, filled."""
     return _template(room_of(op), template).render(**facts)

@@ -15,9 +15,11 @@ from ..lowering.afterwards import parts
 from ..lowering.clocks import widest
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, State, op_of
 from ..lowering.masks import hull
-from ..lowering.ops import part
+from ..lowering.ops import has_part, part
 from . import names
 from .facts import Use, owner_of, slot_name
+from .kernels import render
+from .shared import Shared
 
 _COMMENT = re.compile(r'^((?:[^"#]|"[^"]*")*)#.*$')
 NAMED_MASKS = {"key.position <= query.position": "CAUSAL", "true": "FULL"}
@@ -83,8 +85,8 @@ class Writer:
     owner = "self"
     """What owns the graph's weights and blocks, where its statements stand."""
 
-    def __init__(self, graph: Graph, program: GraphProgram, masks: dict[str, tuple[str, str]], inline: bool = True):
-        self.graph, self.program, self.masks = graph, program, masks
+    def __init__(self, graph: Graph, program: GraphProgram, shared: Shared, inline: bool = True):
+        self.graph, self.program, self.shared, self.masks = graph, program, shared, shared.masks
         self.states: dict[str, list[State]] = {}
         for state in program.states.get(graph.name, ()):
             self.states.setdefault(state.node, []).append(state)
@@ -202,6 +204,15 @@ class Writer:
             made = f"lib.Clock(lambda token: {value}, width={widest(clock)}{begins})"
             self.masks[text] = (f"CLOCK_{number}", made)
         return self.masks[text][0]
+
+    def kernel(self, use: Use) -> str | None:
+        """The name of the kernel of one use of an op, where its room has one for this target."""
+        if not self.program.target.kernels or not has_part(use.op, "triton"):
+            return None
+        facts = part(use.op, "triton").kernel(use, self.program.target)
+        if facts is None:
+            return None
+        return self.shared.kernel(use.op, facts, lambda name: render(use.op, {"name": name, **facts.rendered()}))
 
     # --- statements -------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from ..dsl.layout import Layout
 from ..dsl.program import Body, Clock, Dim, Instance, Node, Program, Value
 from .op import Op
 from .ops import table
+from .target import TARGETS, Target
 
 STRUCTURE = ("call", "loop", "route")
 """Nodes that run other graphs: once, one after the other, or each on the rows that are routed to it."""
@@ -161,7 +162,8 @@ class GraphProgram:
     """Graphs of all distinct blocks of a program. `facts` are what passes have established so far.
 
     `layout` says how it is to lie on a mesh, if on more than one device; `laid` (a `placement.laid.Laid`) how it does.
-    `named`: what is written of it says of each use of an op, as it runs, which it is.
+    `named`: what is written of it says of each use of an op, as it runs, which it is. `target`: what it is written for;
+    `fused` (of `chains.fused.Fused`, by graph) are the nodes that are one kernel there.
     """
 
     program: Program
@@ -173,6 +175,8 @@ class GraphProgram:
     layout: Layout | None = None
     laid: Any = None
     named: bool = False
+    target: Target = TARGETS["cpu"]
+    fused: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def model(self) -> Graph:

@@ -20,6 +20,7 @@ from .passes.settle import settle
 from .passes.shard import shard
 from .passes.stage import stage
 from .passes.stream import stream
+from .target import TARGETS, Target
 
 PASSES: tuple[Pass, ...] = (
     infer_types,  # first: everything later trusts the types
@@ -48,15 +49,17 @@ def check_order(passes: tuple[Pass, ...] = PASSES) -> None:
 check_order()
 
 
-def lower(program: Program, until: str | None = None, layout: Layout | None = None) -> GraphProgram:
+def lower(
+    program: Program, until: str | None = None, layout: Layout | None = None, target: Target = TARGETS["cpu"]
+) -> GraphProgram:
     """Run the passes, verify behind each; stop behind the pass named `until`. Raises KeyError for an unknown name.
 
-    With a layout the graphs are those of one rank of its mesh.
+    With a layout the graphs are those of one rank of its mesh; `target` is what kernels are for.
     """
     names = [p.name for p in PASSES]
     if until is not None and until not in ("build", *names):
         raise KeyError(until)
-    graphs = replace(build(program), layout=layout)
+    graphs = replace(build(program), layout=layout, target=target)
     if until == "build":
         return graphs
     for step in PASSES:

@@ -69,7 +69,9 @@ def repair() -> None:
 
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         """Products of what is stored, summed in the accumulator's type."""
-        left, right = (tensor(x.data, x.dtype).to(kinds[d.dtype]).numpy() if x.dtype in kinds else x.data for x in (a, b))
+        left, right = (
+            tensor(x.data, x.dtype).to(kinds[d.dtype]).numpy() if x.dtype in kinds else x.data for x in (a, b)
+        )
         return interpreter.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
     def guarded(name: str) -> Any:
@@ -101,7 +103,14 @@ def repair() -> None:
         else plain_convert(data, source, target, rounding)
     )
     interpreter.InterpreterBuilder.cast_impl = cast
-    for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui"):
+    for name in (
+        "create_fp_ext",
+        "create_fp_trunc",
+        "create_si_to_fp",
+        "create_ui_to_fp",
+        "create_fp_to_si",
+        "create_fp_to_ui",
+    ):
         setattr(interpreter.InterpreterBuilder, name, lambda self, src, kind: cast(self, src, kind))
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter.ReduceScanOpInterface.check_tensor = check
@@ -130,31 +139,34 @@ class Source(InspectLoader):
         exec(compile(self.text, self.path, "exec"), module.__dict__)
 
 
-def module_of(text: str, name: str, path: str, interpret: bool | None = None, is_package: bool = False) -> ModuleType:
-    """A module from its text, under `name`; the one that is there where it has this text already.
-
-    `interpret`: whether its kernels run in the interpreter; None: where there is no GPU.
-    """
-    from triton import knobs
-
-    there = sys.modules.get(name)
-    if there is not None and getattr(there.__spec__.loader, "text", None) == text:  # type: ignore[union-attr]
-        return there
-    interpret = not torch.cuda.is_available() if interpret is None else interpret
+def plain_module(text: str, name: str, path: str, is_package: bool = False) -> ModuleType:
+    """A module from its text, under `name`; its source is found where tools look for it."""
     spec = importlib.machinery.ModuleSpec(name, Source(text, path, is_package), origin=path, is_package=is_package)
     spec.has_location = True
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    if interpret:
-        repair()
-    before = knobs.runtime.interpret
-    knobs.runtime.interpret = interpret
     try:
         assert spec.loader is not None
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    return module
+
+
+def module_of(text: str, name: str, path: str, interpret: bool | None = None) -> ModuleType:
+    """The module of a file of kernels; the one that is there where it has this text already, since torch takes each op
+    but once. `interpret`: whether its kernels run in the interpreter; None: where there is no GPU."""
+    from triton import knobs
+
+    there = sys.modules.get(name)
+    if there is not None and getattr(getattr(there.__spec__, "loader", None), "text", None) == text:
+        return there
+    before = knobs.runtime.interpret
+    knobs.runtime.interpret = not torch.cuda.is_available() if interpret is None else interpret
+    try:
+        if knobs.runtime.interpret:
+            repair()
+        return plain_module(text, name, path)
     finally:
         knobs.runtime.interpret = before
-    return module

@@ -39,6 +39,12 @@ def room_of(op: str) -> str:
     return _rooms_of_ops()[op]
 
 
+@cache
+def has_part(op: str, module: str) -> bool:
+    """Whether an op's room has a module of this name."""
+    return files(__name__).joinpath(room_of(op), f"{module}.py").is_file()
+
+
 def part(op: str, module: str) -> ModuleType:
     """A module of an op's room: `reference` (fp64 math, torch) or `cpu` (what the module emitter prints)."""
     return import_module(f".{room_of(op)}.{module}", __name__)

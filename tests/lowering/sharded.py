@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from heddle.codegen.emit import emit_module
+from heddle.codegen.emit import emit
 from heddle.dsl.layout import layout_of
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.lowering.graph import GraphProgram
@@ -115,7 +115,7 @@ class Twin:
     def ranks(self, graphs: GraphProgram) -> list[Any]:
         """What each rank gives."""
         graphs = self.lowered(graphs)
-        source = emit_module(graphs, "test")
+        source = emit(graphs, "test").model
         self.one  # noqa: B018
         found, _ = on_mesh(self.program, graphs.layout, self.state, self.batch, source=source)  # type: ignore[arg-type]
         return found

@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 
-from heddle.codegen.emit import emit_module
+from heddle.codegen.emit import emit
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.dsl.program import Program
 from heddle.lowering.graph import Graph, GraphProgram
@@ -141,5 +141,5 @@ def stripped(source: str) -> list[str]:
 
 def test_the_count_of_calls_sees_work_that_grows():
     """The test can fail: the table of initial values has to look at the weights of every layer."""
-    few, many = (calls(lambda p=p: emit_module(lower(p), "test")) for p in map(plain, (1, 2)))
+    few, many = (calls(lambda p=p: emit(lower(p), "test").model) for p in map(plain, (1, 2)))
     assert few.total() < many.total()

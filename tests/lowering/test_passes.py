@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from heddle.codegen.emit import emit_module
+from heddle.codegen.emit import emit
 from heddle.dsl.diagnostics import InternalError, SpecError
 from heddle.dsl.load import load, shipped_folder
 from heddle.dsl.program import Node, Program
@@ -56,7 +56,7 @@ def lowered(made: Program, without: tuple[Pass, ...] = ()) -> GraphProgram:
 def run(graphs: GraphProgram) -> dict[str, torch.Tensor]:
     """Logits, losses and gradients by the paths of the spec, in fp64, from one set of weights."""
     space: dict = {"__name__": "made"}
-    exec(compile(emit_module(graphs, "test"), "<made>", "exec"), space)
+    exec(compile(emit(graphs, "test").model, "<made>", "exec"), space)
     model = space["Model"]().initialise(1).cast(torch.float64).eval()
     tokens = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     document = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])

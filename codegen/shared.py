@@ -1,0 +1,34 @@
+"""What all classes of one module refer to by name: masks, clocks and the functions of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Shared:
+    """Constants and kernels of one module, each made once.
+
+    `masks`: by their text, (name, text of the constant). `kernels`: by what they are made from, (name, text of the
+    file); each is a file of its own, with one function of its name.
+    """
+
+    masks: dict[str, tuple[str, str]] = field(default_factory=dict)
+    kernels: dict[Hashable, tuple[str, str]] = field(default_factory=dict)
+
+    def kernel(self, stem: str, made_from: Hashable, text: Callable[[str], str]) -> str:
+        """The name of a kernel's function: `stem`, with a number where several kernels have it."""
+        if made_from not in self.kernels:
+            taken = {name for name, _ in self.kernels.values()}
+            name, number = stem, 1
+            while name in taken:
+                number += 1
+                name = f"{stem}_{number}"
+            self.kernels[made_from] = (name, text(name))
+        return self.kernels[made_from][0]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files of the kernels, by name."""
+        return dict(sorted(self.kernels.values()))
