@@ -21,15 +21,16 @@ import torch
 _REPAIRED = ("create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_frem", "create_precise_divf",
              "create_minimumf", "create_minnumf", "create_maximumf", "create_maxnumf", "create_fma", "create_clampf",
              *(f"create_fcmp{order}{how}" for order in "OU" for how in ("LT", "GT", "LE", "GE", "EQ", "NE")),
-             "create_exp", "create_exp2", "create_log", "create_log2", "create_sqrt", "create_precise_sqrt",
-             "create_rsqrt", "create_sin", "create_cos", "create_erf", "create_floor", "create_ceil")  # fmt: skip
+             "create_fabs", "create_exp", "create_exp2", "create_log", "create_log2", "create_sqrt",
+             "create_precise_sqrt", "create_rsqrt", "create_sin", "create_cos", "create_erf", "create_floor",
+             "create_ceil")  # fmt: skip
 
 
 @cache
 def repair() -> None:
     """Mend the interpreter of this process; a second call does nothing."""
     import triton.language as tl
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter, jit
 
     kinds = {
         tl.float64: torch.float64, tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16,
@@ -57,7 +58,8 @@ def repair() -> None:
         """Through a float type where one of both is odd: numpy would take its bits for a number."""
         source, target = src.dtype.scalar, kind.scalar
         if source not in odd and target not in odd:
-            return plain_cast(self, src, kind)
+            with np.errstate(over="ignore"):  # an infinity in fp16 is what a GPU gives too
+                return plain_cast(self, src, kind)
         value = tensor(src.data, source).float() if source in odd else torch.from_numpy(np.asarray(src.data))
         if target in odd:
             value = value.float() if value.dtype != torch.float64 else value
@@ -102,16 +104,23 @@ def repair() -> None:
         if source in kinds and target in kinds and not _to_zero(rounding)
         else plain_convert(data, source, target, rounding)
     )
+    # `tl.sum`, `tl.cdiv` and others are kernels' functions themselves, made when Triton was loaded, so for builds; and
+    # this process may build with them too.
+    functions: dict[Any, Any] = {}
+
+    def call(self: Any, *args: Any, **more: Any) -> Any:
+        if self.fn not in functions:
+            functions[self.fn] = interpreter.InterpretedFunction(self.fn)
+        return functions[self.fn](*args, **more)
+
+    def bf16(self: Any, value: float) -> Any:
+        return cast(self, interpreter.TensorHandle(np.array([value], np.float32), tl.float32), tl.bfloat16)
+
+    jit.JITFunction.__call__ = call
+    interpreter.InterpreterBuilder.get_bf16 = bf16
     interpreter.InterpreterBuilder.cast_impl = cast
-    for name in (
-        "create_fp_ext",
-        "create_fp_trunc",
-        "create_si_to_fp",
-        "create_ui_to_fp",
-        "create_fp_to_si",
-        "create_fp_to_ui",
-    ):
-        setattr(interpreter.InterpreterBuilder, name, lambda self, src, kind: cast(self, src, kind))
+    for name in ("fp_ext", "fp_trunc", "si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui"):
+        setattr(interpreter.InterpreterBuilder, f"create_{name}", lambda self, src, kind: cast(self, src, kind))
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter.ReduceScanOpInterface.check_tensor = check
 

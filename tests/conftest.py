@@ -19,6 +19,11 @@ settings.register_profile("soak", derandomize=False, max_examples=300, **_patien
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Golden files are written anew on request; the diff is to be read."""
+    parser.addoption("--update-golden", action="store_true", help="write tests/kernels/golden anew")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """All tests but those marked `gpu` (`make test-gpu`) see the same machine everywhere: one without a GPU."""
     if config.getoption("markexpr") != "gpu":
