@@ -36,7 +36,7 @@ _GUARD = 0xA5
 def load(text: str, interpret: bool = True) -> ModuleType:
     """The module of a kernel's file; one text is loaded once a process, so its ops are registered once."""
     name = f"kernel_{hashlib.sha256(text.encode()).hexdigest()[:12]}{'' if interpret else '_built'}"
-    return module_of(text, name, f"<{name}>", interpret)
+    return module_of(text, name, f"{name}.py", interpret)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
