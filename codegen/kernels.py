@@ -29,3 +29,9 @@ def _template(room: str, name: str) -> jinja2.Template:
 def render(op: str, facts: Mapping[str, Any], template: str = "triton.py.jinja") -> str:
     """The text of a kernel's file: a template of the room of `op`, filled."""
     return _template(room_of(op), template).render(**facts)
+
+
+def render_file(template: str, facts: Mapping[str, Any]) -> str:
+    """The text of a kernel's file that no room owns: a template of this package, filled."""
+    text = files("heddle.codegen").joinpath("templates", template).read_text(encoding="utf-8")
+    return _environment().from_string(text).render(**facts)

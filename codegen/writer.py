@@ -12,11 +12,14 @@ from ..dsl.format import print_expr
 from ..dsl.program import TOKENS, Clock, Instance, Node, Weight
 from ..dsl.source import Span
 from ..lowering.afterwards import parts
+from ..lowering.chains.fused import Fused, structure
 from ..lowering.clocks import widest
+from ..lowering.constants import constants
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, State, op_of
 from ..lowering.masks import hull
 from ..lowering.ops import has_part, part
 from . import names
+from .chains import inputs, source
 from .facts import Use, owner_of, slot_name
 from .kernels import render
 from .shared import Shared
@@ -95,9 +98,10 @@ class Writer:
         self._when = {
             n.name: i for i, part_ in enumerate((self.parts.result, self.parts.stated, self.parts.after)) for n in part_
         }
-        self.constants = self._constant_nodes() if graph.name == program.program.root else {}
+        self.constants = constants(graph, program)
         self.kept = self._kept_constants()
         self._inline = inline
+        self.fused = {name: fused for fused in program.fused.get(graph.name, ()) for name in fused.nodes}
         pipe = None if program.laid is None or graph.name != program.program.root else program.laid.pipe
         self.pipe = pipe
         self.borders = {v for s in pipe.stages for v in s.takes} if pipe is not None else set()
@@ -173,6 +177,8 @@ class Writer:
         """A pointwise node with one reader, itself pointwise: both are one expression."""
         if not self._inline or node.op in STRUCTURE or not _pointwise(node) or node.name in self.kept:
             return False
+        if node.name in self.fused:
+            return False
         users = self.graph.users.get(node.name, ())
         if len(users) != 1 or node.name in self.graph.results or users[0].operands.count(node.name) != 1:
             return False
@@ -215,22 +221,6 @@ class Writer:
         return self.shared.kernel(use.op, facts, lambda name: render(use.op, {"name": name, **facts.rendered()}))
 
     # --- statements -------------------------------------------------------------------------------
-
-    def _constant_nodes(self) -> dict[str, Node]:
-        """Nodes that depend on nothing: computed when the model is made."""
-        found: dict[str, Node] = {}
-        for node in self.graph.nodes:
-            if node.op in STRUCTURE or op_of(node).coordinates and self._follows(node):
-                continue
-            if all(
-                o is None or o in self.graph.producers and self.graph.producers[o].name in found for o in node.operands
-            ):
-                found[node.name] = node
-        return found
-
-    def _follows(self, node: Node) -> bool:
-        """Whether an op reads where the rows of a sequence are that comes with the stream."""
-        return node.op != "coordinate" or any(self.graph.dims[d].clock is not None for d in node.bound("S"))
 
     def _kept_constants(self) -> set[str]:
         """Those that a run reads: the others are only on the way to them."""
@@ -292,7 +282,14 @@ class Writer:
 
     def statements(self, nodes: Iterable[Node]) -> list[Line]:
         lines: list[Line] = []
+        nodes = list(nodes)
+        here = {n.name for n in nodes}
         for node in nodes:
+            fused = self.fused.get(node.name)
+            if fused is not None and here.issuperset(fused.nodes):
+                if node.name == fused.nodes[-1]:
+                    lines.append(self._chain(fused))
+                continue
             if node.name in self.constants or node.op not in STRUCTURE and self.is_inlined(node):
                 continue
             targets = ", ".join(self._names[r.name] for r in node.results)
@@ -302,6 +299,18 @@ class Writer:
             else:
                 lines.append(Line(f"{targets} = {self.call(node)}", spec, why=node.attr("why", "")))
         return lines
+
+    def _chain(self, fused: Fused) -> Line:
+        """The statement of a kernel that is several nodes, below the line of the last."""
+        chain = fused.chain
+        name = self.shared.kernel(
+            chain.name, structure(chain), lambda name: source(chain, self.program.target, name)
+        )
+        targets = ", ".join(self._names[v] for v in fused.outputs)
+        given = ", ".join(self.expression(fused.value_of[n]) for n in inputs(chain))
+        nodes = [self.graph.producers[n] for n in fused.nodes]
+        why = f"one kernel: {', '.join(n.op for n in nodes)}" if len(nodes) > 1 else ""
+        return Line(f"{targets} = {name}({given})", spec_line(nodes[-1].spans), why=why)
 
     def _loop(self, node: Node, spec: str) -> list[Line]:
         name, variable = names.attribute(node.attr("instance")), _module_variable(node.attr("instance"))

@@ -10,11 +10,13 @@ from .build import build
 from .graph import GraphProgram
 from .passes import Pass
 from .passes.drop_dead import drop_dead
+from .passes.fuse_chains import fuse_chains
 from .passes.fuse_parallel import fuse_parallel
 from .passes.hoist import hoist
 from .passes.infer_types import infer_types
 from .passes.keep_contracts import keep_contracts
 from .passes.mark_recompute import mark_recompute
+from .passes.postpone_sums import postpone_sums
 from .passes.prove_placement import prove_placement
 from .passes.settle import settle
 from .passes.shard import shard
@@ -33,7 +35,9 @@ PASSES: tuple[Pass, ...] = (
     stage,  # behind placement: what crosses a border has its type
     mark_recompute,  # behind placement: a collective inside is made again, too
     fuse_parallel,  # before state, which belongs to the fused op
-    stream,  # last: state of what is really computed
+    stream,  # state of what is really computed
+    postpone_sums,  # before kernels are found, of which a sum and what reads it become one
+    fuse_chains,  # last: joins what keeps nothing between steps; identity for a target without kernels
 )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..dsl.layout import Layout
 from ..dsl.program import Program
 from ..lowering.graph import GraphProgram
-from .compile import Artifact, build, instantiate, module_class
+from .compile import Artifact, build, class_of, instantiate
 from .lib import Gathered
 from .lib.laid import (
     global_counts,
@@ -49,7 +49,7 @@ def certify(program: Program, layout: Layout, seq: int, seed: int = 0) -> dict[s
     `UnprovedLayout` (a fault of ours) for one that is not proved.
     """
     artifact = build(program, layout=layout)
-    check_cuts(module_class(artifact.source, f"{artifact.name}/model.py"), seq)
+    check_cuts(class_of(artifact), seq)
     lowered = artifact.lowered
     card: dict[str, Any] = {
         "model": program.name,

@@ -42,6 +42,7 @@ Layout = Annotated[
     str | None, typer.Option("--layout", metavar="NAME", help="a layout of the file: what one of its ranks runs")
 ]
 Json = Annotated[bool, typer.Option("--json", help="plain data for tools")]
+Target = Annotated[str, typer.Option(help="what to generate code for: cpu, or kernels for triton, sm_80, sm_90, sm_100")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one")]
 Format = Annotated[str, typer.Option("--format", metavar="text|json", help="how diagnostics are printed")]
 
@@ -193,6 +194,7 @@ def explain(
     what: Annotated[str, typer.Argument(metavar="CODE | SPEC[:MODEL]", help="an error code, or a spec")],
     after: Annotated[str | None, typer.Option(metavar="PASS", help="print the graphs behind this pass")] = None,
     layout: Layout = None,
+    target: Target = "cpu",
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
@@ -209,14 +211,14 @@ def explain(
         from .paths import split_entry
 
         laid = layout_of(load(split_entry(what)[0]), layout)
-    typer.echo(explain_graphs(program_at(what, set), after, laid), nl=False)
+    typer.echo(explain_graphs(program_at(what, set), after, laid, target), nl=False)
 
 
 @command
 def compile(  # noqa: A001
     spec: Spec,
     out: Annotated[Path, typer.Option("-o", "--out", help="where artifacts are kept")] = Path("build"),
-    target: Annotated[str, typer.Option(help="what to generate code for")] = "cpu",
+    target: Target = "cpu",
     layout: Layout = None,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
@@ -338,6 +340,7 @@ def train(
     ] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds that a rank waits for others")] = 600.0,
     device: Device = "auto",
+    target: Target = "cpu",
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
@@ -394,6 +397,7 @@ def generate(
         int, typer.Option(min=0, help="so many of the nearest chunks stand before the prompt, the next are given")
     ] = 0,
     device: Device = "auto",
+    target: Target = "cpu",
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
@@ -401,7 +405,7 @@ def generate(
     from .running import generate_text
 
     sampling = temperature, top_k, top_p, seed
-    generate_text(folder, prompt, max_new_tokens, *sampling, give, passages, overrides(set), device)
+    generate_text(folder, prompt, max_new_tokens, *sampling, give, passages, overrides(set), device, target)
 
 
 @command

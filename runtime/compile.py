@@ -20,7 +20,7 @@ from ..dsl.load import load
 from ..dsl.program import Program
 from ..lowering.graph import GraphProgram
 from ..lowering.pipeline import lower
-from ..lowering.target import TARGETS
+from ..lowering.target import TARGETS, Target
 from .check import proved
 from .errors import UserError
 from .interpreted import module_of, plain_module
@@ -57,9 +57,14 @@ def build(program: Program, target: str = "cpu", layout: Layout | None = None) -
 
     Raises UserError `unknown-target`; `SpecError` for a layout that cannot be.
     """
-    if target not in TARGETS:
-        raise UserError("unknown-target", f"no target is named `{target}`", help=f"targets: {', '.join(TARGETS)}")
-    return emitted(lower(program, layout=layout, target=TARGETS[target]))
+    return emitted(lower(program, layout=layout, target=target_of(target)))
+
+
+def target_of(name: str) -> Target:
+    """A target by its name. Raises UserError `unknown-target`."""
+    if name not in TARGETS:
+        raise UserError("unknown-target", f"no target is named `{name}`", help=f"targets: {', '.join(TARGETS)}")
+    return TARGETS[name]
 
 
 def emitted(lowered: GraphProgram, **how: Any) -> Artifact:
@@ -128,13 +133,18 @@ def module_class(source: str, name: str, kernels: Mapping[str, str] | None = Non
     return plain_module(source, f"{made}.model", name).Model
 
 
+def class_of(artifact: Artifact) -> type[Model]:
+    """The model's class."""
+    return module_class(artifact.source, f"{artifact.name}/model.py", artifact.files.kernels)
+
+
 def instantiate(
     artifact: Artifact, seed: int | None = 0, dtype: torch.dtype | None = None, device: str | None = None,
     mesh: Mesh | None = None,
 ) -> Model:  # fmt: skip
     """A module of the artifact, filled from the spec's initial values (`seed` None leaves it unfilled). `mesh` says
     which rank's part it is, where it was built with a layout."""
-    kind = module_class(artifact.source, f"{artifact.name}/model.py", artifact.files.kernels)
+    kind = class_of(artifact)
     with torch.device(device or "cpu"):
         model = kind()
     model.mesh = mesh

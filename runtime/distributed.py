@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..dsl.diagnostics import fail
 from ..dsl.layout import Layout
-from .compile import Artifact, module_class
+from .compile import Artifact, class_of
 from .errors import UserError
 from .lib.mesh import Axes
 from .lib.processes import Processes
@@ -85,7 +85,7 @@ def over_of(artifact: Artifact, layout: Layout) -> Axes:
 
 def axes_of(artifact: Artifact) -> dict[str, int]:
     """The axes of the mesh of an artifact's module, the outermost first."""
-    return dict(module_class(artifact.source, artifact.name).axes)
+    return dict(class_of(artifact).axes)
 
 
 def groups(artifact: Artifact, over: Axes) -> list[Axes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..dsl.diagnostics import did_you_mean
 from ..dsl.layout import Layout
 from ..dsl.program import Program
+from .compile import target_of
 from .errors import UserError
 
 
@@ -18,8 +19,12 @@ def explain_code(code: str) -> str:
     return page
 
 
-def explain_graphs(program: Program, after: str | None, layout: Layout | None = None) -> str:
-    """The graphs of a model in the notation of specs, behind a pass (the last if not named). Raises `unknown-pass`."""
+def explain_graphs(
+    program: Program, after: str | None, layout: Layout | None = None, target: str = "cpu"
+) -> str:  # fmt: skip
+    """The graphs of a model in the notation of specs, behind a pass (the last if not named), and below them what is
+    one kernel. Raises `unknown-pass`, `unknown-target`."""
+    from ..lowering.chains.told import told
     from ..lowering.notation import print_graphs
     from ..lowering.pipeline import PASSES, lower
 
@@ -30,4 +35,7 @@ def explain_graphs(program: Program, after: str | None, layout: Layout | None = 
             f"no pass is named `{after}`",
             help=did_you_mean(after, names, "a pass") or f"passes, in order: {', '.join(names)}",
         )
-    return print_graphs(lower(program, after, layout))
+    graphs = lower(program, after, layout, target_of(target))
+    lines = [f"#   {line}" for g in graphs.callees_first() if (found := told(graphs, g))
+             for line in (f"of `{g.name}`:", *(f"  {line}" for line in found))]  # fmt: skip
+    return print_graphs(graphs) + ("\n# Kernels\n" + "\n".join(lines) + "\n" if lines else "")

@@ -96,17 +96,20 @@ def weights_identity(folder: Path) -> str:
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def load(folder: str | Path, dtype: torch.dtype | str | None = None, settings: dict[str, Any] | None = None) -> Model:
+def load(
+    folder: str | Path, dtype: torch.dtype | str | None = None, settings: dict[str, Any] | None = None,
+    target: str = "cpu",
+) -> Model:  # fmt: skip
     """Open a model folder: compile its spec and load its weights. `settings` are other values of the model's
-    parameters; an optional input that is None is left out, and the weights that only it needs with it. Raises
-    `SpecError`, `UserError`."""
+    parameters; an optional input that is None is left out, and the weights that only it needs with it. `target` as of
+    `heddle.compile`. Raises `SpecError`, `UserError`."""
     from .compile import DTYPES
 
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError("no-such-file", f"there is no folder `{folder}`")
     file, model, overrides = read_spec(folder)
-    made = instantiate(build(program_of(file, model, {**overrides, **(settings or {})})), seed=None)
+    made = instantiate(build(program_of(file, model, {**overrides, **(settings or {})}), target), seed=None)
     take_weights(made, folder)
     if dtype is not None:
         made.cast(DTYPES[dtype] if isinstance(dtype, str) else dtype)

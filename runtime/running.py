@@ -17,7 +17,7 @@ from ..dsl.program import Program
 from ..lowering.passes.stream import require_causal
 from ..lowering.pipeline import lower
 from .check import program_of
-from .compile import Artifact, build, instantiate, module_class
+from .compile import Artifact, build, class_of, instantiate
 from .data import Packed, open_corpus, open_tokenizer, split
 from .errors import UserError
 from .folder import lend as lend_folders
@@ -41,14 +41,14 @@ def train_model(
     resume: bool | Literal["auto"],
     give: list[str] | None = None, objective: str = DEFAULT, option: dict[str, Any] | None = None,
     lend: list[str] | None = None, start: Path | None = None, layout: str | None = None, timeout: float = 600.0,
-    device: str = "auto", **settings: Any,
+    device: str = "auto", target: str = "cpu", **settings: Any,
 ) -> Report:  # fmt: skip
     """Compile a model, train it on text, and leave in `out` all that `heddle generate` and `--resume` need.
 
     `objective` is the block that trains it, `option` values of its parameters, `lend` those that are models
     (`["teacher=FOLDER"]`); the held-out loss is that of next tokens whatever trains. `start` is a folder with the
     weights to begin with. `layout` is one of the file's, for the processes that torchrun started; a rank waits
-    `timeout` seconds for others. `device` as in `place`.
+    `timeout` seconds for others. `device` as in `place`; `target` as of `heddle.compile`.
     """
     where = place(device)
     path, name = split_entry(spec)
@@ -66,7 +66,7 @@ def train_model(
     words = open_tokenizer(tokenizer)
     corpus = open_corpus(data, words, vocab=_vocab(program))
     kept, held = split(corpus, held_out) if held_out > 0 else (corpus, None)
-    artifact = build(program, layout=laid)
+    artifact = build(program, target, laid)
     plain = program_of(file, name, overrides) if objective != DEFAULT else program
     judged = build(plain, layout=laid) if plain is not program and plain.objectives else None
     rows = Packed(kept, config.seq, config.seed)
@@ -115,7 +115,7 @@ def ranks_of(
 
     if layout is not None:
         check_stored(layout)
-        kind = module_class(artifacts[0].source, artifacts[0].name)
+        kind = class_of(artifacts[0])
         check_rows(kind, config)
         check_pipe(kind, config)
     here = world()
@@ -216,13 +216,13 @@ def tokenizer_name(folder: Path) -> str:
 def generate_text(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
     seed: int | None, give: list[str] | None = None, passages: int = 0, settings: dict[str, Any] | None = None,
-    device: str = "auto",
+    device: str = "auto", target: str = "cpu",
 ) -> str:  # fmt: skip
-    """Continue a prompt, printing as it goes; gives the whole text. `passages` as in `Asked`, `settings` as of
-    `heddle.load`, `device` as in `place`. Raises `SpecError` `not-causal`, UserError `bad-prompt`,
+    """Continue a prompt, printing as it goes; gives the whole text. `passages` as in `Asked`, `settings` and `target`
+    as of `heddle.load`, `device` as in `place`. Raises `SpecError` `not-causal`, UserError `bad-prompt`,
     `unknown-setting`."""
     where = place(device)
-    model = load_folder(folder, settings=settings).to(where)
+    model = load_folder(folder, settings=settings, target=target).to(where)
     if model.late:
         require_causal(lower(program_of(*read_spec(folder))))
     words = tokenizer_of(folder)

@@ -31,7 +31,7 @@ from ...lowering.graph import GraphProgram
 from ...lowering.pipeline import lower
 from ...lowering.placement.types import I, N, P, Place, R
 from .. import lib
-from ..compile import emitted, module_class
+from ..compile import class_of, emitted
 from ..distributed import groups
 from ..lib import spmd
 from ..lib.laid import entry
@@ -86,7 +86,7 @@ class _Run:
         self.program, self.good, self.laid, self.trust = program, good, program.laid, trust
         self.mesh, self.said, self.device = program.laid.mesh, Opinion(), device
         self.artifact = emitted(program, named=True)
-        self.kind = module_class(self.artifact.source, f"{self.artifact.name}/model.py")
+        self.kind = class_of(self.artifact)
         self.ranks = 1
         for size in self.kind.axes.values():
             self.ranks *= size

@@ -13,7 +13,7 @@ from ...lowering.cost import flops_per_token
 from ...lowering.graph import GraphProgram
 from ...lowering.passes.stream import state_bytes, streaming_errors
 from ...lowering.pipeline import lower
-from ..compile import Artifact, build, module_class
+from ..compile import Artifact, build, class_of
 from ..distributed import check_stored, over_of
 from ..lib.mesh import Axes, Mesh
 from ..lib.pipeline import Pipe
@@ -128,7 +128,7 @@ def plan(
     if layout.stages is not None:
         feed = replace(feed, microbatches=layout.stages.microbatches)
     artifact = build(program, layout=layout)
-    kind = module_class(artifact.source, f"{artifact.name}/model.py")
+    kind = class_of(artifact)
     check_cuts(kind, feed.seq)
     mesh, over = Mesh(dict(kind.axes)), over_of(artifact, layout)
     of = _Planned(artifact, layout, device, precision, feed, mesh, over)

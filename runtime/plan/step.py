@@ -14,7 +14,7 @@ from ...codegen.names import class_names
 from ...dsl.diagnostics import InternalError
 from ...lowering.cost import active_share
 from ...lowering.graph import Graph, GraphProgram
-from ..compile import DTYPES, Artifact, module_class
+from ..compile import DTYPES, Artifact, class_of
 from ..lib import Gathered, Model
 from ..lib.clocks import Clock
 from ..lib.laid import global_counts
@@ -106,7 +106,7 @@ def opened(artifact: Artifact, precision: str) -> Iterator[tuple[Model, Blocks]]
     program = artifact.lowered
     mode = Hollow(active_share(program))
     with uncompiled(), mode, _uncollected():
-        model = module_class(artifact.source, f"{artifact.name}/model.py")()
+        model = class_of(artifact)()
         model.cast(DTYPES[precision]).train()
         model.artifact = artifact
         names = class_names(program.graphs)

@@ -1,0 +1,54 @@
+"""How a chain's kernels are cut: whole rows, rows in walks, or tiles; how large, by how many warps and programs.
+
+All of it but what is free (see `Tiles`) changes the order in which sums are made: it belongs to the numerics class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROW, WALK, TILE = "row", "walk", "tile"
+"""One program owns whole rows; it owns rows and walks over their columns; or it owns a tile of rows and columns."""
+
+PROGRAMS = 256
+TILE_PROGRAMS = 64
+"""How many programs share the rows where each sums a part of a weight's gradient. Fixed: with the number of processors
+of a GPU, its gradients would differ from those of another."""
+
+_REGISTERS = 96  # of a thread, for tiles that live at one time; the rest are offsets, masks and what is between
+_ELEMENTS = 512  # of a tile, for each warp: 16 a thread, which are two loads of 128 bits in 16-bit types
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One kernel's cut. In the numerics class: block_c, warps, programs, block_r where `programs` (a part of a gradient
+    has a row of its block as its own sum). Free: block_r elsewhere."""
+
+    mode: str
+    block_r: int
+    block_c: int
+    warps: int
+    programs: int = 0
+
+
+def choose(columns: int, reduces: bool, live: int, sums: bool) -> Tiles:
+    """Untuned: by the registers that `live` tiles take at one time. sums: whether gradients of weights are summed."""
+    whole = power(columns)
+    if not reduces:
+        block_c = min(whole, 512 if sums else 1024)
+        block_r = max(1, 2048 // block_c)
+        return Tiles(TILE, min(block_r, 32), block_c, _warps(min(block_r, 32) * block_c, 4), TILE_PROGRAMS if sums else 0)
+    block_r = min(32, max(1, 2048 // whole))
+    warps = _warps(block_r * whole, 16)
+    if live * block_r * whole <= _REGISTERS * 32 * warps:
+        return Tiles(ROW, block_r, whole, warps, PROGRAMS if sums else 0)
+    return Tiles(WALK, 1, 4096, 8, PROGRAMS if sums else 0)
+
+
+def _warps(elements: int, most: int) -> int:
+    return max(1, min(most, power(elements // _ELEMENTS)))
+
+
+def power(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,99 @@
+"""Whole models on kernels, through the interpreter: the numbers of target `cpu`, for every tiny twin."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from heddle.dsl.load import load, shipped_folder
+from heddle.lowering.pipeline import lower
+from heddle.lowering.target import TARGETS
+from heddle.runtime.check import program_of
+from heddle.runtime.compile import build, instantiate
+from heddle.runtime.lib import kernels
+from tests.kernels.harness import floor, worst
+from tests.specs.published import INPUTS, TWINS
+
+ROWS, SEQ = 2, 21
+STEPS = 256
+"""Additions one behind another on the longest way through a twin: widths of a few dozen, over a few layers."""
+
+
+@functools.cache
+def program(name):
+    return program_of(load(shipped_folder() / f"{name}.spec"))
+
+
+def model(name, target, dtype):
+    made = instantiate(build(program(name), target), seed=3).cast(torch.float64).eval()
+    source = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=source, dtype=p.dtype))
+    return made.cast(dtype)
+
+
+def inputs(name, documents):
+    source = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, 256, (ROWS, SEQ), generator=source)
+    document = torch.tensor([[0] * 8 + [1] * 13, [0] * 16 + [1] * 5]) if documents else None
+    return tokens, document
+
+
+def given(name, made, tokens):
+    from tests.specs.test_specs import more
+
+    return more(name, made, tokens, 11)
+
+
+def run(name, made, documents):
+    """The losses' mean and logits, and every gradient."""
+    tokens, document = inputs(name, documents)
+    more = given(name, made, tokens)
+    logits = made(tokens, document, **more)
+    losses = made.losses(tokens, document, **more)
+    counts = made.counts(tokens, document, **more)
+    loss = torch.stack([s / counts[n] for n, s in losses.items()]).sum()
+    loss.backward()
+    grads = {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), "loss": loss.detach(), **grads}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("documents", [False, True])
+def test_numbers_of_the_cpu(name, documents):
+    """No further from fp64 than twice what PyTorch in fp32 is, and the rounding of the widest sum."""
+    exact = run(name, model(name, "cpu", torch.float64), documents)
+    eager = run(name, model(name, "cpu", torch.float32), documents)
+    with kernels.launches() as told:
+        found = run(name, model(name, "triton", torch.float32), documents)
+    assert told
+    assert found.keys() == exact.keys()
+    for key in exact:
+        worst(found[key], exact[key], eager[key], floor(exact[key], torch.float32, STEPS), key)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_tokens_of_the_cpu(name):
+    """Generated greedily, fed one by one and all at once."""
+    tokens, _ = inputs(name, False)
+    made = [model(name, target, torch.float32) for target in ("cpu", "triton")]
+    if made[0].late:
+        pytest.skip("it does not generate")
+    outs = [m.generate(tokens[:1, :9], 4, **given(name, m, tokens[:1, :13])) for m in made]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_same_bytes(name):
+    files = [build(program_of(load(shipped_folder() / f"{name}.spec")), "sm_90").files for _ in range(2)]
+    assert files[0] == files[1] and files[0].kernels
+
+
+def test_no_kernels_on_the_cpu():
+    """Passes for kernels leave the graphs of `cpu` as they are."""
+    for name in TWINS:
+        made = lower(program(name), target=TARGETS["cpu"])
+        assert not made.fused and lower(program(name), "stream").graphs == made.graphs
