@@ -2,7 +2,8 @@
 
 Three opinions that share nothing but the declarations of ops: the static proof, for any size; that of spmd_types' own
 checker on the generated module, where that package is installed; and numbers, where the model is small enough to run
-here: every rank, simulated, against one device in fp64.
+here: every rank, simulated, against one device in fp64. Beside them is one step on shapes alone, for any size: where a
+checker gives no answer, that says whether the module is what cannot be run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..dsl.layout import Layout
 from ..dsl.program import Program
 from ..lowering.graph import GraphProgram
 from .compile import Artifact, build, class_of, instantiate
-from .lib import Gathered
+from .distributed import check_stored, over_of
+from .lib import Gathered, Model
 from .lib.laid import (
     global_counts,
     global_sums,
@@ -33,6 +35,7 @@ from .lib.pipeline import keep_stages, pipelined
 from .lib.schedules import order
 from .lib.simulated import simulate
 from .opinion.ask import ask, is_installed
+from .plan.dry import dry_run
 from .plan.step import Feed, inputs
 from .train.rows import check_cuts
 
@@ -43,14 +46,19 @@ CLOSE = 1e-10
 
 
 def certify(program: Program, layout: Layout, seq: int, seed: int = 0) -> dict[str, Any]:
-    """The card: `holds` says whether all that was looked at holds.
+    """The card: `holds` says whether all that was looked at holds, and the module was seen to run to its end.
 
     Raises `SpecError` for a layout that cannot be, UserError `uneven-batch` for rows that it cannot cut, and
     `UnprovedLayout` (a fault of ours) for one that is not proved.
     """
+    check_stored(layout)
     artifact = build(program, layout=layout)
     check_cuts(class_of(artifact), seq)
     lowered = artifact.lowered
+    hollow = instantiate(artifact, seed=None, device="meta")
+    inside = prod(n for axis, n in hollow.axes.items() if axis not in hollow.rows)
+    feed = Feed(2, lcm(seq, inside), documents=False)
+    run = dry_run(artifact, feed, over_of(artifact, layout))
     card: dict[str, Any] = {
         "model": program.name,
         "layout": layout.name,
@@ -58,13 +66,16 @@ def certify(program: Program, layout: Layout, seq: int, seed: int = 0) -> dict[s
         "mesh": dict(layout.mesh),
         "artifact": artifact.name,
         "proof": _proof(lowered),
-        "opinion": _opinion(artifact, seq),
+        "run": run.to_json(),
+        "opinion": _opinion(artifact, hollow, feed),
         "pipeline": _pipeline(lowered),
-        "numbers": _numbers(program, artifact, layout, seq, seed),
-    }
+        "numbers": {"close": None, "why": "the module does not run"} if run.ends is False
+        else _numbers(program, artifact, layout, seq, seed),
+    }  # fmt: skip
     pipeline = card["pipeline"]
-    said = (card["numbers"]["close"], card["opinion"]["accepted"])
-    card["holds"] = False not in said and all(pipeline.get(k, True) for k in ("once", "ends"))
+    said = (run.ends, card["numbers"]["close"], card["opinion"]["accepted"])
+    schedule = all(pipeline.get(k, True) for k in ("once", "ends"))
+    card["holds"] = False not in said and True in said and schedule
     return card
 
 
@@ -118,14 +129,12 @@ def _ends(orders: list[Any], ranks: int, chunks: int) -> bool:
     return all(at[rank] == len(actions) for rank, actions in enumerate(orders))
 
 
-def _opinion(artifact: Artifact, seq: int) -> dict[str, Any]:
+def _opinion(artifact: Artifact, hollow: Model, feed: Feed) -> dict[str, Any]:
     """What spmd_types says; `accepted` is None where it was not asked, or could not answer."""
     if not is_installed():
         return {"accepted": None, "why": "spmd_types is not installed; the extra `spmd` of heddle-lang brings it"}
     lowered = artifact.lowered
-    hollow = instantiate(artifact, seed=None, device="meta")
-    inside = prod(n for axis, n in hollow.axes.items() if axis not in hollow.rows)
-    tokens, _, given = inputs(hollow, lowered, Feed(2, lcm(seq, inside), documents=False))
+    tokens, _, given = inputs(hollow, lowered, feed)
     large = lowered.program.num_parameters() > MOST_WEIGHTS
     said = ask(lowered, tokens, given, device="meta" if large else "cpu")
     return {"by": f"spmd_types {version('spmd_types')}", **said.to_json()}

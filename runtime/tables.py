@@ -108,6 +108,10 @@ def print_card(card: dict[str, Any]) -> None:
     made = ", ".join(f"{n} {kind}" for kind, n in proof["conversions"].items()) or "none"
     print(f"proved: where {proof['values']} values are, and their gradients; conversions: {made}")
     print(f"        {proof['weights']} weights, {proof['split']} split, {proof['owed']} with a sum owed once a step")
+    run = card["run"]
+    ends = {True: "comes to its end", False: "DOES NOT COME TO ITS END", None: "was not run to its end"}[run["ends"]]
+    told = " at ".join(x for x in (run["why"], run["line"]) if x)
+    print(f"run: one step, on shapes alone, {ends}{f': {told}' if told else ''}")
     _print_opinion(card["opinion"])
     if pipeline:
         once = "each layer in one" if pipeline["once"] else "A LAYER IN NONE OR TWO"

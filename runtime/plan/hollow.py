@@ -194,7 +194,8 @@ class Hollow(TorchDispatchMode):
         return made if way.written or not any(x.dtype.is_floating_point for x in _tensors(made)) else None
 
     def _write(self, func: Any, way: _Way, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
-        """In place, or into `out`: numbers are lost where something without numbers is written."""
+        """In place, or into `out`: numbers are lost where something without numbers is written. Raises what PyTorch
+        raises for shapes that do not fit."""
         targets = [x for w in way.written for x in _tensors(kwargs.get(w) if isinstance(w, str) else args[w])]
         for x in targets:
             if not self.is_hollow(x):
@@ -202,6 +203,7 @@ class Hollow(TorchDispatchMode):
                 self._hollow.add(x.untyped_storage().data_ptr())
         key = (func, _key(args), _key(kwargs.get("out")))
         if key not in self._flops:
+            func(*_as_meta(args), **{k: _as_meta(v) for k, v in kwargs.items()})
             self._flops[key] = _flops(func, args, kwargs, targets)
         moved = sum(x.numel() * x.element_size() for x in inputs)
         self.ledger.work[Work(self.phase, self.block, self._flops[key], moved)] += 1

@@ -19,6 +19,7 @@ from ..lib import Gathered, Model
 from ..lib.clocks import Clock
 from ..lib.laid import global_counts
 from ..lib.mesh import Axes
+from ..shorter import shorten
 from ..train.config import TrainConfig
 from ..train.divided import Divided
 from ..train.optimizer import Optimizer
@@ -90,23 +91,26 @@ class Step:
         return sum(s.bytes for s in self.saved)
 
 
-def measure(artifact: Artifact, feed: Feed, precision: str = "fp32", over: Axes = ()) -> Step:
-    """Run one step of an artifact, as rank 0 of its mesh, without numbers. The optimizer is divided along `over`.
+def measure(artifact: Artifact, feed: Feed, precision: str = "fp32", over: Axes = (), short: bool = False) -> Step:
+    """Run one step of an artifact, as rank 0 of its mesh, without numbers. The optimizer is divided along `over`;
+    `short` as of `opened`.
 
     Raises `InternalError` where what runs depends on numbers in a way that `Hollow` does not know.
     """
-    with opened(artifact, precision) as (model, blocks):
+    with opened(artifact, precision, short) as (model, blocks):
         return _step(model, blocks, feed, artifact.lowered, Divided(model, config_of(precision), over))
 
 
 @contextmanager
-def opened(artifact: Artifact, precision: str) -> Iterator[tuple[Model, Blocks]]:
-    """A model without numbers, as rank 0 of its mesh has it, and what runs its blocks. Raises `InternalError` where
-    what runs inside depends on numbers in a way that `Hollow` does not know."""
+def opened(artifact: Artifact, precision: str, short: bool = False) -> Iterator[tuple[Model, Blocks]]:
+    """A model without numbers, as rank 0 of its mesh has it, and what runs its blocks; `short`: of all that are alike
+    it has two. Raises `InternalError` where what runs inside depends on numbers that `Hollow` does not know."""
     program = artifact.lowered
     mode = Hollow(active_share(program))
     with uncompiled(), mode, _uncollected():
         model = class_of(artifact)()
+        if short:
+            shorten(model)
         model.cast(DTYPES[precision]).train()
         model.artifact = artifact
         names = class_names(program.graphs)
@@ -197,7 +201,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def inputs(model: Model, program: GraphProgram, feed: Feed) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """(tokens, documents, the other inputs) of a micro-batch of one rank, all zeros."""
-    tokens = torch.zeros(feed.rows, feed.seq, dtype=torch.int64)
+    between = [size or 1 for size in model.shape[1:-1]]  # several sequences for each row
+    tokens = torch.zeros(feed.rows, *between, feed.seq, dtype=torch.int64)
     document = torch.zeros_like(tokens) if feed.documents else None
     graphs = [program.graphs[name] for name in program.program.objectives.values()] + [program.model]
     values = {v.name: (g, v) for g in graphs for v in g.body.inputs}

@@ -192,6 +192,15 @@ def test_memory_is_counted_while_it_is_there_and_never_touched():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # kB
 
 
+def test_shapes_that_do_not_fit_are_errors_in_place_too():
+    with Hollow():
+        x, y = torch.empty(4, 8), torch.empty(4, 7)
+        for wrong in (lambda: x + y, lambda: x.add_(y), lambda: x.copy_(y), lambda: torch.add(x, y, out=x)):
+            with pytest.raises(RuntimeError):
+                wrong()
+        assert x.add_(x[:1]) is x
+
+
 def test_products_are_counted_forward_and_backward():
     with Hollow() as mode:
         w = torch.nn.Parameter(torch.empty(32, 16))
