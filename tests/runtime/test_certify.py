@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from heddle.codegen.emit import Files
 from heddle.dsl.layout import layout_of
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.runtime import certify as module
@@ -119,13 +120,15 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Another statement in what is generated, in place of one."""
 
     def planted(old: str, new: str) -> None:
-        made = compiling.emit_module
+        made = compiling.emit
 
-        def emit(*args: Any, **more: Any) -> str:
-            source = made(*args, **more)
-            return source.replace(old, new) if "axes = {" in source else source  # one device is right
+        def emit(*args: Any, **more: Any) -> Files:
+            files = made(*args, **more)
+            if "axes = {" not in files.model:  # one device is right
+                return files
+            return Files(files.model.replace(old, new), files.kernels)
 
-        monkeypatch.setattr(compiling, "emit_module", emit)
+        monkeypatch.setattr(compiling, "emit", emit)
 
     return planted
 
