@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .ahead import Built
 
 
 def amount(number: float) -> str:
@@ -123,3 +127,28 @@ def print_card(card: dict[str, Any]) -> None:
     word = "equal" if numbers["close"] else "DIFFER FROM"
     print(f"numbers: loss, norm and {numbers['compared'] - 2} gradients of simulated ranks {word} one device in fp64")
     print(f"         the largest difference is {numbers['difference']:.1e} (`{numbers['worst']}`)")
+
+
+def print_builds(built: Sequence[Built]) -> None:
+    """Kernels that were built ahead of time, by target: a line of figures, and below it for what each was built."""
+    console = Console(highlight=False, soft_wrap=True)
+    widths = (11, 8, 9, 14, 12, 9)
+    titles = ("registers", "spills", "shared", "tensor cores", "wide loads", "seconds")
+    longest = max((len(one.kernel) for one in built), default=0)
+    for place, one in enumerate(built):
+        if not place or built[place - 1].target != one.target:
+            console.print(f"{one.target:{longest}}", *map(str.rjust, titles, widths), sep="")
+        read = one.resources
+        figures = ["-"] * 5
+        if read is not None:
+            cores = ", ".join(f"{count} {kind}" for kind, count in read.tensor_cores) or "none"
+            spills = str(read.spill_loads + read.spill_stores)
+            figures = [str(read.registers), spills, f"{one.shared:,}", cores, f"{read.wide_loads}/{read.loads}"]
+        console.print(
+            f"{one.kernel:{longest}}", *map(str.rjust, [*figures, f"{one.seconds:.1f}"], widths), sep="", markup=False
+        )
+        settings = (*one.constants, *one.options)
+        what = (", ".join(one.shapes), ", ".join(f"{name}={value}" for name, value in settings))
+        console.print(f"  {'; '.join(filter(None, what))}", markup=False)
+        for problem in one.problems:
+            console.print(f"  cannot be used: {problem}", markup=False)
