@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..lowering.chains.expr import Chain, Expr, View, ordered
-from ..lowering.chains.plan import Kernel, Plan, Store, Sum, calls, plan
+from ..lowering.chains.plan import Kernel, Plan, Store, calls, plan
 from ..lowering.chains.tiles import TILE, Tiles, power
 from ..lowering.target import Target
 from .chain_kernels import KernelPrinter
@@ -52,23 +52,40 @@ class _Facts:
             "constants": [c for k in (p.forward, *p.backward) for c in self.constants(k)],
             "total_block": min(128, power(p.chain.columns)),
             "arguments": list(self.inputs),
-            "legend": self.legend(),
+            "legend": self.legend(True),
+            "public_legend": self.legend(False).replace("[R", "[..."),
             "first": p.first,
             "groups": p.groups,
             "given": [self.given(e) for e in self.inputs.values()],
             "floats": [n for n, e in self.inputs.items() if not e.whole],
-            "outputs": [(n, self.shape(s), s.like) for n, s in self.stores.items()],
+            "outputs": [(n, self.shape(s) + ("," if s.dims == "r" else ""), s.like) for n, s in self.stores.items()],
             "public": public,
             "results": [self.result(n) for n in public],
             "fixed": fixed,
             "kept": p.kept,
-            "slopes": [(n, self.slope(n)) for n in p.cotangents],
+            "slope": p.cotangents[0] if p.cotangents else None,
             "all_slopes": [f"d_{n}" if f"d_{n}" in p.cotangents else "_" for n in self.stores],
-            "made": [self.made(n, s) for n, s in self.grads.items()],
+            "made": self.stored_gradients(),
             "rows": [s.name for k in p.backward for s in k.stores if s.name not in self.grads],
-            "totals": [self.total(n) for n in dict.fromkeys(s.of for s in self.sums)],
+            "totals": self.totals(),
+            "bwd_parameters": filled([*(f"{n}: Tensor" for n in (*p.kept, *p.cotangents)),
+                                      *(f"{n}_dtype: torch.dtype" for n in self.made_names())]),
+            "bwd_arguments": filled([*p.kept, *(self.slope(n) for n in p.cotangents), *self.dtypes()], " " * 8),
+            "bwd_returns": self.made_names(),
             "returned": [self.returned(n) for n in self.inputs],
         }
+
+    def stored_gradients(self) -> list[dict[str, Any]]:
+        return [self.made(n, s) for n, s in self.grads.items()]
+
+    def totals(self) -> list[dict[str, Any]]:
+        return [self.total(n) for n in dict.fromkeys(s.of for s in self.sums)]
+
+    def made_names(self) -> list[str]:
+        return [g["name"] for g in (*self.stored_gradients(), *self.totals())]
+
+    def dtypes(self) -> list[str]:
+        return [g["dtype"] for g in (*self.stored_gradients(), *self.totals())]
 
     # --- words --------------------------------------------------------------------------------------------------------
 
@@ -84,12 +101,11 @@ class _Facts:
                 lines.append(f"{o.name}{place} = {meaning(o.value, named, p.chain.columns)[0]}")
         return lines
 
-    def legend(self) -> str:
-        """x [R, C], w [C] -> y [R, C]."""
-        parts = [f"{n} {self.dims(e)}" for n, e in self.inputs.items()]
-        return f"{', '.join(parts)} -> {', '.join(f'{n} [{self.shape(s)}]' for n, s in self.stores.items())}".replace(
-            "num_rows", "R"
-        )
+    def legend(self, saved: bool) -> str:
+        """x, r [R, C], w [C] -> y [R, C]."""
+        public = [o.name for o in self.p.outputs]
+        outputs = [(n, f"[{self.shape(s, 'R')}]") for n, s in self.stores.items() if saved or n in public]
+        return f"{_grouped((n, self.dims(e)) for n, e in self.inputs.items())} -> {_grouped(outputs)}"
 
     def dims(self, e: Expr) -> str:
         rows = f"R // {e.view.divide}" if e.view.divide > 1 else "R"
@@ -101,8 +117,8 @@ class _Facts:
     def width(self, view: View) -> str:
         return "C" if view.width in (None, self.p.chain.columns) else str(view.width)
 
-    def shape(self, s: Store) -> str:
-        return f"num_rows, {self.width(s.view)}" if s.dims == "rc" else "num_rows,"
+    def shape(self, s: Store, rows: str = "num_rows") -> str:
+        return f"{rows}, {self.width(s.view)}" if s.dims == "rc" else rows
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 
@@ -127,13 +143,14 @@ class _Facts:
         return {
             "name": k.name,
             "doc": self.doc(k),
-            "parameters": [*(p for p, _ in pointers), "num_rows", "C: tl.constexpr", *(f"{c}: tl.constexpr" for c in used)],
+            "parameters": filled([*(p for p, _ in pointers), "num_rows", "C: tl.constexpr",
+                                  *(f"{c}: tl.constexpr" for c in used)]),
             "body": body,
             "blocks": blocks,
             "programs": f"{upper}_PROGRAMS" if k.tiles.programs else None,
             "grid": grid,
-            "arguments": [*(a for _, a in pointers), "num_rows", "C=C", *(f"{c}={upper}_{c}" for c in used),
-                          f"num_warps={upper}_WARPS"],
+            "launch": filled([f"{self.name}_{k.name}_kernel", "grid", *(a for _, a in pointers), "num_rows", "C=C",
+                              *(f"{c}={upper}_{c}" for c in used), f"num_warps={upper}_WARPS"], " " * 8),
             "parts": [(s.name, "C" if s.dims == "c" else "1") for s in k.sums],
         }  # fmt: skip
 
@@ -144,7 +161,7 @@ class _Facts:
 
     def doc(self, k: Kernel) -> str:
         """What one program owns."""
-        rows = "BLOCK_R rows" if not k.tiles.programs else "the blocks of BLOCK_R rows pid, pid + programs, ..."
+        rows = "BLOCK_R rows" if not k.tiles.programs else "every programs-th block of BLOCK_R rows"
         if k.groups > 1:
             rows += f" of one of {k.groups} groups (row r is of group r % {k.groups})"
         how = {"row": "", "walk": ", in walks over their columns", "tile": " and BLOCK_C columns"}[k.tiles.mode]
@@ -211,12 +228,26 @@ class _Facts:
         return f"{found.name}.to(ctx.{of}_dtype)" if len(self.sharing(found.name)) > 1 else found.name
 
 
+def _grouped(items: Iterable[tuple[str, str]]) -> str:
+    """x, r [R, C], w [C]: neighbours of one shape say it once."""
+    items = list(items)
+    last = [i + 1 == len(items) or items[i + 1][1] != dims for i, (_, dims) in enumerate(items)]
+    return ", ".join(f"{n} {dims}" if end else n for (n, dims), end in zip(items, last, strict=True))
+
+
+def filled(items: Iterable[str], indent: str = "    ") -> str:
+    """Items of a call or a signature on as few lines as they need."""
+    lines = [indent.rstrip("\n")]
+    for item in items:
+        if len(lines[-1]) + len(item) > 117 and lines[-1] != indent:
+            lines.append(indent)
+        lines[-1] += f"{item}, " if lines[-1].endswith((" ", indent)) else f" {item},"
+    return "\n".join(line.rstrip() for line in lines).removesuffix(",")
+
+
 def _by_name(items: Iterable[Any]) -> dict[str, Any]:
     """The first of each name, in order."""
     found: dict[str, Any] = {}
     for item in items:
         found.setdefault(item.name, item)
     return found
-
-
-__all__ = ["Sum", "inputs", "source"]

@@ -32,10 +32,12 @@ def _template() -> jinja2.Template:
 
 @dataclass(frozen=True)
 class Files:
-    """What is written of a model: the text of `model.py`, and of each file in `kernels/` by its name."""
+    """What is written of a model: the text of `model.py`, and of each file in `kernels/` by its name. `without`: the
+    uses of ops that PyTorch computes though their room has kernels, by the line of the spec, each with the reason."""
 
     model: str
     kernels: dict[str, str]
+    without: dict[str, str]
 
 
 def emit(program: GraphProgram, version: str, named: bool = False) -> Files:
@@ -88,7 +90,26 @@ def emit(program: GraphProgram, version: str, named: bool = False) -> Files:
         result=_result(program),
         regathered=_regathered(program),
     )
-    return Files(text, shared.files)
+    return Files(text, shared.files, shared.without)
+
+
+def emit_block(name: str, program: GraphProgram, version: str) -> Files:
+    """The files of one block of a program by itself, without those that it calls: `Model` is an `nn.Module`, whose
+    forward takes the block's inputs, coordinates and state; its class tells the shapes of the inputs from coordinates."""
+    shared = Shared()
+    writer = Writer(program.graphs[name], program, shared)
+    block = writer.as_class()
+    block.shapes = [writer.shape(v.name) for v in writer.graph.body.inputs]
+    block.keep = tuple(w.name for w in writer.graph.body.weights if w.keep)
+    nothing = dict.fromkeys(
+        ("late", "mesh", "pipe", "init", "keep", "stored", "partial", "rows", "cuts", "result", "regathered")
+    )
+    text = _template().render(
+        **nothing, program=program.program, target=program.target.name, version=version, classes=[block],
+        masks=sorted(shared.masks.values()), kernels=list(shared.files), beside=(), init_table=_init_table,
+        keep_patterns=_keep_patterns, source=_source_name(program), used=_grouped, layout=layout,
+    )  # fmt: skip
+    return Files(text, shared.files, shared.without)
 
 
 def _stored(program: GraphProgram) -> list[tuple[str, str]]:

@@ -23,6 +23,13 @@ def literal(value: float, columns: int, whole: bool = True) -> tuple[str, int]:
     return (str(int(value)) if whole and value == int(value) and abs(value) < 1e6 else repr(value)), CALL
 
 
+def of_row(e: Expr, columns: int) -> Expr | None:
+    """x where the value is 1 / C * x: it is printed as x / C."""
+    if e.op == "mul" and e.args[0].op == "number" and literal(e.args[0].value, columns)[0] == "1 / C":
+        return e.args[1]
+    return None
+
+
 class Printer:
     """Lines of one kernel, indented as it goes. A scope maps values to the names that they have there."""
 
@@ -103,6 +110,8 @@ class Printer:
             return self.load(e), CALL
         if e.op in REDUCTIONS:
             return f"{REDUCE[e.op]}({self.filled(e, scope)}, axis={int('r' in e.dims)})", CALL
+        if (part := of_row(e, self.columns)) is not None and "c" not in e.dims:
+            return f"{self.operand(part, e, MUL, scope)} / C", MUL
         op = TABLE[e.op]
         args = [self.operand(a, e, need, scope) for a, need in zip(e.args, op.needs, strict=True)]
         return op.text.format(*args, **dict(e.attrs)), op.binds
@@ -138,6 +147,9 @@ def meaning(e: Expr, named: Mapping[Expr, str], columns: int, top: bool = False)
     if e.op in REDUCTIONS:
         return f"{'sum' if e.op == 'sum' else 'max'}_c({meaning(e.args[0], named, columns)[0]})", CALL
     op = TABLE[e.op]
+    if (part := of_row(e, columns)) is not None:
+        text, binds = meaning(part, named, columns)
+        return (f"({text})" if binds < MUL else text) + " / C", MUL
     parts = []
     for a, need in zip(e.args, op.needs, strict=True):
         text, binds = meaning(a, named, columns)

@@ -11,11 +11,13 @@ class Shared:
     """Constants and kernels of one module, each made once.
 
     `masks`: by their text, (name, text of the constant). `kernels`: by what they are made from, (name, text of the
-    file); each is a file of its own, with one function of its name.
+    file); each is a file of its own, with one function of its name. `without`: the uses of ops that might have one and
+    do not, by the line of the spec, each with the reason.
     """
 
     masks: dict[str, tuple[str, str]] = field(default_factory=dict)
     kernels: dict[Hashable, tuple[str, str]] = field(default_factory=dict)
+    without: dict[str, str] = field(default_factory=dict)
 
     def kernel(self, stem: str, made_from: Hashable, text: Callable[[str], str]) -> str:
         """The name of a kernel's function: `stem`, with a number where several kernels have it."""

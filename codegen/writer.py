@@ -70,6 +70,8 @@ class Class:
     beside: str = ""
     gives: str = ""
     is_beside: bool = False
+    shapes: list[str] = field(default_factory=list)
+    keep: tuple[str, ...] = ()
 
 
 @dataclass
@@ -215,8 +217,10 @@ class Writer:
         """The name of the kernel of one use of an op, where its room has one for this target."""
         if not self.program.target.kernels or not has_part(use.op, "triton"):
             return None
-        facts = part(use.op, "triton").kernel(use, self.program.target)
+        room = part(use.op, "triton")
+        facts = room.kernel(use, self.program.target)
         if facts is None:
+            self.shared.without[spec_line(use.node.spans)] = f"`{use.op}`: {room.why_not(use)}"
             return None
         return self.shared.kernel(use.op, facts, lambda name: render(use.op, {"name": name, **facts.rendered()}))
 
@@ -490,12 +494,12 @@ class Writer:
             body = [Line("state = lib.STATELESS"), *self.statements(nodes[n] for n in stage.nodes)]
             given = ", ".join(self.expression(v) for v in (self.graph.body.outputs if last else stage.gives))
             single = last and not self.graph.body.asked
-            shapes = [self._shape(v) for v in stage.takes]
+            shapes = [self.shape(v) for v in stage.takes]
             found.append(StageLines([*inputs, "at"], body, given if single else f"({given},)", shapes))
         return found
 
-    def _shape(self, value: str) -> str:
-        """The shape of a value that a stage takes, from the coordinates of its rows. Raises `SpecError`."""
+    def shape(self, value: str) -> str:
+        """The shape of a value, from the coordinates of its rows. Raises `SpecError`."""
         sizes = []
         first = self.graph.body.inputs[0].type.dims[0]
         for name in self.graph.values[value].type.dims:

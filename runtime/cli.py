@@ -301,6 +301,33 @@ def certify(
         raise typer.Exit(1)
 
 
+@command
+def verify(
+    spec: Spec,
+    target: Target = "triton",
+    examples: Annotated[int, typer.Option(min=1, help="draws for each kernel: fp32, bf16 and fp16 in turn")] = 12,
+    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    device: Device = "auto",
+    set: Set = None,  # noqa: A002
+    json: Json = False,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Test the kernels that a model needs, each on drawn inputs against its meaning in fp64, forward and backward."""
+    from .place import place
+    from .tables import print_verified
+    from .verify import verify as found
+
+    rows = []
+    for row in found(program_at(spec, set), target, examples, seed, place(device)):
+        rows.append(row)
+    if json:
+        _echo_json([row.plain() for row in rows])
+    else:
+        print_verified(rows)
+    if not all(row.holds for row in rows):
+        raise typer.Exit(1)
+
+
 @command_as(cls=Resuming)
 def train(
     spec: Spec,

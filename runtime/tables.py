@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .ahead import Built
+    from .verify import Verified
 
 
 def amount(number: float) -> str:
@@ -152,3 +153,23 @@ def print_builds(built: Sequence[Built]) -> None:
         console.print(f"  {'; '.join(filter(None, what))}", markup=False)
         for problem in one.problems:
             console.print(f"  cannot be used: {problem}", markup=False)
+
+
+def print_verified(rows: Sequence[Verified]) -> None:
+    """The table of `heddle verify`: the worst draw of each kernel, its error, that of eager PyTorch, and the line."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("kernel", "draws", "worst of", "error", "eager's", "allowed", ""):
+        table.add_column(title, justify="left" if title in ("kernel", "worst of", "") else "right", overflow="fold")
+    for row in (r for r in rows if not r.why_not):
+        verdict = "holds" if row.holds else "FAILS"
+        if not row.launches:
+            verdict += ", no kernel ran"
+        table.add_row(
+            ", ".join(row.ops), str(row.draws), f"{row.where}: {row.shapes}".replace("[", "\\["), f"{row.error:.1e}",
+            f"{row.eager:.1e}", f"{row.worst:.2f}", verdict,
+        )  # fmt: skip
+    console.print(table)
+    for row in rows:
+        if row.why_not:
+            console.print(f"PyTorch computes {row.why_not} ({row.line})", soft_wrap=True, markup=False)

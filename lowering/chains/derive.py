@@ -35,9 +35,12 @@ def derive(cotangents: Mapping[Expr, Expr], columns: int) -> dict[Expr, Expr]:
         if node.op == "max_over":
             raise Unfit("a gradient of the largest column of a row: kernels take it for a scale, under `constant`")
         parts = (g,) if node.op in REDUCTIONS else TABLE[node.op].slopes(a, node, g, *node.args)
+        into: dict[Expr, Expr] = {}
         for x, part in zip(node.args, parts, strict=True):
             if part is None or not moving[x]:
                 continue
             part = a.sum(part) if "c" in node.dims and "c" not in x.dims else part
+            into[x] = a.add(into[x], part) if x in into else part
+        for x, part in into.items():  # the parts of x * x meet before others do
             slope[x] = a.add(slope[x], part) if x in slope else part
     return {e: found[e] for e in order if e in found}

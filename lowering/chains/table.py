@@ -79,7 +79,7 @@ TABLE: dict[str, PointOp] = {
     "exp": _call("exp", lambda a, y, g, x: (a.mul(g, y),), math.exp, 4.0),
     "log": _call("log", lambda a, y, g, x: (a.div(g, x),), math.log),
     "sqrt": _call("sqrt", lambda a, y, g, x: (a.div(a.mul(0.5, g), y),), math.sqrt),
-    "rsqrt": _call("rsqrt", lambda a, y, g, x: (a.mul(a.mul(-0.5, g), a.mul(y, a.mul(y, y))),),
+    "rsqrt": _call("rsqrt", lambda a, y, g, x: (a.mul(a.mul(a.mul(a.mul(-0.5, g), y), y), y),),
                    lambda x: 1 / math.sqrt(x), 4.0),
     "abs": _call("abs", lambda a, y, g, x: (a.mul(g, a.sign(x)),), abs, 0.0),
     "sign": _call("sign", _one, lambda x: float((x > 0) - (x < 0)), 0.0, calls=True),

@@ -68,6 +68,49 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
 
 
+# --- tensors as a kernel of rows and columns reads them -----------------------------------------------------------------
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def floats(*tensors: Tensor) -> None:
+    """Raises TypeError where a tensor has none of the dtypes that generated kernels load: they compute in fp32."""
+    for x in tensors:
+        if x.dtype not in FLOATS:
+            raise TypeError(f"kernels compute fp32, bf16 and fp16 in fp32; this tensor is {x.dtype}")
+
+
+def lead(x: Tensor, width: int) -> tuple[int, ...]:
+    """The shape of the rows of x[*, *over]: the first dims, so many that the sizes of the rest, `over`, make `width`;
+    and how many equal runs of `width` these are, where they are more. Raises ValueError."""
+    over, inner, dims = 1, 1, x.dim()
+    while dims and over < width:
+        dims -= 1
+        over, inner = over * x.shape[dims], over
+    if over % width or width % inner:
+        raise ValueError(f"no last dims of {tuple(x.shape)} make rows of {width}")
+    return (*x.shape[:dims], *([over // width] if over != width else []))
+
+
+def rows(x: Tensor, width: int, count: int | None = None) -> Tensor:
+    """x[*, *over] as [rows, width], read as it lies where its rows lie one stride apart, their columns side by side.
+
+    Raises ValueError where it has no such rows, or not `count` of them.
+    """
+    lead(x, width)
+    flat = x.reshape(-1, width)
+    if count is not None and flat.shape[0] != count:
+        raise ValueError(f"{tuple(x.shape)} has {flat.shape[0]} rows of {width}, where {count} are needed")
+    return flat if flat.stride(1) == 1 and (width > 1 or flat.stride(0) == 1) else flat.contiguous()
+
+
+def table(x: Tensor, count: int, width: int) -> Tensor:
+    """A weight as [count, width], contiguous. Raises ValueError where it has another size."""
+    if x.numel() != count * width:
+        raise ValueError(f"{tuple(x.shape)} is no weight of {count} rows of {width}")
+    return x.reshape(count, width).contiguous()
+
+
 @contextmanager
 def launches() -> Iterator[list[Launch]]:
     """What is launched inside, in order; with tensors on the `meta` device nothing runs."""

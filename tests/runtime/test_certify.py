@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Any:
             files = made(*args, **more)
             if "axes = {" not in files.model:  # one device is right
                 return files
-            return Files(files.model.replace(old, new), files.kernels)
+            return replace(files, model=files.model.replace(old, new))
 
         monkeypatch.setattr(compiling, "emit", emit)
 

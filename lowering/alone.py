@@ -1,0 +1,82 @@
+"""Parts of a program by themselves: each kernel of a target as a block of its own, to be run beside its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..dsl.program import Node
+from .graph import STRUCTURE, Graph, GraphProgram
+from .ops import has_part
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Nodes that are one kernel, as the block `name` of `program`. `of` is the block that they are from."""
+
+    name: str
+    of: str
+    nodes: tuple[Node, ...]
+    program: GraphProgram
+
+    @property
+    def graph(self) -> Graph:
+        """The block."""
+        return self.program.graphs[self.name]
+
+
+def kernels(program: GraphProgram) -> Iterator[Alone]:
+    """Every use of an op or of several that may be a kernel for the program's target, callees first; those that do not
+    differ once."""
+    seen: set[object] = set()
+    for graph in program.callees_first():
+        fused = program.fused.get(graph.name, ())
+        inside = {name for f in fused for name in f.nodes}
+        groups = [tuple(graph.producers[n] for n in f.nodes) for f in fused]
+        groups += [(n,) for n in graph.nodes if n.name not in inside and n.op not in STRUCTURE and has_part(n.op, "triton")]
+        for nodes in sorted(groups, key=lambda ns: graph.nodes.index(ns[-1])):
+            made = _alone(program, graph, nodes)
+            key = _meaning(made.graph)
+            if key not in seen:
+                seen.add(key)
+                yield made
+
+
+def _alone(program: GraphProgram, graph: Graph, nodes: tuple[Node, ...]) -> Alone:
+    """The block of some nodes: it is given what they read, and gives what others read of it."""
+    inside = {r.name for n in nodes for r in n.results}
+    read = dict.fromkeys(o for n in nodes for o in n.operands if o is not None and o not in inside)
+    weights = tuple(w for w in graph.body.weights if w.name in read)
+    owned = {w.name for w in weights}
+    inputs = tuple(graph.values[v] for v in read if v not in owned)
+    outside = {o for n in graph.nodes if n not in nodes for o in n.operands} | set(graph.results)
+    outputs = tuple(r.name for n in nodes for r in n.results if r.name in outside)
+    name = f"{graph.name}_{nodes[-1].name}"
+    body = replace(
+        graph.body, name=name, block=name, inputs=inputs, weights=weights, instances=(), nodes=nodes, outputs=outputs,
+        emits=(), rules=(), asked=0,
+    )  # fmt: skip
+    fused = tuple(f for f in program.fused.get(graph.name, ()) if set(f.nodes) == {n.name for n in nodes})
+    return Alone(
+        name, graph.name, nodes, replace(
+            program, graphs={**program.graphs, name: Graph(body)}, fused={name: fused} if fused else {}, states={}
+        )
+    )  # fmt: skip
+
+
+def _meaning(graph: Graph) -> object:
+    """What makes two such blocks do the same: ops, settings, and sizes of what they read; not what anything is called."""
+    place: dict[str, int] = {}
+    for v in (*graph.body.inputs, *(w.name for w in graph.body.weights)):
+        place[v if isinstance(v, str) else v.name] = len(place)
+    dims: dict[str, int] = {}
+
+    def shape(value: str) -> tuple[object, ...]:
+        return tuple((dims.setdefault(d, len(dims)), graph.size(d)) for d in graph.values[value].type.dims)
+
+    found: list[object] = [tuple(shape(v) for v in place)]
+    for node in graph.nodes:
+        operands = tuple(None if o is None else place[o] for o in node.operands)
+        found.append((node.op, operands, repr([a for a in node.attrs if a[0] not in ("parts", "over", "into")])))
+        place.update((r.name, len(place)) for r in node.results)
+    return tuple(found)

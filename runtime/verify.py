@@ -1,0 +1,183 @@
+"""`heddle verify`: the kernels that a spec needs, each against its meaning, on the machine that it is run on.
+
+Each kernel is a block by itself: once as the target has it, once as PyTorch in the same numbers (eager), and once as
+PyTorch in fp64. Its inputs are drawn. Its error may be twice that of eager, and what rounding alone explains; all memory
+that it is given to write to holds NaN before.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..codegen.emit import Files, emit_block
+from ..codegen.writer import spec_line
+from ..dsl.program import Program
+from ..lowering.alone import Alone, kernels
+from ..lowering.pipeline import lower
+from ..lowering.target import TARGETS
+from .compile import module_class, target_of
+from .errors import UserError
+from .lib import STATELESS, At
+from .lib import kernels as lib_kernels
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = (1, 2, 3, 7, 13, 16, 17, 31, 33)
+"""How many tokens a row has: one, odd, prime, and about powers of two."""
+
+
+@dataclass
+class Verified:
+    """What was found of one kernel: `worst` is the largest error as a share of what is allowed, in the draw that the
+    other numbers are of; `why_not`, why PyTorch computes it and there is nothing to test."""
+
+    kernel: str
+    line: str
+    ops: tuple[str, ...]
+    launches: bool
+    why_not: str = ""
+    draws: int = 0
+    worst: float = 0.0
+    error: float = 0.0
+    eager: float = 0.0
+    where: str = ""
+    shapes: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether every draw was within what is allowed. NaN is not."""
+        return self.worst <= 1
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        ratio = self.error / self.eager if self.eager else None
+        return {**vars(self), "ops": list(self.ops), "ratio": ratio, "holds": self.holds}
+
+
+def verify(program: Program, target: str, examples: int, seed: int, device: torch.device) -> Iterator[Verified]:
+    """Test every kernel of a model on `examples` draws. Raises UserError `unknown-target`, `no-kernels`."""
+    aim = target_of(target)
+    if not aim.kernels:
+        found = ", ".join(t.name for t in TARGETS.values() if t.kernels)
+        raise UserError("no-kernels", f"target `{target}` has no kernels of its own", help=f"targets with kernels: {found}")
+    lowered = lower(program, target=aim)
+    for alone in kernels(lowered):
+        yield _verified(alone, examples, random.Random(f"{seed} {alone.name}"), device)
+
+
+def _verified(alone: Alone, examples: int, chance: random.Random, device: torch.device) -> Verified:
+    plain = replace(alone, program=replace(alone.program, target=TARGETS["cpu"], fused={}))
+    files = emit_block(alone.name, alone.program, __version__)
+    result = Verified(alone.name, spec_line(alone.nodes[-1].spans), tuple(n.op for n in alone.nodes), launches=False)
+    if not files.kernels:
+        result.why_not = next(iter(files.without.values()), "nothing is saved by one")
+        return result
+    kinds = [_kind(alone.name, f) for f in (files, emit_block(plain.name, plain.program, __version__))]
+    for i in range(examples):
+        name, dtype = list(DTYPES.items())[i % len(DTYPES)]
+        draw = _Draw(alone, kinds[0], dtype, chance, device)
+        exact, eager = draw.run(kinds[1], torch.float64), draw.run(kinds[1], dtype)
+        with lib_kernels.launches() as told, _poisoned():
+            found = draw.run(kinds[0], dtype)
+        result.launches |= bool(told)
+        result.draws += 1
+        for what, want in exact.items():
+            share, error, theirs = _share(found[what], want, eager[what], dtype, draw.steps)
+            if not share <= result.worst:
+                result.worst, result.error, result.eager = share, error, theirs
+                result.where, result.shapes = what, f"{name} {draw.shapes}"
+    return result
+
+
+def _kind(name: str, files: Files) -> type[nn.Module]:
+    return module_class(files.model, f"verify-{name}/model.py", files.kernels)
+
+
+class _Draw:
+    """Inputs, weights and cotangents of one run."""
+
+    def __init__(
+        self, alone: Alone, kind: Any, dtype: torch.dtype, chance: random.Random, device: torch.device
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        generator = torch.Generator().manual_seed(chance.getrandbits(40))
+        rows, seq = chance.choice((1, 2, 3)), chance.choice(SIZES)
+        document = None
+        if chance.random() < 0.5:
+            document = torch.randint(0, 4, (rows, seq), generator=generator).sort(1).values
+        self.at = lambda: At((rows, seq), device, document=None if document is None else document.to(device))
+        scale = chance.choice((0.05, 1.0, 4.0))
+
+        def values(shape: tuple[int, ...]) -> Tensor:
+            return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+
+        shapes = kind.shapes(self.at())
+        self.inputs = [values(shape) for shape in shapes]
+        self.wide = chance.random() < 0.3  # columns of a wider tensor: rows that are not one behind the other
+        self.weights = {
+            n: values(tuple(p.shape)).to(torch.float32 if n in kind.keep else dtype)
+            for n, p in kind().named_parameters()
+        }
+        self.seed = chance.getrandbits(40)
+        named = zip(alone.graph.body.inputs, shapes, strict=True)
+        self.shapes = ", ".join(f"{v.name}{list(shape)}" for v, shape in named) + (", documents" * (document is not None))
+        self.steps = seq + sum(shape[-1] for shape in shapes if shape)
+
+    def run(self, kind: type[nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Results and gradients, of the same numbers in a type."""
+        block = kind().to(self.device)
+        with torch.no_grad():
+            for name, p in block.named_parameters():
+                p.data = self.weights[name].to(torch.float64 if dtype == torch.float64 else self.weights[name].dtype)
+        inputs = [self._laid(x.to(dtype)).requires_grad_() for x in self.inputs]
+        results = block(*inputs, self.at(), STATELESS)
+        results = results if isinstance(results, tuple) else (results,)
+        generator = torch.Generator().manual_seed(self.seed)
+        slopes = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(self.dtype) for r in results]
+        torch.autograd.backward(results, [s.to(self.device).to(r.dtype) for s, r in zip(slopes, results, strict=True)])
+        found = {f"result {i + 1}": r.detach() for i, r in enumerate(results)}
+        found |= {f"gradient of input {i + 1}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
+        return found | {f"gradient of {n}": p.grad for n, p in block.named_parameters() if p.grad is not None}
+
+    def _laid(self, x: Tensor) -> Tensor:
+        if not self.wide or not x.dim():
+            return x.clone()
+        wider = torch.zeros(*x.shape[:-1], x.shape[-1] + 8, dtype=x.dtype, device=x.device)
+        wider[..., : x.shape[-1]] = x
+        return wider[..., : x.shape[-1]].detach()
+
+
+def _share(found: Tensor, want: Tensor, eager: Tensor, dtype: torch.dtype, steps: int) -> tuple[float, float, float]:
+    """The error as a share of what is allowed, the error, and eager's; NaN where the result is not finite."""
+    if not want.numel():
+        return 0.0, 0.0, 0.0
+    error = (found.double() - want).abs().max().item()
+    theirs = (eager.double() - want).abs().max().item()
+    size, kind = want.abs().max().item(), torch.finfo(dtype)
+    floor = kind.eps / 2 * size + torch.finfo(torch.float32).eps / 2 * steps * (1 + size)
+    floor += kind.smallest_normal * kind.eps
+    return error / ((2 * theirs if math.isfinite(theirs) else 0.0) + floor), error, theirs
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """Memory for results holds NaN before it is written to."""
+    plain = lib_kernels.empty
+
+    def empty(*args: Any, **more: Any) -> Tensor:
+        made = plain(*args, **more)
+        return made.fill_(math.nan) if made.is_floating_point() and not made.is_meta else made
+
+    lib_kernels.empty = empty
+    try:
+        yield
+    finally:
+        lib_kernels.empty = plain
