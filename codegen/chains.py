@@ -64,7 +64,7 @@ class _Facts:
             "fixed": fixed,
             "kept": p.kept,
             "slope": p.cotangents[0] if p.cotangents else None,
-            "all_slopes": [f"d_{n}" if f"d_{n}" in p.cotangents else "_" for n in self.stores],
+            "all_slopes": [f"d_{n}" if f"d_{n}" in p.cotangents else f"_{n}" for n in self.stores],
             "made": self.stored_gradients(),
             "rows": [s.name for k in p.backward for s in k.stores if s.name not in self.grads],
             "totals": self.totals(),

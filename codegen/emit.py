@@ -70,7 +70,7 @@ def emit(program: GraphProgram, version: str, named: bool = False) -> Files:
         target=program.target.name,
         version=version,
         masks=sorted(shared.masks.values()),
-        kernels=list(shared.files),
+        kernels=bool(shared.kernels),
         classes=classes,
         init=_init_table(program.program.parameters()),
         keep=_keep_patterns(program.program.parameters()),
@@ -106,7 +106,7 @@ def emit_block(name: str, program: GraphProgram, version: str) -> Files:
     )
     text = _template().render(
         **nothing, program=program.program, target=program.target.name, version=version, classes=[block],
-        masks=sorted(shared.masks.values()), kernels=list(shared.files), beside=(), init_table=_init_table,
+        masks=sorted(shared.masks.values()), kernels=bool(shared.kernels), beside=(), init_table=_init_table,
         keep_patterns=_keep_patterns, source=_source_name(program), used=_grouped, layout=layout,
     )  # fmt: skip
     return Files(text, shared.files, shared.without)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 RESERVED = (
     frozenset(keyword.kwlist)
     | frozenset(dir(builtins))
-    | {"self", "at", "state", "stream", "lib", "spmd", "torch", "nn", "F"}
+    | {"self", "at", "state", "stream", "lib", "spmd", "kernels", "torch", "nn", "F"}
 )
 GLOBAL = re.compile(r"CAUSAL|FULL|MASK_\d+|CLOCK_\d+|[FIPRS]|Model|True|False|None")
 """What a class or a variable would hide: names of the module, and Python's own that begin with a capital."""

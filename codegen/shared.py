@@ -20,7 +20,7 @@ class Shared:
     without: dict[str, str] = field(default_factory=dict)
 
     def kernel(self, stem: str, made_from: Hashable, text: Callable[[str], str]) -> str:
-        """The name of a kernel's function: `stem`, with a number where several kernels have it."""
+        """A kernel's function, as statements call it: `stem`, with a number where several kernels have it."""
         if made_from not in self.kernels:
             taken = {name for name, _ in self.kernels.values()}
             name, number = stem, 1
@@ -28,7 +28,7 @@ class Shared:
                 number += 1
                 name = f"{stem}_{number}"
             self.kernels[made_from] = (name, text(name))
-        return self.kernels[made_from][0]
+        return f"kernels.{self.kernels[made_from][0]}"
 
     @property
     def files(self) -> dict[str, str]:

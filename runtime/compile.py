@@ -105,9 +105,14 @@ def _texts(artifact: Artifact) -> dict[str, str]:
     found = {"model.py": artifact.source, "plan.json": json.dumps(plan(artifact.lowered), indent=1) + "\n"}
     if artifact.files.kernels:
         found["__init__.py"] = PACKAGE
-        found["kernels/__init__.py"] = KERNELS
+        found["kernels/__init__.py"] = _exports(artifact.files.kernels)
         found.update({f"kernels/{name}.py": text for name, text in artifact.files.kernels.items()})
     return found
+
+
+def _exports(kernels: Mapping[str, str]) -> str:
+    """The package of the kernels: each file's function under its name."""
+    return KERNELS + "\n" + "".join(f"from .{name} import {name}\n" for name in kernels)
 
 
 def plan(lowered: GraphProgram) -> dict[str, Any]:
@@ -127,9 +132,9 @@ def module_class(source: str, name: str, kernels: Mapping[str, str] | None = Non
         return plain_module(source, made, name).Model
     folder = name.rpartition("/")[0]
     plain_module(PACKAGE_DOC, made, f"{folder}/__init__.py", is_package=True)
-    plain_module(KERNELS, f"{made}.kernels", f"{folder}/kernels/__init__.py", is_package=True)
     for kernel, text in kernels.items():
         module_of(text, f"{made}.kernels.{kernel}", f"{folder}/kernels/{kernel}.py")
+    plain_module(_exports(kernels), f"{made}.kernels", f"{folder}/kernels/__init__.py", is_package=True)
     return plain_module(source, f"{made}.model", name).Model
 
 

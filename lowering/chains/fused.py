@@ -7,7 +7,6 @@ them. How an op is written as an expression is said by its room (`chain.py`).
 
 from __future__ import annotations
 
-import keyword
 import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..afterwards import Parts
 from ..graph import STRUCTURE, Graph, op_of
 from ..ops import has_part, part
 from .expr import Chain, Expr, Output, View, load, loads_of, number, ordered
+from .plan import can_be_named
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def is_fusible(graph: Graph, node: Node) -> bool:
     if node.op in STRUCTURE or not has_part(node.op, "chain") or node.attr("recompute"):
         return False
     values = [graph.values[o].type for o in node.operands if o is not None] + [r.type for r in node.results]
-    if not values or any(t.kind not in ("real", "mask") for t in values) or not any(t.dims for t in values):
+    if not values or any(t.kind != "real" for t in values) or not any(t.dims for t in values):
         return False
     shape = shape_of(graph, [node])
     # What has no rows of data is small, and some of it is computed but once a step.
@@ -203,7 +203,10 @@ def expressed(graph: Graph, nodes: tuple[Node, ...], lines: tuple[str, ...]) -> 
     assert shape is not None
     made: dict[str, Expr] = {}
     read: dict[str, str] = {}  # by the name in the kernel
-    taken = {n.name for n in nodes}
+    spell: dict[str, str] = {}  # the names of what the nodes give
+    for node in nodes:
+        spell[node.name] = _free(node.name, set(spell.values()))
+    taken = set(spell.values())
     named: dict[str, Expr] = {}
 
     def value_of(value: str) -> Expr:
@@ -230,8 +233,8 @@ def expressed(graph: Graph, nodes: tuple[Node, ...], lines: tuple[str, ...]) -> 
     for value in given_back:
         lies = _lies(graph, shape, graph.values[value].type.dims)
         assert lies is not None
-        outputs.append(Output(value, made[value], lies[0]))
-    named.update({n.name: made[n.name] for n in nodes if n.name not in given_back})
+        outputs.append(Output(spell[value], made[value], lies[0]))
+    named.update({spell[n.name]: made[n.name] for n in nodes if n.name not in given_back})
     ops = "_".join(dict.fromkeys(n.op for n in nodes))
     chain = Chain(ops, shape.columns, tuple(outputs), tuple(named.items()), lines)
     names = dict.fromkeys(e.name for e in loads_of(o.value for o in outputs))
@@ -256,6 +259,7 @@ def structure(chain: Chain) -> tuple[Any, ...]:
 def _free(name: str, taken: set[str]) -> str:
     """A name that nothing else has, and that Python takes for one."""
     found = re.sub(r"\W", "_", name)
-    while found in taken or keyword.iskeyword(found) or not found.isidentifier():
+    found = found if found.isidentifier() and not found.startswith("d_") else f"v_{found}"
+    while found in taken or not can_be_named(found):
         found += "_"
     return found

@@ -116,10 +116,15 @@ def plan(chain: Chain, tiles: Mapping[str, Tiles] | None = None) -> Plan:
     return one.plan(inputs)
 
 
+def can_be_named(name: str) -> bool:
+    """Whether a tensor or a value may have this name in a kernel: Python takes it, and nothing else there is so called."""
+    return name.isidentifier() and not keyword.iskeyword(name) and name not in _OURS and not name.startswith("d_")
+
+
 def _check(chain: Chain, inputs: list[Expr], outputs: tuple[Output, ...], named: Mapping[Expr, str]) -> None:
     names = [*dict.fromkeys(e.name for e in inputs), *dict.fromkeys(o.name for o in outputs)]
     for name in {*names, *named.values()}:
-        if not name.isidentifier() or keyword.iskeyword(name) or name in _OURS or name.startswith("d_"):
+        if not can_be_named(name):
             raise ValueError(f"`{name}` cannot be a name in a kernel")
     if len(set(names)) < len(names):
         raise ValueError(f"chain `{chain.name}` has an input and an output of one name")

@@ -14,7 +14,8 @@ from heddle.runtime.check import program_of
 from heddle.runtime.compile import build, instantiate
 from heddle.runtime.lib import kernels
 from tests.kernels.harness import floor, worst
-from tests.specs.published import INPUTS, TWINS
+from tests.specs.published import TWINS
+from tests.specs.test_specs import between, more
 
 ROWS, SEQ = 2, 21
 STEPS = 256
@@ -42,19 +43,13 @@ def inputs(name, documents):
     return tokens, document
 
 
-def given(name, made, tokens):
-    from tests.specs.test_specs import more
-
-    return more(name, made, tokens, 11)
-
-
 def run(name, made, documents):
     """The losses' mean and logits, and every gradient."""
     tokens, document = inputs(name, documents)
-    more = given(name, made, tokens)
-    logits = made(tokens, document, **more)
-    losses = made.losses(tokens, document, **more)
-    counts = made.counts(tokens, document, **more)
+    given = more(name, made, tokens, 11)
+    logits = made(tokens, document, **given)
+    losses = made.losses(tokens, document, **given)
+    counts = made.counts(tokens, document, **given)
     loss = torch.stack([s / counts[n] for n, s in losses.items()]).sum()
     loss.backward()
     grads = {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
@@ -75,15 +70,29 @@ def test_numbers_of_the_cpu(name, documents):
         worst(found[key], exact[key], eager[key], floor(exact[key], torch.float32, STEPS), key)
 
 
+def streamed(name, made):
+    """A prompt at once, then greedily token by token: the logits of all rows, and the tokens."""
+    tokens, _ = inputs(name, False)
+    tokens, prompt, total = tokens[:1], 9, 14
+    stream = made.stream(1, total)
+    with torch.no_grad():
+        rows = [made.prefill(tokens[:, :prompt], stream, **between(name, made, tokens, 0, prompt))]
+        chosen = []
+        for i in range(prompt, total):
+            chosen.append(rows[-1][:, -1:].argmax(-1))
+            rows.append(made.decode(chosen[-1], stream, **between(name, made, tokens, i, i + 1)))
+    return torch.cat(rows, 1), torch.cat(chosen, 1)
+
+
 @pytest.mark.parametrize("name", TWINS)
 def test_tokens_of_the_cpu(name):
-    """Generated greedily, fed one by one and all at once."""
-    tokens, _ = inputs(name, False)
-    made = [model(name, target, torch.float32) for target in ("cpu", "triton")]
-    if made[0].late:
-        pytest.skip("it does not generate")
-    outs = [m.generate(tokens[:1, :9], 4, **given(name, m, tokens[:1, :13])) for m in made]
-    assert torch.equal(*outs)
+    """What is generated, and the logits on the way: of a prompt, then one by one."""
+    (exact, wanted), (eager, _) = (streamed(name, model(name, "cpu", d)) for d in (torch.float64, torch.float32))
+    with kernels.launches() as told:
+        found, tokens = streamed(name, model(name, "triton", torch.float32))
+    assert told
+    assert torch.equal(tokens, wanted)
+    worst(found, exact, eager, floor(exact, torch.float32, STEPS))
 
 
 @pytest.mark.parametrize("name", TWINS)
