@@ -124,7 +124,7 @@ def faults(graphs: GraphProgram, all_inputs: bool = False) -> list[str]:
             names = [t.name for t in things]
             found += [f"{graph.name}: two things named `{n}`" for n in set(names) if names.count(n) > 1]
         for node in (n for n in graph.nodes if n.op in STRUCTURE and not missing):
-            for callee in graph.instance(node.attr("instance")).bodies:
+            for callee in graph.bodies_of(node):
                 found += misfits(graph, node, graphs.graphs[callee], all_inputs)
     return found
 
