@@ -11,6 +11,7 @@ from ..lowering.chains.plan import Kernel, Plan, Store, Sum
 from ..lowering.chains.tiles import TILE, WALK
 from .expressions import REDUCE, Printer, literal
 
+_SHORT = 24  # characters of what is stored, beyond which it gets the tensor's name
 _WORDS = ("rows", "mask_r", "cols", "mask_c", "mask", "offs", "block", "start", "group", "num_rows", "tl", "C")
 
 
@@ -113,6 +114,7 @@ class KernelPrinter(Printer):
         self.depth += 1
         yield
         self.depth -= 1
+        self.taken -= {*self.offsets.values()} - {*before.values()}
         self.offsets = before
 
     def columns_from(self, start: str) -> None:
@@ -149,6 +151,10 @@ class KernelPrinter(Printer):
 
     def store(self, s: Store, scope: dict[Expr, str]) -> None:
         text = self.target(s.value, s.dims, scope)
+        if len(text) > _SHORT:
+            name = self.unused(s.name)
+            self.line(f"{name} = {text}")
+            text = name
         if s.dims == "r":
             self.line(f"tl.store({s.name}_ptr + rows, {text}, mask=mask_r)")
             return
@@ -193,12 +199,13 @@ class KernelPrinter(Printer):
             for e in now:
                 shape = "(BLOCK_R, BLOCK_C)" if "r" in e.args[0].dims else "(BLOCK_C,)"
                 start = literal(IDENTITY[e.op], self.columns, False)[0]
-                self.line(f"{self.name(e)}_acc = tl.full({shape}, {start}, tl.float32)")
+                how = f"tl.zeros({shape}, " if e.op == "sum" else f"tl.full({shape}, {start}, "
+                self.line(f"{self.name(e)}_acc = {how}tl.float32)")
             with self.over_columns(scope) as inner:
                 self.count([e.args[0] for e in now], inner)
                 for e in now:
                     text, acc = self.filled(e, inner), f"{self.name(e)}_acc"
-                    self.line(f"{acc} = {acc} + {text}" if e.op == "sum" else f"{acc} = tl.maximum({acc}, {text})")
+                    self.line(f"{acc} += {text}" if e.op == "sum" else f"{acc} = tl.maximum({acc}, {text})")
             for e in now:
                 scope[e] = self.name(e)
                 self.line(f"{scope[e]} = {REDUCE[e.op]}({self.name(e)}_acc, axis={int('r' in e.args[0].dims)})")

@@ -174,10 +174,10 @@ class _Facts:
         """How the public function hands an argument to the op: tiles as [rows, width], weights as [rows, width]."""
         view, name = e.view, e.name
         width = self.width(view) if "c" in e.dims else "1"
-        if "r" not in e.dims:
-            return name, f"kernels.table({name}, {view.modulo or 1}, {width})"
-        count = "" if name == self.p.first else f", num_rows // {view.divide}" if view.divide > 1 else ", num_rows"
-        return name, f"kernels.rows({name}, {width}{count})"
+        rows = f"num_rows // {view.divide}" if view.divide > 1 else "num_rows"
+        if e.dims != "rc":
+            return name, f"kernels.table({name}, {rows if e.dims == 'r' else view.modulo or 1}, {width})"
+        return name, f"kernels.rows({name}, {width}{'' if name == self.p.first else f', {rows}'})"
 
     def result(self, name: str) -> str:
         """An output in the shape that the caller knows."""
@@ -190,7 +190,8 @@ class _Facts:
     def slope(self, name: str) -> str:
         """How the backward pass hands the gradient of an output on."""
         s = self.stores[name.removeprefix("d_")]
-        return f"kernels.rows({name}, {self.width(s.view) if s.dims == 'rc' else '1'})"
+        how = f"rows({name}, {self.width(s.view)})" if s.dims == "rc" else f"table({name}, {name}.shape[0], 1)"
+        return f"kernels.{how}"
 
     def sharing(self, name: str) -> list[str]:
         return [g.of for g in self.p.gradients if g.name == name]

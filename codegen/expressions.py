@@ -155,6 +155,6 @@ def meaning(e: Expr, named: Mapping[Expr, str], columns: int, top: bool = False)
         text, binds = meaning(a, named, columns)
         parts.append(f"({text})" if binds < need and op.binds != CALL else text)
     if op.binds == CALL:
-        words = {"at_least": "max", "at_most": "min"}
+        words = {"at_least": "max", "at_most": "min", "maximum": "max", "minimum": "min"}
         return f"{words.get(e.op, e.op)}({', '.join(parts)})", CALL
     return op.text.format(*parts), op.binds

@@ -67,7 +67,7 @@ class Folding(Algebra):
             x, y, p, q = y, x, q, p
         if p is not None:
             if q is not None:
-                return number(p * q)
+                return number(_product(p, q))
             if p in (0, 1):
                 return y if p else number(0)
             if p < 0:
@@ -77,7 +77,7 @@ class Folding(Algebra):
         if y.op == "neg":
             return self._neg(self._mul(x, y.args[0]))
         if p is not None and y.op == "mul" and (k := self.value(y.args[0])) is not None:
-            return self._mul(number(k * p), y.args[1])
+            return self._mul(number(_product(k, p)), y.args[1])
         for a, b in ((x, y), (y, x)):  # a number comes to the front, but stays with a row's, which is multiplied once
             if a.op == "mul" and self.value(a.args[0]) is not None and not ("c" in b.dims and "c" not in a.dims):
                 return self._mul(a.args[0], self._mul(a.args[1], b))
@@ -133,6 +133,15 @@ class Folding(Algebra):
             rows, tiles = self._parts(x)
             if rows is not None:
                 return self._mul(self._sum(tiles), rows)
+        if x.op in ("add", "sub"):
+            # In two sums where a row's number comes out of one: it may be a sum itself, so a reduction less is behind it.
+            # What is centred sums to 0; otherwise a sum of differences stays one, which loses fewer digits.
+            found = self.make(x.op, *map(self._sum, x.args))
+            if all("c" in a.dims for a in x.args):
+                if any(self._parts(a)[0] is not None for a in x.args):
+                    return found
+            elif self.value(found) == 0:
+                return found
         return made("sum", (x,), x.dims.replace("c", ""))
 
     def _parts(self, x: Expr) -> tuple[Expr | None, Expr]:
@@ -144,6 +153,12 @@ class Folding(Algebra):
             return None, x
         rows = q if p is None else p if q is None else self._mul(p, q)
         return rows, self._mul(left, right)
+
+
+def _product(p: float, q: float) -> float:
+    """49 (1 / 49) is 1, which it is not in fp64."""
+    whole = round(p * q) if abs(p * q) < 2**52 else p * q
+    return float(whole) if whole and abs(p * q - whole) <= 2**-52 * abs(whole) else p * q
 
 
 def folded(roots: Iterable[Expr], columns: int) -> dict[Expr, Expr]:

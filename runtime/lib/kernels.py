@@ -81,13 +81,14 @@ def floats(*tensors: Tensor) -> None:
 
 
 def lead(x: Tensor, width: int) -> tuple[int, ...]:
-    """The shape of the rows of x[*, *over]: the first dims, so many that the sizes of the rest, `over`, make `width`;
-    and how many equal runs of `width` these are, where they are more. Raises ValueError."""
-    over, inner, dims = 1, 1, x.dim()
-    while dims and over < width:
+    """The shape of the rows of x[*, *over]: the first dims, so many that the sizes of the rest, `over`, make `width` (the
+    last dim is one of them); and how many equal runs of `width` these are, where they are more. Raises ValueError."""
+    dims = x.dim() - 1
+    over, inner = x.shape[dims] if x.dim() else 0, 1
+    while dims > 0 and over < width:
         dims -= 1
         over, inner = over * x.shape[dims], over
-    if over % width or width % inner:
+    if not over or over % width or width % inner:
         raise ValueError(f"no last dims of {tuple(x.shape)} make rows of {width}")
     return (*x.shape[:dims], *([over // width] if over != width else []))
 
@@ -105,9 +106,9 @@ def rows(x: Tensor, width: int, count: int | None = None) -> Tensor:
 
 
 def table(x: Tensor, count: int, width: int) -> Tensor:
-    """A weight as [count, width], contiguous. Raises ValueError where it has another size."""
+    """A weight, or a statistic of rows, as [count, width], contiguous. Raises ValueError where it has another size."""
     if x.numel() != count * width:
-        raise ValueError(f"{tuple(x.shape)} is no weight of {count} rows of {width}")
+        raise ValueError(f"{tuple(x.shape)} is not {count} rows of {width}")
     return x.reshape(count, width).contiguous()
 
 
