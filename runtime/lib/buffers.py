@@ -123,6 +123,13 @@ class Window(Tail):
     def __init__(self, stream: Stream, channels: int, taps: int) -> None:
         super().__init__(stream, taps - 1, {"x": stream.dtype}, x=(channels,))
 
+    def moved_by(self, x: Tensor, at: At) -> Tensor | None:
+        """The rows before [batch, taps - 1, channels], for a kernel that moves them on by x itself; None where x is not
+        one row of each batch row, or where the rows before may still be taken back."""
+        kept = self.rows["x"]
+        everyday = at.seq == 1 and at.starts is None and at.valid is None and at.step.uniform is not None
+        return kept if everyday and self.keep and not self.slack and x.dtype == kept.dtype else None
+
     def extend(self, x: Tensor, at: At) -> Tensor:
         """[batch, taps - 1 + t, channels]: the rows before, then these. Rows that are not valid are the last."""
         joined = self.join(at, x=x)["x"]

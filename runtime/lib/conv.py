@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .buffers import is_past
+from .kernels import suits
 from .linear import Fused
 from .mesh import Group
 from .norm import wide
@@ -35,8 +36,10 @@ class ParallelConv(Fused):
     def __init__(self, parts: Mapping[str, tuple[int, ...]], taps: int, bias: bool = True) -> None:
         super().__init__({name: (channels, bias) for name, channels in parts.items()}, (taps,), flip=True)
 
-    def forward(self, x: Tensor, at: At, past: Any = None, act: str | None = None) -> tuple[Tensor, ...]:
-        pieces = _convolve(at.merge(x), self.weight, self.bias, at, past, act, self.sizes)
+    def forward(
+        self, x: Tensor, at: At, past: Any = None, act: str | None = None, kernel: Any = None
+    ) -> tuple[Tensor, ...]:
+        pieces = _convolve(at.merge(x), self.weight, self.bias, at, past, act, self.sizes, kernel)
         lead = tuple(x.shape[:-1])
         return tuple([y.view(lead + dims) for y, (dims, _) in zip(pieces, self.parts.values(), strict=True)])
 
@@ -47,39 +50,56 @@ class Conv(ParallelConv):
     def __init__(self, channels: tuple[int, ...], taps: int, bias: bool = True) -> None:
         super().__init__({"": channels}, taps, bias)
 
-    def forward(self, x: Tensor, at: At, past: Any = None, act: str | None = None) -> Tensor:  # type: ignore[override]
-        return super().forward(x.flatten(len(at.lead) + 1), at, past, act)[0]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, at: At, past: Any = None, act: str | None = None, kernel: Any = None
+    ) -> Tensor:
+        return super().forward(x.flatten(len(at.lead) + 1), at, past, act, kernel)[0]
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, at: At, past: Any = None, act: str | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, at: At, past: Any = None, act: str | None = None, kernel: Any = None
 ) -> Tensor:
     """y[t, C] = act(bias[C] + sum_j weight[C, j] x[t - k + 1 + j, C]), rows before the document's start read as 0.
 
     x [B, T, C], weight [C, k], bias [C] or None, act None or "silu" -> [B, T, C] in x's dtype. The sum is at least
-    fp32. Padding rows read as 0.
+    fp32. Padding rows read as 0. kernel: a generated one for these channels, this activation, with or without a bias.
     """
-    return at.split(_convolve(at.merge(x), weight.T, bias, at, past, act, [x.shape[-1]])[0])
+    return at.split(_convolve(at.merge(x), weight.T, bias, at, past, act, [x.shape[-1]], kernel)[0])
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, at: At, past: Any, act: str | None, widths: list[int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, at: At, past: Any, act: str | None, widths: list[int], kernel: Any
 ) -> tuple[Tensor, ...]:
     """weight [k, C]; -> y in pieces of `widths`."""
     if act not in (None, "silu"):
         raise ValueError(f"causal_conv: act is None or 'silu', found {act!r}")
     if is_past(past):
-        y = _stream(past.extend(x, at), weight, bias, at, act)
-        return (y,) if len(widths) == 1 else torch.split_with_sizes(y, widths, -1)
+        return _stream(x, weight, bias, at, past, act, widths, kernel)
     if at.valid is not None:
         # Selected, not multiplied by 0: padding may hold anything, even NaN.
         x = torch.where(at.valid[:, :, None], x, 0)
     since = None if at.starts is None else at.since
     x, weight, bias = autocast(x, weight, bias)
+    if kernel is not None and suits(x, weight, bias):
+        return tuple(kernel(x, weight, bias, since))
     return _Conv.apply(x, weight, bias, since, act, widths)
 
 
-def _stream(joined: Tensor, weight: Tensor, bias: Tensor | None, at: At, act: str | None) -> Tensor:
+def _stream(
+    x: Tensor, weight: Tensor, bias: Tensor | None, at: At, past: Any, act: str | None, widths: list[int], kernel: Any
+) -> tuple[Tensor, ...]:
+    """Convolve rows of a stream behind those that it keeps."""
+    if kernel is not None and suits(x, weight, bias):
+        window = past.moved_by(x, at)
+        if window is not None:
+            return tuple(kernel(x, weight, bias, window=window))
+        joined = past.extend(x, at)
+        return tuple(kernel(joined, weight, bias, None if at.starts is None else at.since, before=len(weight) - 1))
+    y = _behind(past.extend(x, at), weight, bias, at, act)
+    return (y,) if len(widths) == 1 else torch.split_with_sizes(y, widths, -1)
+
+
+def _behind(joined: Tensor, weight: Tensor, bias: Tensor | None, at: At, act: str | None) -> Tensor:
     """Convolve joined [B, k - 1 + T, C]: the rows before, then the rows of this call."""
     taps, seq = len(weight), at.seq
     if seq == 1 and at.starts is None:
@@ -233,16 +253,19 @@ def rows_before(x: Tensor, count: int, group: Group, at: At) -> Tensor:
 
 
 def conv_behind(
-    x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None, at: At, act: str | None = None
+    x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None, at: At, act: str | None = None, kernel: Any = None
 ) -> Tensor:
     """`causal_conv` of x [B, T, *channels] behind `before` [B, taps - 1, *channels]; weight [*channels, taps]."""
     taps, channels = weight.shape[-1], x.shape[2:]
     if at.valid is not None:
         x = torch.where(at.valid.reshape(*at.valid.shape, *[1] * len(channels)), x, 0)
     joined = torch.cat((before, x), 1).flatten(2)
-    # How many rows of its document stand before a row: those of the halo are read by rows here, and give nothing.
-    since = F.pad(at.since, (taps - 1, 0), value=taps)
     flat_bias = None if bias is None else bias.flatten()
     joined, flat, flat_bias = autocast(joined, weight.flatten(0, -2).T, flat_bias)
+    if kernel is not None and suits(joined, flat, flat_bias):
+        (y,) = kernel(joined, flat, flat_bias, at.since, before=taps - 1)
+        return y.unflatten(-1, channels)
+    # How many rows of its document stand before a row: those of the halo are read by rows here, and give nothing.
+    since = F.pad(at.since, (taps - 1, 0), value=taps)
     (y,) = _Conv.apply(joined, flat, flat_bias, since, act, [joined.shape[2]])
     return y[:, taps - 1 :].unflatten(-1, channels)

@@ -112,6 +112,11 @@ def table(x: Tensor, count: int, width: int) -> Tensor:
     return x.reshape(count, width).contiguous()
 
 
+def suits(*tensors: Tensor | None) -> bool:
+    """Whether kernels compute with these: fp32, bf16 and fp16, of any size but 0; the library's own math takes all."""
+    return all(x is None or x.dtype in FLOATS and x.numel() > 0 for x in tensors)
+
+
 @contextmanager
 def launches() -> Iterator[list[Launch]]:
     """What is launched inside, in order; with tensors on the `meta` device nothing runs."""

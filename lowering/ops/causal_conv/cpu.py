@@ -23,15 +23,16 @@ def emit(use: Any) -> str:
         return f"lib.rows_before({use.args[0]}, {use.attr('count')}, {use.group()}, {use.rows_of(0)})"
     act = f', act="{use.attr("act")}"' if use.attr("act") else ""
     if use.own:
-        return f"{use.own}({use.args[0]}, at, past={use.past}{act})"
+        return f"{use.own}({use.args[0]}, at, past={use.past}{act}{use.kernel})"
     if use.op == "conv_behind":
         x, before, weight, bias = use.args
         bias = "None" if bias is None else bias
-        return f"lib.conv_behind({x}, {before}, {weight}, {bias}, {use.rows_of(0)}{act})"
+        return f"lib.conv_behind({x}, {before}, {weight}, {bias}, {use.rows_of(0)}{act}{use.kernel})"
     flat = f"{use.args[0]}.flatten(2)"
     bias = "None" if use.args[2] is None else f"{use.args[2]}.flatten()"
     weight = f"{use.args[1]}.flatten(0, -2)"
-    return f"lib.causal_conv({flat}, {weight}, {bias}, at, {use.past}{act}).unflatten(-1, {use.sizes('C')})"
+    y = f"lib.causal_conv({flat}, {weight}, {bias}, at, {use.past}{act}{use.kernel})"
+    return f"{y}.unflatten(-1, {use.sizes('C')})"
 
 
 def slot(use: Any, state: Any) -> str:
