@@ -11,6 +11,7 @@ from .filled import Beside
 from .gathered import Gathered
 from .initial import initialise
 from .linear import Embed, Linear, Parallel, Weights, embed, embed_part, empty, linear, named_logical_parameters
+from .linear_loss import linear_cross_entropy
 from .loss import cross_entropy, known, nll, picked, sum_exp
 from .mesh import Mesh
 from .model import Model
@@ -72,6 +73,7 @@ __all__ = [
     "known",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "named_logical_parameters",
     "next_token",
     "nll",

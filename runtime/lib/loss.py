@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels import suits
 from .norm import wide
 
 # Numbers and least rows of one block of logits.
@@ -24,11 +25,14 @@ def known(target: Tensor) -> Tensor:
     return (target >= 0).sum()
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, kernel: Any = None) -> Tensor:
     """Sum of -log softmax(logits)[target] over rows whose target is not -1; 0-d, at least fp32.
 
-    logits [..., V], target int64 [...]. Rows that are not scored get exactly zero gradient.
+    logits [..., V], target int64 [...]. Rows that are not scored get exactly zero gradient. kernel: a generated one for
+    this vocabulary.
     """
+    if kernel is not None and suits(logits):
+        return kernel(logits.reshape(-1, logits.shape[-1]), target.reshape(-1)).sum()
     return _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), target.reshape(-1))
 
 
@@ -37,7 +41,7 @@ def _blocks(rows: int, vocab: int) -> Iterator[slice]:
     return (slice(s, min(s + size, rows)) for s in range(0, rows, size))
 
 
-def _score(logits: Tensor, target: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+def score(logits: Tensor, target: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     """logits [n, V] -> log sum exp [n, 1], and the block's loss; room [n, V] may be written."""
     most = logits.amax(1, keepdim=True)
     picked = logits.gather(1, target.clamp_min(0)[:, None])
@@ -45,7 +49,7 @@ def _score(logits: Tensor, target: Tensor, room: Tensor) -> tuple[Tensor, Tensor
     return total, torch.where((target >= 0)[:, None], total - picked, 0).sum()
 
 
-def _slope(softmax: Tensor, target: Tensor) -> Tensor:
+def slope_along(softmax: Tensor, target: Tensor) -> Tensor:
     """d loss / d logits = softmax - one hot, in place."""
     softmax.scatter_add_(1, target.clamp_min(0)[:, None], softmax.new_full((len(softmax), 1), -1.0))
     # Selected, not multiplied by 0: a row that is not scored may hold anything, even NaN.
@@ -62,7 +66,7 @@ class _CrossEntropy(torch.autograd.Function):
         for part in _blocks(*logits.shape):
             rows = wide(logits[part])
             room = torch.empty_like(rows) if room is None else room[: len(rows)]
-            totals[part], block = _score(rows, target[part], room)
+            totals[part], block = score(rows, target[part], room)
             loss += block
         ctx.save_for_backward(logits, target, totals)
         return loss
@@ -75,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
         for part in _blocks(*logits.shape):
             rows = wide(logits[part])
             room = out[part] if out.dtype == rows.dtype else torch.empty_like(rows)
-            _slope(torch.sub(rows, totals[part], out=room).exp_(), target[part]).mul_(grad)
+            slope_along(torch.sub(rows, totals[part], out=room).exp_(), target[part]).mul_(grad)
             if room.dtype != out.dtype:
                 out[part] = room
         return out, None

@@ -13,6 +13,8 @@ def emit(use: Any) -> str:
             return f"{use.wrap(args[0])}.detach().amax(-1)"
         case "picked":
             return f"lib.{use.op}({', '.join(args)}, {use.start('V')})"
+        case "cross_entropy":
+            return f"lib.cross_entropy({', '.join(args)}{use.kernel})"
     return f"lib.{use.op}({', '.join(args)})"
 
 
