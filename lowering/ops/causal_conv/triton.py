@@ -53,8 +53,8 @@ class Facts:
 
 
 def kernel(use: Any, target: Any) -> Facts | None:
-    """The facts of one use, or None where it has no kernel; `refusal` says why."""
-    if use.op == "rows_before" or refusal(use):
+    """The facts of one use, or None where it has no kernel; `why_not` says why."""
+    if why_not(use):
         return None
     if use.op == "parallel_conv":
         widths = tuple(prod(use.weight_sizes(weight)[:-1]) for weight in use.operands[1::2])
@@ -64,8 +64,10 @@ def kernel(use: Any, target: Any) -> Facts | None:
     return Facts(widths, use.attr("taps"), bias is not None, use.attr("act"))
 
 
-def refusal(use: Any) -> str | None:
+def why_not(use: Any) -> str | None:
     """Why a use has no kernel, in words of the spec; None where it has one."""
+    if use.op == "rows_before":
+        return "it hands rows from rank to rank"
     if use.attr("taps") > MOST_TAPS:
         return f"{use.attr('taps')} taps are more than the {MOST_TAPS} rows that a kernel keeps in registers"
     if use.attr("act") not in (None, "silu"):

@@ -43,5 +43,10 @@ class Facts:
 
 
 def kernel(use: Any, target: Any) -> Facts | None:
-    """The facts of one use, or None where it has no kernel: the steps of a vocabulary that ranks share have none."""
-    return Facts(use.sizes("V")[0]) if use.op == "cross_entropy" else None
+    """The facts of one use, or None where `why_not` says why."""
+    return None if why_not(use) else Facts(use.sizes("V")[0])
+
+
+def why_not(use: Any) -> str | None:
+    """Why a use has no kernel; None where it has one."""
+    return None if use.op == "cross_entropy" else "it is a step of a vocabulary that ranks share"
