@@ -1,7 +1,7 @@
 """What generated code may use: torch and the standard library, nothing of the compiler."""
 
 from . import spmd
-from .attend import Source, attend
+from .attend import attend
 from .buffers import STATELESS, Slots
 from .chance import dropout
 from .clocks import Clock, on, summarise
@@ -31,6 +31,7 @@ from .pointwise import relu2, rotate, silu_mul
 from .recompute import recompute
 from .ring import attend_ring
 from .rows import At, Coordinates, Mask, count_rows, next_token, reduce_rows, take_row
+from .sources import Source
 from .ssd import ssd, ssd_before, ssd_behind, ssd_leave
 from .stream import Stream
 

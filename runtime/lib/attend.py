@@ -15,32 +15,10 @@ from torch import Tensor
 from .buffers import Cache, is_past
 from .joint import Tile, fits, joint
 from .rows import At, Coordinates, Keys, Mask
+from .sources import SAME, Source, read
 
-
-class _Same:
-    """The keys are rows of the sequence that the queries are of."""
-
-
-SAME = _Same()
 # Queries are taken this many at a time where their mask bounds how far they see, or as many as they see keys.
 LEAST_TILE = 256
-
-
-class Source(NamedTuple):
-    """Keys k [b, k, V, D], values v [b, k, V, E] and who sees them.
-
-    rows: the coordinates of the keys where they are of another sequence than the queries; None: they are there as a
-    whole. query: takes the place of the queries for this source. bias [b, t, H, N] is added to the scores, at the place
-    that `distance` of the coordinates says.
-    """
-
-    k: Tensor
-    v: Tensor
-    mask: Mask
-    rows: At | _Same | None = SAME
-    query: Tensor | None = None
-    bias: Tensor | None = None
-    distance: Callable[[Coordinates, Coordinates], Any] | None = None
 
 
 class _Part(NamedTuple):
@@ -53,20 +31,30 @@ class _Part(NamedTuple):
     source: Source
 
 
-def attend(q: Tensor, *sources: tuple[Any, ...] | Source, at: At | None, scale: float, past: Any = None) -> Tensor:
+def attend(
+    q: Tensor,
+    *sources: tuple[Any, ...] | Source,
+    at: At | None,
+    scale: float,
+    past: Any = None,
+    kernel: Callable[..., Tensor] | None = None,
+) -> Tensor:
     """softmax(scale q k^T, where the mask sees) v -> [b, t, H, E]; Vaswani et al. 2017, grouped as Ainslie et al. 2023.
 
     q [b, t, H, D]; sources: what `Source` is made of. at None: the queries are there as a whole. With at None, or
     tokens that have more leading dims, all have these. past: the stream's cache of the source, or a tuple of one cache
     for each. A query that sees no key gets exactly 0. Another document never changes a result: its keys have weight 0
-    in the same order of summation (finite values).
+    in the same order of summation (finite values). kernel(q, *sources as `sources.Read`, scale=scale) does it where it
+    takes what is given (`sources.read`); all else, and all without one, goes through torch.
     """
     made = [Source(*source) for source in sources]
     if at is None or len(at.lead) > 1:
-        return _whole(q, made, scale, at)
+        return _whole(q, made, scale, at, kernel)
     caches = past if isinstance(past, (tuple, list)) else (past,) * len(made)
     if len(caches) != len(made) or (len(made) > 1 and isinstance(past, Cache)):
         raise ValueError(f"attend: {len(made)} sources need a cache each")
+    if kernel is not None and (given := read(q, made, at, caches)) is not None:
+        return kernel(given[0], *given[1], scale=scale)
     if not at.in_stream and (tile := _tile(at, made)):
         return _tiled(q, made, at, scale, tile)
     parts = [_part(s, at, cache) for s, cache in zip(made, caches, strict=True)]
@@ -122,7 +110,9 @@ def _along(rows: Keys, axis: int) -> Coordinates:
     return Coordinates(rows.position.unsqueeze(axis), document.unsqueeze(axis))
 
 
-def _whole(q: Tensor, sources: list[Source], scale: float, at: At | None) -> Tensor:
+def _whole(
+    q: Tensor, sources: list[Source], scale: float, at: At | None, kernel: Callable[..., Tensor] | None
+) -> Tensor:
     """Attention along sequences that are there as a whole, for each of any leading dims; `at` are their coordinates."""
     lead = q.shape[:-3]
     if not q.numel():  # a step that brings no sequences
@@ -134,7 +124,7 @@ def _whole(q: Tensor, sources: list[Source], scale: float, at: At | None) -> Ten
     queries = flat(q)
     each = [s._replace(k=flat(s.k), v=flat(s.v), query=flat(s.query), bias=flat(s.bias)) for s in sources]
     rows = At(queries.shape[:2], q.device) if at is None else at.flat()
-    return attend(queries, *each, at=rows, scale=scale).unflatten(0, lead)
+    return attend(queries, *each, at=rows, scale=scale, kernel=kernel).unflatten(0, lead)
 
 
 def _rows(source: Source, at: At) -> tuple[Tensor, Tensor, Keys, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attend import Source, _along, _spell
+from .attend import _along, _spell
 from .joint import _BACKWARD, _KERNEL, _added, _repeated, _summed, fits
+from .sources import Source
 
 Above = tuple[Tensor, Tensor, Tensor]
 

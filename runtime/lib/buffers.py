@@ -178,12 +178,17 @@ class Cache(Buffer):
 
     def extend(self, k: Tensor, v: Tensor, at: At, mask: Mask, queries: At) -> tuple[Tensor, Tensor, Tensor | str]:
         """Remember k, v [b, t, V, D]; -> all keys and values [b, V, n, D] and what the queries see of them."""
+        k, v = self.store(k, v, at)
+        return k, v, self._seen(at, mask, k.shape[2], queries)
+
+    def store(self, k: Tensor, v: Tensor, at: At) -> tuple[Tensor, Tensor]:
+        """Remember k, v [b, t, V, D]; -> all keys and values [b, V, n, D]."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if at.valid is not None:
             k, v = (torch.where(at.valid[:, None, :, None], x, 0) for x in (k, v))
         if self.keep is not None:
             both = self.tail.join(at, k=k, v=v)
-            return both["k"], both["v"], self._seen(at, mask, both["k"].shape[2], queries)
+            return both["k"], both["v"]
         tick, t = at.step.uniform, at.seq
         own_k, own_v = self.rows["k"], self.rows["v"]
         if tick is not None:
@@ -195,14 +200,19 @@ class Cache(Buffer):
             own_k.scatter_(2, place.expand(k.shape), k.to(own_k.dtype))
             own_v.scatter_(2, place.expand(v.shape), v.to(own_v.dtype))
             end = self.stream.end(at)
-        return own_k[:, :, :end], own_v[:, :, :end], self._seen(at, mask, end, queries)
+        return own_k[:, :, :end], own_v[:, :, :end]
 
     def _seen(self, at: At, mask: Mask, count: int, queries: At) -> Tensor | str:
         """What the queries see of `count` keys, worked out once a step for all layers alike."""
-        name = (mask, self.keep, self.clock, self.times)
+        name = (mask, *self.name)
         if name not in queries.memo:
             queries.memo[name] = self._see(at, mask, count, queries)
         return queries.memo[name]
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """What is the same for two caches whose keys have the same coordinates in a step."""
+        return self.keep, self.clock, self.times
 
     def _see(self, at: At, mask: Mask, count: int, queries: At) -> Tensor | str:
         tick, t = at.step.uniform, at.seq

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attend import SAME, Source
 from .blocks import Above, Weighed, lifted, pulled_back
 from .mesh import Group
 from .product import autocast
 from .rows import At, Keys, Mask
+from .sources import SAME, Source
 
 Run = tuple[int, int]
 """Rows start .. end of the whole sequence."""

@@ -59,6 +59,7 @@ class At:
     position: int64 [seq] or as the tokens; None counts rows from 0, or from the start of each document.
     document: int64 [batch, seq], equal on the rows of one document, which are neighbours; None is one document.
     valid:    bool [batch, seq]; rows that are False are padding: they see and change nothing.
+    told:     whether positions were given, so that they may be in any order.
     starts:   bool [batch, seq], rows that start a document; None where only row 0 of each batch row does.
     step:     the stream's `Step`, in prefill and decode only.
     before: how many rows of the batch stand before these, on other ranks or in other micro-batches.
@@ -95,6 +96,7 @@ class At:
             self.starts[:, 1:] = document[:, 1:] != document[:, :-1]
         self.document, self.valid = document, valid
         self.plain = position is None and document is None and valid is None
+        self.told = position is not None
 
     def _flat(self, x: Tensor) -> Tensor:
         """A coordinate of rows in the shape of the tokens, or one that broadcasts to [batch, seq], as [batch, seq]."""
@@ -119,7 +121,7 @@ class At:
     def ragged(cls, shape: tuple[int, int], step: Step, keys: Keys, starts: Tensor) -> At:
         """Rows of a stream in its general form; `keys` are their own coordinates."""
         at = cls(shape, keys.position.device, keys.position, None, keys.valid)
-        at.document, at.starts, at._step = keys.document, starts, step
+        at.document, at.starts, at._step, at.told = keys.document, starts, step, False
         return at
 
     @property
@@ -176,7 +178,7 @@ class At:
             size = self.seq // group.size
             here = slice(group.rank * size, group.rank * size + size)
             made = At((self.batch, size), self.device)
-            made.mesh, made.plain = self.mesh, False
+            made.mesh, made.plain, made.told = self.mesh, False, self.told
             made._position = self.position[:, here]
             made.document, made.valid = (x if x is None else x[:, here] for x in (self.document, self.valid))
             first = torch.zeros(self.batch, size, dtype=torch.bool, device=self.position.device)
