@@ -45,7 +45,8 @@ def attend(
     tokens that have more leading dims, all have these. past: the stream's cache of the source, or a tuple of one cache
     for each. A query that sees no key gets exactly 0. Another document never changes a result: its keys have weight 0
     in the same order of summation (finite values). kernel(q, *sources as `sources.Read`, scale=scale) does it where it
-    takes what is given (`sources.read`); all else, and all without one, goes through torch.
+    takes what is given (`sources.read`); all else goes through torch, and so does one source of a full pass that is
+    causal or seen as a whole, without documents or padding: torch's own kernels are made for just that.
     """
     made = [Source(*source) for source in sources]
     if at is None or len(at.lead) > 1:
@@ -53,7 +54,7 @@ def attend(
     caches = past if isinstance(past, (tuple, list)) else (past,) * len(made)
     if len(caches) != len(made) or (len(made) > 1 and isinstance(past, Cache)):
         raise ValueError(f"attend: {len(made)} sources need a cache each")
-    if kernel is not None and (given := read(q, made, at, caches)) is not None:
+    if kernel is not None and not _is_plain(made, at) and (given := read(q, made, at, caches)) is not None:
         return kernel(given[0], *given[1], scale=scale)
     if not at.in_stream and (tile := _tile(at, made)):
         return _tiled(q, made, at, scale, tile)
@@ -63,6 +64,13 @@ def attend(
     if any(s.query is not None or s.bias is not None for s in made):
         return _scored(q, parts, at.keys(), scale)
     return _fused(q, parts, scale)
+
+
+def _is_plain(sources: list[Source], at: At) -> bool:
+    """One source of the queries' own sequence, and no tensor needed to say what is seen of it."""
+    (one, *more) = sources
+    own = one.rows is SAME and one.query is None and one.bias is None
+    return not more and own and not at.in_stream and isinstance(_proved(at, one.mask), str)
 
 
 def _fused(q: Tensor, parts: list[_Part], scale: float) -> Tensor:
@@ -165,9 +173,13 @@ def _visible(at: At, keys: Keys, mask: Mask, name: Any, start: int = 0, end: int
 
 def visible_here(at: At, mask: Mask) -> Tensor | str:
     """ "all" or "causal" where that is proved, else bool [b, 1, t, t], made once a call for all layers."""
+    return _proved(at, mask) or _visible(at, at.keys(), mask, "here")
+
+
+def _proved(at: At, mask: Mask) -> str | None:
     if at.plain and mask.interval and mask.ahead in (0, None) and mask.behind is None:
         return "causal" if mask.ahead == 0 else "all"
-    return _visible(at, at.keys(), mask, "here")
+    return None
 
 
 # --- tiles ----------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def cuts(mask: Mask) -> Cuts | None:
         return Cuts((), ())
     try:
         return _cuts(mask.predicate(_QUERY, _KEY))
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, ZeroDivisionError):
         return None
 
 
@@ -193,7 +193,7 @@ def places(distance: Callable[..., Any]) -> Sum | None:
     where it is not proved to be one."""
     try:
         found = _sum(distance(_QUERY, _KEY))
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, ZeroDivisionError):
         return None
     return found if found.even else None
 

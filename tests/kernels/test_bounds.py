@@ -9,11 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heddle.codegen.writer import _python_mask
+from heddle.dsl import syntax as sx
+from heddle.dsl.format import print_expr
+from heddle.lowering.intervals import is_interval, tells_apart
 from heddle.runtime import lib
 from heddle.runtime.lib import bounds as found_by
 from heddle.runtime.lib.rows import Keys
 
-law = settings(deadline=None, max_examples=150)
+law = settings(deadline=None, max_examples=80)
 number = st.integers(-4, 9)
 
 
@@ -120,3 +124,51 @@ def test_positions_that_fall_are_found():
     assert found_by.rises(Keys(falling, torch.tensor([[0, 0, 0, 1]]), None)) == (True, True)
     assert found_by.rises(Keys(falling, None, torch.tensor([[True, True, True, False]]))) == (True, True)
     assert found_by.rises(Keys(torch.tensor([[0, 1, 1]]), None, None)) == (True, False)
+
+
+# --- the compiler says the same -------------------------------------------------------------------
+
+
+QUERY, KEY = (sx.Member(sx.Name(name), "position") for name in ("query", "key"))
+numbers = st.integers(0, 5).map(lambda n: sx.Number(n, str(n)))
+terms = st.recursive(
+    st.sampled_from([QUERY, KEY]) | numbers,
+    lambda inner: (
+        st.builds(sx.Binary, st.sampled_from(["+", "-"]), inner, inner)
+        | st.builds(sx.Binary, st.just("//"), inner, numbers)
+        | st.builds(sx.Binary, st.just("*"), inner, inner)
+        | st.builds(sx.Unary, st.just("-"), inner)
+    ),
+    max_leaves=4,
+)
+comparisons = st.builds(sx.Binary, st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), terms, terms)
+masks = st.recursive(
+    comparisons | st.booleans().map(sx.Constant),
+    lambda inner: (
+        st.builds(sx.Binary, st.sampled_from(["and", "or"]), inner, inner) | st.builds(sx.Unary, st.just("not"), inner)
+    ),
+    max_leaves=4,
+)
+
+
+def reads(expr: sx.Expr) -> bool:
+    """Whether every comparison reads a coordinate: one of numbers alone is no mask that a spec can have."""
+    if isinstance(expr, sx.Binary) and expr.operator in ("and", "or"):
+        return reads(expr.left) and reads(expr.right)
+    if isinstance(expr, sx.Unary) and expr.operator == "not":
+        return reads(expr.value) and "position" in print_expr(expr.value)
+    return isinstance(expr, sx.Constant) or "position" in print_expr(expr)
+
+
+@settings(deadline=None, max_examples=150)
+@given(masks.filter(reads))
+def test_the_compiler_proves_what_the_library_proves(mask):
+    written = eval(f"lambda query, key: {_python_mask(mask)}")
+    assert is_interval(mask) == (found_by.cuts(_mask(written)) is not None)
+
+
+@settings(deadline=None, max_examples=100)
+@given(terms)
+def test_the_compiler_and_the_library_agree_on_places(distance):
+    written = eval(f"lambda query, key: {print_expr(distance)}")
+    assert tells_apart(distance) == (found_by.places(written) is not None)

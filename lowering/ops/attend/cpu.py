@@ -1,4 +1,4 @@
-"""CPU code of attention: the library's fused product where one causal source is all, else one softmax over sources."""
+"""Code of attention: the library's fused product where one causal source is all, else one softmax over sources."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def emit(use: Any) -> str:
         order = f', order="{use.attr("order")}"' if use.attr("order") else ""
         return f"lib.attend_ring({q}, {', '.join(sources)}, at=at, group={use.group()}, scale={scale!r}{order})"
     past = f", past={use.past}" if use.is_kept else ""
-    return f"lib.attend({q}, {', '.join(sources)}, at={use.at(queries)}, scale={scale!r}{past})"
+    return f"lib.attend({q}, {', '.join(sources)}, at={use.at(queries)}, scale={scale!r}{past}{use.kernel})"
 
 
 def slot(use: Any, state: Any) -> str:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ....dsl.format import print_expr
+from ...intervals import is_interval, tells_apart
+from ...target import Target
+
 MOST_WIDTH = 256
+"""Of keys and of values: a tile holds a row of them."""
 Tile = tuple[int, int, int, int]
 """BLOCK_M rows, BLOCK_N keys, warps, stages."""
 
@@ -80,6 +85,43 @@ class Attend:
             "over_all": " over all sources" if several else "",
             "plus": " + bias[asks + holds_n]" if has_bias else "",
         }  # fmt: skip
+
+
+def kernel(use: Any, target: Target) -> Attend | None:
+    """The facts of one use of attention, or None where `why_not` says why."""
+    if why_not(use) is not None:
+        return None
+    (heads,), (kv_heads,), (width,), (value_width,) = (use.sizes(formal) for formal in ("H", "K", "D", "E"))
+    sources = []
+    for i, (mask, given) in enumerate(zip(use.attr("masks"), _given(use), strict=True)):
+        (places,) = use.sizes(f"N{i + 1}" if i else "N") if given.get("bias") else (0,)
+        sources.append(Source(print_expr(mask), given.get("query") is not None, places))
+    return Attend(heads // kv_heads, width, value_width, tuple(sources), target.capability)
+
+
+def why_not(use: Any) -> str | None:
+    """Why a use of attention has no kernel and goes through torch; None where it has one."""
+    if use.op != "attend":
+        return "its keys are told from rank to rank"
+    if use.attr("dropout"):
+        return "dropout of weights needs them one by one"
+    for formal, what in (("D", "keys"), ("E", "values")):
+        (width,) = use.sizes(formal)
+        if not 0 < width <= MOST_WIDTH:
+            return f"its {what} are {width} wide, a tile holds at most {MOST_WIDTH}"
+    distances = use.attr("distances")
+    for i, (mask, given) in enumerate(zip(use.attr("masks"), _given(use), strict=True)):
+        if not is_interval(mask):
+            return f"`{print_expr(mask)}` is not proved to let each query see one interval of keys"
+        if given.get("bias") and not tells_apart(distances[i]):
+            return f"`{print_expr(distances[i])}` is not proved to be another place for each key"
+    return None
+
+
+def _given(use: Any) -> list[dict[str, str | None]]:
+    """The operands of each source by name."""
+    names, rest = ["k", "v", *use.attr("options")], use.operands[1:]
+    return [dict(zip(names, rest[i : i + len(names)], strict=True)) for i in range(0, len(rest), len(names))]
 
 
 def _block(width: int) -> int:
