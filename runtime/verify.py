@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..codegen.emit import Files, emit_block
+from ..codegen.emit import Files, digest, emit_block
 from ..codegen.writer import spec_line
 from ..dsl.program import Program
 from ..lowering.alone import Alone, kernels
+from ..lowering.graph import op_of
 from ..lowering.pipeline import lower
 from ..lowering.target import TARGETS
 from .compile import module_class, target_of
@@ -31,7 +32,9 @@ from .lib import kernels as lib_kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = (1, 2, 3, 7, 13, 16, 17, 31, 33)
-"""How many tokens a row has: one, odd, prime, and about powers of two."""
+"""How many tokens a row has: one, odd, prime, and about powers of two. On a GPU also so many that each program of a
+kernel has several blocks of them."""
+MORE_SIZES = (127, 129, 1000, 4099, 8192)
 
 
 @dataclass
@@ -98,7 +101,8 @@ def _verified(alone: Alone, examples: int, chance: random.Random, device: torch.
 
 
 def _kind(name: str, files: Files) -> type[nn.Module]:
-    return module_class(files.model, f"verify-{name}/model.py", files.kernels)
+    # Sources are found by their path, so another text has another.
+    return module_class(files.model, f"{name}-{digest(files.model, *files.kernels.values())}/model.py", files.kernels)
 
 
 class _Draw:
@@ -109,7 +113,7 @@ class _Draw:
     ) -> None:
         self.dtype, self.device = dtype, device
         generator = torch.Generator().manual_seed(chance.getrandbits(40))
-        rows, seq = chance.choice((1, 2, 3)), chance.choice(SIZES)
+        rows, seq = chance.choice((1, 2, 3)), chance.choice(SIZES + MORE_SIZES * (device.type == "cuda"))
         document = None
         if chance.random() < 0.5:
             document = torch.randint(0, 4, (rows, seq), generator=generator).sort(1).values
@@ -120,7 +124,13 @@ class _Draw:
             return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
 
         shapes = kind.shapes(self.at())
-        self.inputs = [values(shape) for shape in shapes]
+        self.inputs = []
+        for value, shape in zip(alone.graph.body.inputs, shapes, strict=True):
+            if value.type.kind == "real":
+                self.inputs.append(values(shape))
+            else:
+                low, high = _places(alone, value.name)
+                self.inputs.append(torch.randint(low, high, shape, generator=generator).to(device))
         self.wide = chance.random() < 0.3  # columns of a wider tensor: rows that are not one behind the other
         self.weights = {
             n: values(tuple(p.shape)).to(torch.float32 if n in kind.keep else dtype)
@@ -137,7 +147,9 @@ class _Draw:
         with torch.no_grad():
             for name, p in block.named_parameters():
                 p.data = self.weights[name].to(torch.float64 if dtype == torch.float64 else self.weights[name].dtype)
-        inputs = [self._laid(x.to(dtype)).requires_grad_() for x in self.inputs]
+        inputs = [
+            self._laid(x.to(dtype)).requires_grad_() if x.is_floating_point() else x.clone() for x in self.inputs
+        ]
         results = block(*inputs, self.at(), STATELESS)
         results = results if isinstance(results, tuple) else (results,)
         generator = torch.Generator().manual_seed(self.seed)
@@ -153,6 +165,16 @@ class _Draw:
         wider = torch.zeros(*x.shape[:-1], x.shape[-1] + 8, dtype=x.dtype, device=x.device)
         wider[..., : x.shape[-1]] = x
         return wider[..., : x.shape[-1]].detach()
+
+
+def _places(alone: Alone, value: str) -> tuple[int, int]:
+    """From where to where the whole numbers of an input go: places of a dim that an op looks up; -1 where a loss does,
+    which does not count those."""
+    sizes, low = [1], 0
+    for node in (n for n in alone.nodes if value in n.operands):
+        sizes += [math.prod(alone.graph.size(d) or 1 for d in node.bound(f)) for f in op_of(node).index]
+        low = min(low, -1 if node.results[0].type.kind == "loss" else 0)
+    return low, max(sizes)
 
 
 def _share(found: Tensor, want: Tensor, eager: Tensor, dtype: torch.dtype, steps: int) -> tuple[float, float, float]:
