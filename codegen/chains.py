@@ -42,6 +42,7 @@ class _Facts:
         p = self.p
         public = list(dict.fromkeys(o.name for o in p.outputs))
         fixed = [*(s.name for s in p.saved), *dict.fromkeys(o.name for o in p.outputs if not o.grad)]
+        used = {*p.cotangents, *(g.name for g in p.gradients)}
         return {
             "name": self.name,
             "columns": p.chain.columns,
@@ -64,7 +65,7 @@ class _Facts:
             "fixed": fixed,
             "kept": p.kept,
             "slope": p.cotangents[0] if p.cotangents else None,
-            "all_slopes": [f"d_{n}" if f"d_{n}" in p.cotangents else f"_{n}" for n in self.stores],
+            "all_slopes": [f"d_{n}" if f"d_{n}" in used else f"_{n}" for n in self.stores],
             "made": self.stored_gradients(),
             "rows": [s.name for k in p.backward for s in k.stores if s.name not in self.grads],
             "totals": self.totals(),
@@ -72,6 +73,7 @@ class _Facts:
                                       *(f"{n}_dtype: torch.dtype" for n in self.made_names())]),
             "bwd_arguments": filled([*p.kept, *(self.slope(n) for n in p.cotangents), *self.dtypes()], " " * 8),
             "bwd_returns": self.made_names(),
+            "has_gradients": bool(p.gradients),
             "returned": [self.returned(n) for n in self.inputs],
         }
 
@@ -226,7 +228,8 @@ class _Facts:
         found = next((g for g in self.p.gradients if g.of == of), None)
         if found is None:
             return "None"
-        return f"{found.name}.to(ctx.{of}_dtype)" if len(self.sharing(found.name)) > 1 else found.name
+        own = found.name in self.grads or found.summed
+        return found.name if own and len(self.sharing(found.name)) == 1 else f"{found.name}.to(ctx.{of}_dtype)"
 
 
 def _grouped(items: Iterable[tuple[str, str]]) -> str:

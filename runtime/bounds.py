@@ -18,6 +18,7 @@ from torch import Tensor
 from ..lowering.chains.expr import Expr, View, ordered
 from ..lowering.chains.plan import Kernel, Plan, Store, Sum
 from ..lowering.chains.table import CALL, TABLE
+from .lib.chance import counted
 
 UNIT = 2.0**-24  # half the distance of 1 to the next number in fp32
 
@@ -60,8 +61,7 @@ def bounds(
     tensors: of the chain, tiles [R, width], weights [rows, width], [R] or [rows] without columns. slopes: gradients of
     outputs, by output. dtypes: of the tensors.
     """
-    given = {n: Bound(t.double(), torch.zeros_like(t, dtype=torch.float64)) for n, t in tensors.items()}
-    given |= {f"d_{n}": Bound(t.double(), torch.zeros_like(t, dtype=torch.float64)) for n, t in slopes.items()}
+    given = {n: _exact(t) for n, t in tensors.items()} | {f"d_{n}": _exact(t) for n, t in slopes.items()}
     rows = len(tensors[plan.first])
     found: dict[str, Bound] = {}
     for kernel in (plan.forward, *plan.backward):
@@ -69,7 +69,15 @@ def bounds(
         for name, bound in made.items():  # several views of one tensor are written one after another
             old = found.get(name)
             found[name] = bound if old is None else Bound(old.value + bound.value, old.error + bound.error)
-    return found | {f"d_{g.of}": found[g.name] for g in plan.gradients}
+    for g in plan.gradients:
+        if g.name not in found:  # the gradient of an output, in the dtype of the input
+            found[f"d_{g.of}"] = _rounded(given[g.name], dtypes[g.of])
+    return found | {f"d_{g.of}": found[g.name] for g in plan.gradients if g.name in found}
+
+
+def _exact(x: Tensor) -> Bound:
+    """In fp64, or int64 where it is whole numbers."""
+    return Bound(x.double() if x.is_floating_point() else x.long(), torch.zeros(x.shape, dtype=torch.float64))
 
 
 def _run(
@@ -103,6 +111,9 @@ def _of(e: Expr, values: Mapping[Expr, Bound], given: Mapping[str, Bound], rows:
         return Bound(x.value.sum(-1, True), x.error.sum(-1, True) + depth * UNIT * x.value.abs().sum(-1, True))
     op = TABLE[e.op]
     args = [values[a] for a in e.args]
+    if e.op == "kept":
+        first, key = (a.value for a in args)
+        return Bound(counted(key, first + torch.arange(columns)) >= e.least, torch.zeros(1, 1, dtype=torch.float64))
     y = getattr(_NUMBERS, e.op)(*(a.value for a in args), **dict(e.attrs))
     if op.is_mask:
         return Bound(y, torch.zeros(y.shape, dtype=torch.float64))
@@ -130,18 +141,19 @@ def _read(x: Tensor, e: Expr, rows: int, columns: int) -> Tensor:
     return x
 
 
-def _unit(dtype: torch.dtype) -> tuple[float, float]:
+def _rounded(x: Bound, dtype: torch.dtype) -> Bound:
+    """Stored in a dtype."""
     kind = torch.finfo(dtype)
-    return kind.eps / 2, kind.smallest_normal * kind.eps
+    least = kind.smallest_normal * kind.eps
+    return Bound(x.value, x.error + kind.eps / 2 * (x.value.abs() + x.error) + least)
 
 
 def _stored(s: Store, x: Bound, rows: int, columns: int, dtypes: Mapping[str, torch.dtype]) -> Bound:
     """In its tensor's columns; others are 0."""
-    unit, least = _unit(dtypes[s.like]) if s.like is not None else _unit(torch.float32)
-    error = x.error + unit * (x.value.abs() + x.error) + least
+    x = _rounded(x, dtypes[s.like] if s.like is not None else torch.float32)
     if s.dims == "r":
-        return Bound(x.value.expand(rows, 1)[:, 0], error.expand(rows, 1)[:, 0])
-    return _placed(s.view, Bound(x.value.expand(rows, columns), error.expand(rows, columns)), columns)
+        return Bound(x.value.expand(rows, 1)[:, 0], x.error.expand(rows, 1)[:, 0])
+    return _placed(s.view, Bound(x.value.expand(rows, columns), x.error.expand(rows, columns)), columns)
 
 
 def _placed(view: View, x: Bound, columns: int) -> Bound:
@@ -161,6 +173,4 @@ def _summed(s: Sum, x: Bound, rows: int, columns: int, dtypes: Mapping[str, torc
     shape = (count, wide)
     total, summed = (torch.zeros(shape, dtype=torch.float64).index_add_(0, at, t) for t in (value, error))
     summed += (rows + 3) * UNIT * torch.zeros(shape, dtype=torch.float64).index_add_(0, at, value.abs())
-    unit, least = _unit(dtypes[s.of])
-    return _placed(s.view if wide > 1 or s.dims == "c" else View(), Bound(total, summed + unit * (total.abs() + summed) + least),
-                   wide)  # fmt: skip
+    return _placed(s.view if s.dims == "c" else View(), _rounded(Bound(total, summed), dtypes[s.of]), wide)

@@ -66,7 +66,7 @@ class Kernel:
 @dataclass(frozen=True)
 class Gradient:
     """The gradient of the input `of`: the tensor `name` that a backward kernel stores, which inputs with one gradient
-    share, or the sum of parts."""
+    share, or the gradient of an output that is theirs, too; or the sum of parts."""
 
     of: str
     name: str
@@ -147,6 +147,7 @@ class _Planning:
     ) -> None:  # fmt: skip
         self.chain, self.outputs, self.named, self.groups = chain, outputs, named, groups
         self.first, self.tiles = first, tiles
+        self.given: set[Expr] = set()
         self.taken = {*named.values(), *(o.name for o in outputs)}
 
     def plan(self, inputs: list[Expr]) -> Plan:
@@ -157,6 +158,7 @@ class _Planning:
         self.outputs = tuple(replace(o, value=bare[o.value]) for o in self.outputs)
         self.named = {bare[e]: name for e, name in reversed(self.named.items())}
         stores = [self._stored(o) for o in self.outputs]
+        self.given = set(ordered(cotangents.values())) if cotangents else set()
         wanted = needed(grads.values(), cotangents.values())
         read = {o.value: load(o.name, o.dims, o.view, grad=False) for o in reversed(self.outputs) if o.dims == o.value.dims}
         chosen = cut(wanted, read, self.chain.columns)
@@ -219,12 +221,15 @@ class _Planning:
                 gradients[e.name] = Gradient(e.name, name, True)
                 continue
             alone = view == View()
+            if alone and g in self.given and g.dims == e.dims and g.view == View():
+                gradients[e.name] = Gradient(e.name, g.name, False)  # that of an output, handed on
+                continue
             name = where.setdefault((g, e.dims), name) if alone else name
             gradients[e.name] = Gradient(e.name, name, False)
             if name == f"d_{e.name}":
                 stores.append(Store(name, g, e.dims, view, e.name))
         if not stores and not sums:
-            return (), ()
+            return (), tuple(gradients.values())
         kernel = self._kernel("bwd", stores, sums)
         wide = [s for s in sums if s.dims == "c"]
         if kernel.tiles.mode != WALK or not wide:

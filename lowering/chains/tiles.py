@@ -15,7 +15,7 @@ TILE_PROGRAMS = 64
 """How many programs share the rows where each sums a part of a weight's gradient. Fixed: with the number of processors
 of a GPU, its gradients would differ from those of another."""
 
-_REGISTERS = 96  # of a thread, for tiles that live at one time; the rest are offsets, masks and what is between
+_PLACES = 128  # of tiles that live at one time, for each thread: built for sm_90 and sm_100, more of them spilled
 _ELEMENTS = 512  # of a tile, for each warp: 16 a thread, which are two loads of 128 bits in 16-bit types
 
 
@@ -40,7 +40,7 @@ def choose(columns: int, reduces: bool, live: int, sums: bool) -> Tiles:
         return Tiles(TILE, min(block_r, 32), block_c, _warps(min(block_r, 32) * block_c, 4), TILE_PROGRAMS if sums else 0)
     block_r = min(32, max(1, 2048 // whole))
     warps = _warps(block_r * whole, 16)
-    if live * block_r * whole <= _REGISTERS * 32 * warps:
+    if live * block_r * whole <= _PLACES * 32 * warps:
         return Tiles(ROW, block_r, whole, warps, PROGRAMS if sums else 0)
     return Tiles(WALK, 1, 4096, 8, PROGRAMS if sums else 0)
 

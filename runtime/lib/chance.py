@@ -31,12 +31,22 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def uniform(key: tuple[int, ...], places: Tensor) -> Tensor:
-    """Numbers in [0, 1) in fp64, one for each place (int64); another key gives others."""
-    state = torch.zeros((), dtype=torch.int64, device=places.device)
+def state_of(key: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """What a key mixes to, int64[]: with a place it makes that place's number."""
+    state = torch.zeros((), dtype=torch.int64, device=device)
     for part in key:
         state = _mixed((state + part) * _STEP + _STEP)
-    return ((_mixed(_mixed(places * _STEP + state)) >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+    return state
+
+
+def counted(state: Tensor, places: Tensor) -> Tensor:
+    """The number of each place (int64) as a whole one of 53 bits, of which `uniform` makes a fraction."""
+    return (_mixed(_mixed(places * _STEP + state)) >> 11) & ((1 << 53) - 1)
+
+
+def uniform(key: tuple[int, ...], places: Tensor) -> Tensor:
+    """Numbers in [0, 1) in fp64, one for each place (int64); another key gives others."""
+    return counted(state_of(key, places.device), places).double() * 2.0**-53
 
 
 def places(shape: torch.Size, at: At, by_row: bool, axes: tuple[tuple[str, ...], ...] | None) -> Tensor:

@@ -68,7 +68,7 @@ REDUCES = {"add_rms_norm", "layer_norm", "layer_norm_1p", "gated_norm", "softmax
 def cases(draw: st.DrawFn, name: str, exact: bool = False) -> Case:
     example = EXAMPLES[name]
     block = draw(st.sampled_from((4, 8)))
-    columns = draw(sizes(block, least=1))
+    columns = draw(sizes(block, least=1) | st.sampled_from((33, 40, 67)))  # from 33 on, statistics are saved
     mode = draw(st.sampled_from((ROW, WALK)))
     tiles = tiles_for(name in REDUCES, columns, block, mode, draw(st.integers(1, 4)))
     rows = draw(st.integers(0, 3 if example.rows > 1 else 7)) * example.rows
