@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,7 +48,8 @@ class _Facts:
             "name": self.name,
             "columns": p.chain.columns,
             "lines": p.chain.lines,
-            "math": self.math(),
+            "title": textwrap.shorten(self.math()[-1], 112),
+            "math": [part for line in self.math() for part in _wrapped(line)],
             "helpers": calls([*p.forward.values, *(v for k in p.backward for v in k.values)]),
             "kernels": [self.kernel(k) for k in (p.forward, *p.backward)],
             "constants": [c for k in (p.forward, *p.backward) for c in self.constants(k)],
@@ -144,7 +146,7 @@ class _Facts:
             grid.append(f"triton.cdiv(C, {upper}_BLOCK_C)")
         return {
             "name": k.name,
-            "doc": self.doc(k),
+            "doc": "\n    ".join(textwrap.wrap(self.doc(k), 112)),
             "parameters": filled([*(p for p, _ in pointers), "num_rows", "C: tl.constexpr",
                                   *(f"{c}: tl.constexpr" for c in used)]),
             "body": body,
@@ -237,6 +239,10 @@ def _grouped(items: Iterable[tuple[str, str]]) -> str:
     items = list(items)
     last = [i + 1 == len(items) or items[i + 1][1] != dims for i, (_, dims) in enumerate(items)]
     return ", ".join(f"{n} {dims}" if end else n for (n, dims), end in zip(items, last, strict=True))
+
+
+def _wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, 112, subsequent_indent="    ", break_long_words=False)
 
 
 def filled(items: Iterable[str], indent: str = "    ") -> str:

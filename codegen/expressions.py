@@ -8,7 +8,7 @@ from ..lowering.chains.expr import REDUCTIONS, Expr, ordered
 from ..lowering.chains.padding import IDENTITY, held
 from ..lowering.chains.table import CALL, MUL, TABLE
 
-_LONG = 72  # characters of an operand, beyond which it gets a name
+_LONG = 84  # characters of a value, beyond which an operand of it gets a name
 _BOTH = {"r": "[:, None]", "c": "[None, :]"}
 REDUCE = {"sum": "tl.sum", "max_over": "tl.max"}
 
@@ -113,8 +113,19 @@ class Printer:
         if (part := of_row(e, self.columns)) is not None and "c" not in e.dims:
             return f"{self.operand(part, e, MUL, scope)} / C", MUL
         op = TABLE[e.op]
-        args = [self.operand(a, e, need, scope) for a, need in zip(e.args, op.needs, strict=True)]
-        return op.text.format(*args, **dict(e.attrs)), op.binds
+        for i, a in enumerate(e.args):  # what the text repeats is computed once
+            if op.text.count(f"{{{i}}}") > 1 and a.op != "number" and a not in scope:
+                text = self.text(a, scope, e)[0]
+                if a not in scope:
+                    self.assign(a, text, scope)
+        while True:
+            args = [self.operand(a, e, need, scope) for a, need in zip(e.args, op.needs, strict=True)]
+            text = op.text.format(*args, **dict(e.attrs))
+            open_ = [a for a in e.args if a not in scope and a.op != "number"]
+            if len(text) <= _LONG or not open_:
+                return text, op.binds
+            longest = max(open_, key=lambda a: len(self.text(a, scope, e)[0]))
+            self.assign(longest, self.text(longest, scope, e)[0], scope)
 
     def filled(self, e: Expr, scope: dict[Expr, str]) -> str:
         """What is reduced, with the identity in columns that are none, unless it is there already."""
@@ -130,8 +141,6 @@ class Printer:
             text, binds = literal(x.value, self.columns, whole=TABLE[user.op].binds != CALL)
         else:
             text, binds = self.text(x, scope, user)
-            if len(text) > _LONG and x not in scope:
-                text, binds = self.assign(x, text, scope), CALL
         spread = _BOTH.get(x.dims, "") if user.dims == "rc" else ""
         return f"({text}){spread}" if binds < (CALL if spread else need) else f"{text}{spread}"
 

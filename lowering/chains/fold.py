@@ -55,6 +55,8 @@ class Folding(Algebra):
             return number(p - q)
         if q == 0:
             return x
+        if x is y:
+            return number(0)
         if p == 0:
             return self._neg(y)
         if y.op == "neg":
