@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +16,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heddle.codegen.chains import inputs, source
+from heddle.lowering.chains.expr import Chain, Output, Unfit, View, apply, reduce
+from heddle.lowering.chains.expr import load as load_expr
 from heddle.lowering.chains.plan import Plan, plan
 from heddle.lowering.chains.tiles import ROW, TILE, WALK, Tiles, power
 from heddle.lowering.target import TARGETS
 from heddle.runtime.bounds import bounds
+from heddle.runtime.lib.chance import state_of, uniform
 
 from .chains import EXAMPLES, Example
-from .harness import dtypes, laid, layouts, load, poisoned, scales, seeds, sizes, values, worst
+from .harness import (
+    Fault, dtypes, laid, layouts, load, poisoned, scales, seeds, sizes, stable, survivors, values, worst,
+)  # fmt: skip
 
+ROOT = Path(__file__).resolve().parents[2]
 TRITON = TARGETS["triton"]
 
 
@@ -152,3 +162,234 @@ def check(case: Case, module: object | None = None) -> float:
 @few(4)
 def test_kernels_agree_with_fp64(name: str, data: st.DataObject) -> None:
     check(data.draw(cases(name)))
+
+
+@pytest.mark.parametrize("name", ["gated_norm", "softmax", "rope"])
+@given(seed=seeds(), mode=st.sampled_from((ROW, WALK)))
+@few(2)
+def test_rows_are_alone(name: str, seed: int, mode: str) -> None:
+    """The same bits for a row wherever it stands, and whatever stands beside it; forward and backward."""
+    example = EXAMPLES[name]
+    case = Case(example, 37, tiles_for(name in REDUCES, 37, 8, mode, 2), 5 * example.rows, torch.bfloat16, torch.float32, seed=seed)
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+
+    def moved(t: Tensor) -> Tensor:
+        return t if len(t) % 5 else t.view(5, -1, t.shape[-1])[order].view(t.shape)
+
+    tensors, slopes = case.tensors(), slopes_of(case, case.dtype)
+    plain = run(case, tensors, slopes)
+    other = run(case, {n: moved(t) for n, t in tensors.items()}, {n: moved(t) for n, t in slopes.items()})
+    shared = {f"d_{n}" for n, t in tensors.items() if len(t) % 5}  # a weight's gradient is a sum in another order
+    for n in plain.keys() - shared:
+        assert torch.equal(moved(plain[n]), other[n]), n
+    again = run(case, tensors, slopes)
+    assert all(torch.equal(plain[n], again[n]) for n in plain)
+
+
+def run(case: Case, tensors: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    chain = case.example.chain(case.columns)
+    module = load(source(chain, TRITON, chain.name, dict(case.tiles)))
+    leaves = {n: t.detach().clone().requires_grad_(n not in case.example.ungraded) for n, t in tensors.items()}
+    out = getattr(module, chain.name)(*(leaves[n] for n in inputs(chain)))
+    out = (out,) if isinstance(out, Tensor) else out
+    wanted = [n for n, t in leaves.items() if t.requires_grad]
+    grads = torch.autograd.grad(out, [leaves[n] for n in wanted], list(slopes.values()))
+    return dict(zip(slopes, out, strict=True)) | {f"d_{n}": g for n, g in zip(wanted, grads, strict=True)}
+
+
+def test_rows_of_any_shape() -> None:
+    """Dims before and behind, weights of several dims, an output that nobody uses, dtypes that differ."""
+    module = load(source(EXAMPLES["add_rms_norm"].chain(12), TRITON, "add_rms_norm"))
+    x = values((2, 5, 3, 4), torch.float32, 1).requires_grad_()
+    r = values((2, 5, 12), torch.bfloat16, 2).requires_grad_()
+    w = values((3, 4), torch.float32, 3).requires_grad_()
+    h, y = module.add_rms_norm(x, r, w)
+    assert h.shape == y.shape == x.shape and h.dtype == torch.float32
+    dx, dr, dw = torch.autograd.grad(y.sum(), (x, r, w))  # through y alone, by a gradient that is one number everywhere
+    assert [g.dtype for g in (dx, dr, dw)] == [torch.float32, torch.bfloat16, torch.float32]
+    want = derived(EXAMPLES["add_rms_norm"], {"x": x.double().flatten(-2), "r": r.double(), "w": w.double().flatten()},
+                   {"h": torch.zeros(2, 5, 12), "y": torch.ones(2, 5, 12)})  # fmt: skip
+    torch.testing.assert_close(dx.flatten(-2).double(), want["d_x"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dw.flatten().double(), want["d_w"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dr, dx.view(dr.shape).bfloat16(), rtol=0, atol=0)
+
+
+# --- dropout ------------------------------------------------------------------------------------------------------------
+
+
+def dropped(c: int) -> Chain:
+    first, key = load_expr("first", "r", whole=True), load_expr("key", "", whole=True)
+    x = apply("dropout", load_expr("x", "rc"), first, key, rate=0.3)
+    return Chain("dropped", c, (Output("y", apply("add", load_expr("r", "rc"), x)),))
+
+
+@given(step=st.integers(0, 2**40), before=st.integers(0, 2**40), columns=st.sampled_from((1, 7, 37)))
+@few(3)
+def test_dropout_draws_the_numbers_of_the_library(step: int, before: int, columns: int) -> None:
+    chain, key = dropped(columns), (step, 12345, 678, 0)
+    module = load(source(chain, TRITON, "dropped"))
+    x, r = (values((5, columns), torch.float32, i).requires_grad_() for i in (1, 2))
+    first = before + torch.arange(5) * columns
+    kept = uniform(key, first[:, None] + torch.arange(columns)) >= 0.3
+    y = module.dropped(r, first, state_of(key), x)
+    assert torch.equal(y, r + torch.where(kept, x * (1 / 0.7), 0))
+    dx, dr = torch.autograd.grad(y, (x, r), torch.ones_like(y))
+    assert torch.equal(dx != 0, kept) and torch.equal(dr, torch.ones_like(r))
+
+
+# --- what torch asks of an op -------------------------------------------------------------------------------------------
+
+
+def test_torch_knows_the_ops() -> None:
+    """Fake forms, gradients, no alias; through the compiler in one graph, with the same bits."""
+    chain = EXAMPLES["gated_norm"].chain(37)
+    module = load(source(chain, TRITON, "gated_norm"))
+    x, z = (values((6, 37), torch.float32, i).requires_grad_() for i in (1, 2))
+    w = values((3, 37), torch.float32, 3).requires_grad_()
+    torch.library.opcheck(module.gated_norm_fwd, (x, z, w))
+    compiled = torch.compile(module.gated_norm, backend="aot_eager", fullgraph=True)
+    for a, b in zip(*(torch.autograd.grad(f(x, z, w).square().sum(), (x, z, w)) for f in (module.gated_norm, compiled))):
+        assert torch.equal(a, b)
+
+
+# --- faults -------------------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "gated_norm": (ROW, {
+        "a column short": Fault("mask_c = cols < C", "mask_c = cols < C - 1"),
+        "a row short": Fault("mask_r = rows < num_rows", "mask_r = rows < num_rows - 1"),
+        "padding counted": Fault("s1 / C + 1e-05", "s1 / BLOCK_C + 1e-05"),
+        "another epsilon": Fault("+ 1e-05", "+ 1e-06"),
+        "one group's weight": Fault("w_ptr + group * C + cols", "w_ptr + cols"),
+        "blocks skipped": Fault("tl.num_programs(0)):", "tl.num_programs(0) + 1):"),
+        "parts over each other": Fault("(tl.program_id(0) * 3 + group) * C", "(tl.program_id(0) + group) * C"),
+        "no gradient of the statistic": Fault("- y * s2[:, None]", ""),
+        "weight's gradient of rows not scaled": Fault("d_o * (y * rstd[:, None])", "d_o * y"),
+        "wrong slope of the gate": Fault("(t1 * (1 - t1))", "(t1 * (1 + t1))"),
+        "last parts only": Fault("acc += tl.load(parts_ptr", "acc = tl.load(parts_ptr"),
+        "parts of all groups": Fault("(n % G // DIVIDE % M == m)", "(n >= 0)"),
+        "stale statistic": Fault("tl.load(rstd_ptr + rows,", "tl.load(rstd_ptr + rows * 0,"),
+    }),
+    "layer_norm_1p": (WALK, {
+        "last block only": Fault("s1_acc += x", "s1_acc = x"),
+        "padding in the variance": Fault("tl.where(mask_c[None, :], t1 * t1, 0.0)", "t1 * t1"),
+        "mean not taken off": Fault("t1 = x - mu[:, None]", "t1 = x"),
+        "first block of the weights only": Fault("cols = tl.program_id(1) * BLOCK_C + ", "cols = "),
+        "weight without its 1": Fault("d_y * (1 + w)[None, :]", "d_y * w[None, :]"),
+        "gradient of the mean lost": Fault("- s4[:, None]", ""),
+        "gradient of the variance lost": Fault("- (x - mu[:, None]) * s3[:, None]", ""),
+        "bias left out": Fault("+ b[None, :]", ""),
+    }),
+    "softmax": (WALK, {
+        "padding in the sum": Fault("tl.where(mask_c[None, :], tl.exp(x - m[:, None]), 0.0)", "tl.exp(x - m[:, None])"),
+        "padding is the largest": Fault('tl.where(mask_c[None, :], x, float("-inf"))', "x + 1000 * (1 - mask_c[None, :].to(tl.float32))"),
+        "not normalised": Fault(" / l[:, None]\n", "\n"),
+        "gradient of the sum lost": Fault(" - s2[:, None]", ""),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(name: str) -> None:
+    mode, faults = FAULTS[name]
+    example = EXAMPLES[name]
+    tiles = tiles_for(True, 37, 8, mode, 8)
+    chain = example.chain(37)
+    text = source(chain, TRITON, chain.name, dict(tiles))
+    cases_ = [Case(example, 37, tiles, 13 * example.rows, dtype, torch.float32, scale=scale, seed=7)
+              for dtype, scale in ((torch.float32, 0.02), (torch.float32, 1.0))]  # fmt: skip
+
+    def look(module: object) -> None:
+        for case in cases_:
+            check(case, module)
+
+    assert survivors(text, faults, look) == []
+
+
+# --- the text ------------------------------------------------------------------------------------------------------------
+
+
+def test_reads_as_by_hand(golden: Callable[[str, str], None]) -> None:
+    text = source(EXAMPLES["add_rms_norm"].chain(4096), TRITON, "add_rms_norm")
+    golden("add_rms_norm", text)
+    stable(text)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("columns", [64, 4096, 21504])
+def test_text(name: str, columns: int) -> None:
+    """Of a size that is published: lines of a length that can be read, rows counted in 64 bits, no atomics."""
+    text = source(EXAMPLES[name].chain(columns), TRITON, "f")
+    assert max(map(len, text.splitlines())) <= 130
+    assert "atomic" not in text and text.count(".to(tl.int64)") >= text.count("rows = (")
+    compile(text, "f.py", "exec")
+
+
+def test_same_bytes_in_another_process() -> None:
+    code = (
+        "from tests.kernels.chains import EXAMPLES; from heddle.codegen.chains import source; "
+        "from heddle.lowering.target import TARGETS; import hashlib; "
+        "print(hashlib.sha256(''.join(source(e.chain(67), TARGETS['sm_90'], n) for n, e in EXAMPLES.items() if n in 'gated_norm everything').encode()).hexdigest())"
+    )
+    found = {
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT,
+                       capture_output=True, text=True, check=True).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
+
+
+def test_what_is_kept() -> None:
+    """One read of the sum instead of both terms; statistics where rows are long, nothing where they are short."""
+    long = plan(EXAMPLES["add_rms_norm"].chain(4096))
+    assert set(long.kept) == {"h", "rstd", "w"} and [s.name for s in long.saved] == ["rstd"]
+    assert [g.name for g in long.gradients] == ["d_x", "d_x", "d_w"]
+    assert set(plan(EXAMPLES["add_rms_norm"].chain(16)).kept) == {"h", "w"}
+    assert set(plan(EXAMPLES["swiglu"].chain(4096)).kept) == {"gate", "up"}
+    assert {s.name for s in plan(EXAMPLES["softmax"].chain(4096)).saved} == {"m", "l"}
+
+
+def test_walks_of_a_layer_norm() -> None:
+    """What is centred sums to 0, so the gradient's two sums are found in one walk, and a second stores."""
+    text = source(EXAMPLES["layer_norm"].chain(21504), TRITON, "layer_norm")
+    body = text[text.index("def layer_norm_bwd_kernel") : text.index("def layer_norm_bwd_weights_kernel")]
+    assert body.count("for start in range") == 2
+
+
+# --- what is no chain -----------------------------------------------------------------------------------------------------
+
+
+def test_reasons() -> None:
+    x, y = load_expr("x", "rc"), load_expr("y", "rc")
+    with pytest.raises(Unfit, match="exponent that is a tensor"):
+        apply("pow", x, y)
+    with pytest.raises(Unfit, match="largest column"):
+        plan(Chain("f", 8, (Output("y", apply("sub", x, reduce("max", x))),)))
+    with pytest.raises(Unfit, match="read in two places"):
+        parts = [load_expr("x", "rc", View(start=i, width=12)) for i in (0, 4)]
+        plan(Chain("f", 8, (Output("y", apply("mul", *parts)),)))
+    with pytest.raises(Unfit, match="one after another"):
+        plan(Chain("f", 8, (Output("y", apply("mul", x, load_expr("c", "rc", View(divide=2)))),)))
+    with pytest.raises(Unfit, match="a row of its own"):
+        plan(Chain("f", 8, (Output("y", apply("exp", load_expr("w", "c"))),)))
+    with pytest.raises(Unfit, match="no text"):
+        apply("floordiv", x, y)
+    with pytest.raises(ValueError, match="not written once"):
+        plan(Chain("f", 8, (Output("y", x, view=View(width=24)), Output("y", x, view=View(start=8, width=24)))))
+    with pytest.raises(ValueError, match="cannot be a name"):
+        plan(Chain("f", 8, (Output("rows", apply("exp", x)),)))
+
+
+def test_wrong_tensors() -> None:
+    module = load(source(EXAMPLES["gated_norm"].chain(8), TRITON, "gated_norm"))
+    x, w = torch.ones(6, 8), torch.ones(3, 8)
+    with pytest.raises(TypeError, match="float64"):
+        module.gated_norm(x.double(), x.double(), w.double())
+    with pytest.raises(ValueError, match="rows of 8"):
+        module.gated_norm(torch.ones(6, 9), x, w)
+    with pytest.raises(ValueError, match="3 are needed|6 are needed"):
+        module.gated_norm(x, torch.ones(3, 8), w)
+    with pytest.raises(ValueError, match="are not of 3 groups"):
+        module.gated_norm(x[:4], x[:4], w)
+    with pytest.raises(ValueError, match="is not 3 rows of 8"):
+        module.gated_norm(x, x, torch.ones(8))
