@@ -70,7 +70,7 @@ def read(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any]) ->
     """q and the sources as a kernel takes them; None where it does not, and then nothing was remembered.
 
     That is: other dtypes than a kernel computes on, or several of them; key heads that differ; a mask that does not let
-    each query see one interval of keys; positions that were given and fall.
+    each query see one interval of keys; positions that were given and fall; two keys at one place of a bias.
     """
     q, *tensors = autocast(q, *(x for s in sources for x in (s.k, s.v, s.query, s.bias)))
     sources = [s._replace(k=k, v=v, query=query, bias=bias)
@@ -94,15 +94,18 @@ def _suit(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any]) -
         if is_past(cache) and cache.stream.dtype != q.dtype or cuts(source.mask) is None:
             return False
         where = at if source.rows is SAME else source.rows
-        ordered, apart = _order(where) if isinstance(where, At) else (True, True)
+        ordered, apart = _order(where, source.bias is not None) if isinstance(where, At) else (True, True)
         if not ordered or source.bias is not None and not (apart and _places(source) is not None):
             return False
     return True
 
 
-def _order(at: At) -> tuple[bool, bool]:
-    """`rises` of rows; asked of the device only where positions were given."""
-    if not (at.tokens if isinstance(at, Groups) else at).told:
+def _order(at: At, bias: bool) -> tuple[bool, bool]:
+    """`rises` of rows; asked of the device only where positions were given, or where padding may cut a group in two,
+    and there are two rows of one place."""
+    tokens = at.tokens if isinstance(at, Groups) else at
+    cut = bias and at is not tokens and tokens.valid is not None and not at.in_stream
+    if not (tokens.told or cut):
         return True, True
     if "rises" not in at.memo:
         at.memo["rises"] = rises(at.keys())
