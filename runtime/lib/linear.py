@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .kernels import suits
 from .later import Later, Weight, waiting
 from .product import product
 
@@ -171,44 +172,69 @@ class Embed(nn.Module):
         self.vocab = vocab
         self.weight = empty(vocab, *outs)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return embed(tokens, self.weight)
+    def forward(self, tokens: Tensor, kernel: Any = None) -> Tensor:
+        return embed(tokens, self.weight, kernel)
 
 
-def embed(tokens: Tensor, weight: Tensor) -> Tensor:
-    """tokens int64[...], weight [vocab, *outs] -> [..., *outs]."""
+def embed(tokens: Tensor, weight: Tensor, kernel: Any = None) -> Tensor:
+    """tokens int64[...], weight [vocab, *outs] -> [..., *outs]. kernel: a generated one, for the gradient of weight."""
     store = waiting()
+    kernel = kernel if suits(weight) and tokens.numel() else None
     if store is not None and weight.requires_grad:
         of = Weight.of(weight, (len(weight), -1))
-        found: Tensor = _LaterRows.apply(tokens, store.anchor, of, store)
+        found: Tensor = _LaterRows.apply(tokens, store.anchor, of, store, kernel)
+    elif kernel is not None and torch.is_grad_enabled():
+        found = _Rows.apply(tokens, weight.flatten(1), kernel)
     else:
         found = F.embedding(tokens, weight if weight.dim() == 2 else weight.flatten(1))
     return found if weight.dim() == 2 else found.unflatten(-1, weight.shape[1:])
+
+
+def _gradient_of_rows(grad: Tensor, tokens: Tensor, rows: int, kernel: Any) -> Tensor:
+    """grad [..., N], tokens [...] -> [rows, N]."""
+    if kernel is not None:
+        return kernel(grad.reshape(-1, grad.shape[-1]), tokens.reshape(-1), rows)
+    return torch.ops.aten.embedding_dense_backward(grad, tokens, rows, -1, False)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a table; its gradient is a kernel's."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, kernel: Any) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows, ctx.kernel = len(weight), kernel
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        return None, _gradient_of_rows(grad, tokens, ctx.rows, ctx.kernel), None
 
 
 class _LaterRows(torch.autograd.Function):
     """Rows of a table; its gradient waits."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, anchor: Tensor, weight: Weight, store: Later) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, anchor: Tensor, weight: Weight, store: Later, kernel: Any) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.weight, ctx.rows, ctx.store = weight.without_value(), len(weight.value), store
+        ctx.weight, ctx.rows, ctx.store, ctx.kernel = weight.without_value(), len(weight.value), store, kernel
         return F.embedding(tokens, weight.value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        (tokens,), rows = ctx.saved_tensors, ctx.rows
-        back = torch.ops.aten.embedding_dense_backward
-        ctx.store.put(ctx.weight, lambda: back(grad, tokens, rows, -1, False), grad, tokens)
-        return None, None, None, None
+        (tokens,), rows, kernel = ctx.saved_tensors, ctx.rows, ctx.kernel
+        ctx.store.put(ctx.weight, lambda: _gradient_of_rows(grad, tokens, rows, kernel), grad, tokens)
+        return None, None, None, None, None
 
 
-def embed_part(tokens: Tensor, weight: Tensor, start: int) -> Tensor:
+def embed_part(tokens: Tensor, weight: Tensor, start: int, kernel: Any = None) -> Tensor:
     """Rows of a table of which rows start, start + 1, .. are here; tokens of other rows give 0."""
     row = tokens - start
     here = (row >= 0) & (row < len(weight))
-    found = embed(torch.where(here, row, 0), weight)
+    found = embed(torch.where(here, row, 0), weight, kernel)
     return torch.where(here.reshape(*here.shape, *[1] * (weight.dim() - 1)), found, 0)
 
 

@@ -14,5 +14,6 @@ def construct(use: Any) -> str:
 def emit(use: Any) -> str:
     """The call; of a part of the rows, those that are not here are 0."""
     if use.is_cut("V"):
-        return f"lib.embed_part({use.args[0]}, {use.args[1]}, {use.start('V')})"
-    return f"{use.own}({use.args[0]})" if use.own else f"lib.embed({use.args[0]}, {use.args[1]})"
+        return f"lib.embed_part({use.args[0]}, {use.args[1]}, {use.start('V')}{use.kernel})"
+    given = use.args[0] if use.own else f"{use.args[0]}, {use.args[1]}"
+    return f"{use.own or 'lib.embed'}({given}{use.kernel})"
