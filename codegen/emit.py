@@ -94,8 +94,8 @@ def emit(program: GraphProgram, version: str, named: bool = False) -> Files:
 
 
 def emit_block(name: str, program: GraphProgram, version: str) -> Files:
-    """The files of one block of a program by itself, without those that it calls: `Model` is an `nn.Module`, whose
-    forward takes the block's inputs, coordinates and state; its class tells the shapes of the inputs from coordinates."""
+    """The files of one block of a program by itself, without those that it calls: `Model` is an `nn.Module`. Its forward
+    takes the block's inputs, coordinates and state; the class tells the shapes of the inputs from coordinates."""
     shared = Shared()
     writer = Writer(program.graphs[name], program, shared)
     block = writer.as_class()

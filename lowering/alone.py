@@ -33,7 +33,8 @@ def kernels(program: GraphProgram) -> Iterator[Alone]:
         fused = program.fused.get(graph.name, ())
         inside = {name for f in fused for name in f.nodes}
         groups = [tuple(graph.producers[n] for n in f.nodes) for f in fused]
-        groups += [(n,) for n in graph.nodes if n.name not in inside and n.op not in STRUCTURE and has_part(n.op, "triton")]
+        others = (n for n in graph.nodes if n.name not in inside and n.op not in STRUCTURE)
+        groups += [(n,) for n in others if has_part(n.op, "triton")]
         for nodes in sorted(groups, key=lambda ns: graph.nodes.index(ns[-1])):
             made = _alone(program, graph, nodes)
             key = _meaning(made.graph)
@@ -65,7 +66,7 @@ def _alone(program: GraphProgram, graph: Graph, nodes: tuple[Node, ...]) -> Alon
 
 
 def _meaning(graph: Graph) -> object:
-    """What makes two such blocks do the same: ops, settings, and sizes of what they read; not what anything is called."""
+    """What makes two such blocks do the same: ops, settings and sizes, not what anything is called."""
     place: dict[str, int] = {}
     for v in (*graph.body.inputs, *(w.name for w in graph.body.weights)):
         place[v if isinstance(v, str) else v.name] = len(place)

@@ -42,7 +42,7 @@ Layout = Annotated[
     str | None, typer.Option("--layout", metavar="NAME", help="a layout of the file: what one of its ranks runs")
 ]
 Json = Annotated[bool, typer.Option("--json", help="plain data for tools")]
-Target = Annotated[str, typer.Option(help="what to generate code for: cpu, or kernels for triton, sm_80, sm_90, sm_100")]
+Target = Annotated[str, typer.Option(help="what code is for: cpu, or with kernels triton, sm_80, sm_90, sm_100")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one")]
 Format = Annotated[str, typer.Option("--format", metavar="text|json", help="how diagnostics are printed")]
 

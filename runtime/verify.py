@@ -1,8 +1,8 @@
 """`heddle verify`: the kernels that a spec needs, each against its meaning, on the machine that it is run on.
 
 Each kernel is a block by itself: once as the target has it, once as PyTorch in the same numbers (eager), and once as
-PyTorch in fp64. Its inputs are drawn. Its error may be twice that of eager, and what rounding alone explains; all memory
-that it is given to write to holds NaN before.
+PyTorch in fp64. Its inputs are drawn. Its error may be twice that of eager, and what rounding alone explains; all
+memory that it is given to write to holds NaN before.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def verify(program: Program, target: str, examples: int, seed: int, device: torc
     aim = target_of(target)
     if not aim.kernels:
         found = ", ".join(t.name for t in TARGETS.values() if t.kernels)
-        raise UserError("no-kernels", f"target `{target}` has no kernels of its own", help=f"targets with kernels: {found}")
+        said = f"target `{target}` has no kernels of its own"
+        raise UserError("no-kernels", said, help=f"targets with kernels: {found}")
     lowered = lower(program, target=aim)
     for alone in kernels(lowered):
         yield _verified(alone, examples, random.Random(f"{seed} {alone.name}"), device)
@@ -138,7 +139,8 @@ class _Draw:
         }
         self.seed = chance.getrandbits(40)
         named = zip(alone.graph.body.inputs, shapes, strict=True)
-        self.shapes = ", ".join(f"{v.name}{list(shape)}" for v, shape in named) + (", documents" * (document is not None))
+        self.shapes = ", ".join(f"{v.name}{list(shape)}" for v, shape in named)
+        self.shapes += ", documents" * (document is not None)
         self.steps = seq + sum(shape[-1] for shape in shapes if shape)
 
     def run(self, kind: type[nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:

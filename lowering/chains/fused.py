@@ -1,8 +1,8 @@
 """Which nodes of a graph are one kernel, and what that kernel computes.
 
-A group has tiles of rows and columns: every value in it is one number a place, a row or a column, or one at all. What is
-reduced is reduced over all columns, so norms and softmaxes of one width go together with what is place by place around
-them. How an op is written as an expression is said by its room (`chain.py`).
+A group has tiles of rows and columns: every value in it is one number a place, a row or a column, or one at all. What
+is reduced is reduced over all columns, so norms and softmaxes of one width go together with what is place by place
+around them. How an op is written as an expression is said by its room (`chain.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rotations as a kernel of rows: two halves of the channels are two views of one tensor, and so are those of the result.
+"""Rotations as a kernel of rows: the halves of the channels are two views of one tensor, and so are the result's.
 
 (y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin)
 """
@@ -25,7 +25,7 @@ def columns(use: Any) -> int | None:
 
 
 def chain(use: Any, lines: tuple[str, ...]) -> tuple[Chain, tuple[str, ...]]:
-    """The chain, and the operands that it reads, in order. Rows are (token, head); the angles are those of the token."""
+    """The chain, and the operands that it reads. Rows are (token, head); the angles are those of the token."""
     pairs, heads = use.count("R"), prod(use.graph.size(d) or 0 for d in use.node.bound("H"))
     halves = [View(start=i * pairs, width=2 * pairs) for i in range(2)]
     x1, x2 = (load("x", "rc", view) for view in halves)
