@@ -18,6 +18,7 @@ from ..dsl.program import TOKENS, Node, Parameter
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..lowering.passes.stream import streaming_errors
 from . import layout, names
+from .lock import Lock
 from .shared import Shared
 from .writer import Class, Line, Writer, first_line
 
@@ -33,17 +34,20 @@ def _template() -> jinja2.Template:
 @dataclass(frozen=True)
 class Files:
     """What is written of a model: the text of `model.py`, and of each file in `kernels/` by its name. `without`: the
-    uses of ops that PyTorch computes though their room has kernels, by the line of the spec, each with the reason."""
+    uses of ops that PyTorch computes though their room has kernels, by the line of the spec, each with the reason;
+    `keys`: what a lock knows each kernel by."""
 
     model: str
     kernels: dict[str, str]
     without: dict[str, str]
+    keys: dict[str, str]
 
 
-def emit(program: GraphProgram, version: str, named: bool = False) -> Files:
+def emit(program: GraphProgram, version: str, named: bool = False, lock: Lock | None = None) -> Files:
     """The files of a model for its target: one class a distinct block, callees first. `named`: each use of an op
-    goes through `spmd.use`, which is told what it is, for those who look on while the module runs."""
-    shared = Shared()
+    goes through `spmd.use`, which is told what it is, for those who look on while the module runs. `lock`: how kernels
+    are cut, where not as untuned. Raises BadLock."""
+    shared = Shared(lock=lock)
     program = replace(program, named=named)
     objectives = set(program.program.objectives.values())
     classes = []
@@ -90,13 +94,13 @@ def emit(program: GraphProgram, version: str, named: bool = False) -> Files:
         result=_result(program),
         regathered=_regathered(program),
     )
-    return Files(text, shared.files, shared.without)
+    return Files(text, shared.files, shared.without, shared.keys)
 
 
-def emit_block(name: str, program: GraphProgram, version: str) -> Files:
-    """The files of one block of a program by itself, without those that it calls: `Model` is an `nn.Module`. Its forward
-    takes the block's inputs, coordinates and state; the class tells the shapes of the inputs from coordinates."""
-    shared = Shared()
+def emit_block(name: str, program: GraphProgram, version: str, lock: Lock | None = None) -> Files:
+    """The files of one block by itself, without those that it calls: `Model` is an `nn.Module`. Its forward takes the
+    block's inputs, coordinates and state; the class tells the shapes of the inputs from coordinates."""
+    shared = Shared(lock=lock)
     writer = Writer(program.graphs[name], program, shared)
     block = writer.as_class()
     block.shapes = [writer.shape(v.name) for v in writer.graph.body.inputs]
@@ -109,7 +113,7 @@ def emit_block(name: str, program: GraphProgram, version: str) -> Files:
         masks=sorted(shared.masks.values()), kernels=bool(shared.kernels), beside=(), init_table=_init_table,
         keep_patterns=_keep_patterns, source=_source_name(program), used=_grouped, layout=layout,
     )  # fmt: skip
-    return Files(text, shared.files, shared.without)
+    return Files(text, shared.files, shared.without, shared.keys)
 
 
 def _stored(program: GraphProgram) -> list[tuple[str, str]]:

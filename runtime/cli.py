@@ -220,6 +220,9 @@ def compile(  # noqa: A001
     out: Annotated[Path, typer.Option("-o", "--out", help="where artifacts are kept")] = Path("build"),
     target: Target = "cpu",
     layout: Layout = None,
+    lock: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="how kernels are cut (SPEC's own, my.sm_90.lock, if there is one)")
+    ] = None,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
@@ -227,14 +230,15 @@ def compile(  # noqa: A001
     from ..dsl.layout import layout_of
     from ..dsl.load import load
     from .check import proved
-    from .compile import build, write
+    from .compile import build, lock_of, write
     from .paths import split_entry
 
     path, model = split_entry(spec)
     file = load(path)
     program = proved(file, model, overrides(set))
     laid = layout_of(file, layout) if layout is not None else None
-    typer.echo(str(write(build(program, target, laid), out) / "model.py"))
+    made = build(program, target, laid, lock_of(path, target, lock))
+    typer.echo(str(write(made, out) / "model.py"))
 
 
 @command

@@ -15,6 +15,8 @@ import torch
 
 from .. import __version__
 from ..codegen.emit import Files, digest, emit
+from ..codegen.lock import BadLock, Lock
+from ..codegen.lock import read as read_lock
 from ..dsl.layout import Layout
 from ..dsl.load import load
 from ..dsl.program import Program
@@ -52,12 +54,31 @@ class Artifact:
         return self.lowered.program
 
 
-def build(program: Program, target: str = "cpu", layout: Layout | None = None) -> Artifact:
+def build(
+    program: Program, target: str = "cpu", layout: Layout | None = None, lock: Lock | None = None
+) -> Artifact:  # fmt: skip
     """Lower a program and write its source; with a layout, that of one rank of its mesh (all ranks run the same).
+    `lock`: how kernels are cut (`lock_of`).
 
-    Raises UserError `unknown-target`; `SpecError` for a layout that cannot be.
+    Raises UserError `unknown-target`, `bad-lock`; `SpecError` for a layout that cannot be.
     """
-    return emitted(lower(program, layout=layout, target=target_of(target)))
+    return emitted(lower(program, layout=layout, target=target_of(target)), lock=lock)
+
+
+def lock_of(file: Path, target: str, asked: Path | None = None) -> Lock | None:
+    """The lock of a spec for a target: the file `asked` for, or the one beside the spec (`my.sm_90.lock` of `my.spec`),
+    if there is one. Raises UserError `bad-lock`, `no-such-file`."""
+    path = asked or file.with_suffix(f".{target}.lock")
+    if not path.is_file():
+        if asked is not None:
+            raise UserError("no-such-file", f"there is no file `{asked}`")
+        return None
+    import triton
+
+    try:
+        return read_lock(path, target, triton.__version__)
+    except BadLock as error:
+        raise UserError("bad-lock", str(error), help=error.help or None) from None
 
 
 def target_of(name: str) -> Target:
@@ -69,7 +90,10 @@ def target_of(name: str) -> Target:
 
 def emitted(lowered: GraphProgram, **how: Any) -> Artifact:
     """The artifact of lowered graphs; `how` as of `emit`."""
-    files = emit(lowered, __version__, **how)
+    try:
+        files = emit(lowered, __version__, **how)
+    except BadLock as error:
+        raise UserError("bad-lock", str(error), help=error.help or None) from None
     return Artifact(f"{lowered.program.name}-{digest(files.model, *files.kernels.values())}", files, lowered)
 
 
@@ -178,7 +202,7 @@ def compile(  # noqa: A001 (the public name is heddle.compile)
     Raises `SpecError`, `UserError`.
     """
     file, model = split_entry(path, model)
-    artifact = build(proved(load(file), model, overrides), target)
+    artifact = build(proved(load(file), model, overrides), target, lock=lock_of(Path(file), target))
     if cache is not None:
         write(artifact, Path(cache))
     return instantiate(artifact, seed, DTYPES[dtype] if isinstance(dtype, str) else dtype)

@@ -12,7 +12,7 @@ import importlib.util
 import sys
 from functools import cache
 from importlib.abc import InspectLoader
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -117,12 +117,41 @@ def repair() -> None:
         return cast(self, interpreter.TensorHandle(np.array([value], np.float32), tl.float32), tl.bfloat16)
 
     jit.JITFunction.__call__ = call
+    _patch_once(interpreter)
     interpreter.InterpreterBuilder.get_bf16 = bf16
     interpreter.InterpreterBuilder.cast_impl = cast
     for name in ("fp_ext", "fp_trunc", "si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui"):
         setattr(interpreter.InterpreterBuilder, f"create_{name}", lambda self, src, kind: cast(self, src, kind))
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter.ReduceScanOpInterface.check_tensor = check
+
+
+def _patch_once(interpreter: Any) -> None:
+    """The language's functions are put in place once a launch, and taken back behind it. As it is, each call of a
+    function from a kernel puts them in place again, which is most of its time, and never takes them back: what is built
+    in this process later would be built of them."""
+    import triton.language as tl
+
+    plain = interpreter._patch_lang
+    # What a kernel's functions may call: what they name as `tl`, and what Triton's own functions do as `core`.
+    every = FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+    running: list[Any] = []
+
+    class Scope:
+        def restore(self) -> None:
+            running.pop().restore()
+
+    class Inside:
+        def restore(self) -> None:
+            """What was there before is put back behind the launch."""
+
+    def patch(fn: Any) -> Any:
+        if running:
+            return Inside()
+        running.append(plain(every))
+        return Scope()
+
+    interpreter._patch_lang = patch
 
 
 def _to_zero(rounding: Any) -> bool:

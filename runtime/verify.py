@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,39 +84,43 @@ def _verified(alone: Alone, examples: int, chance: random.Random, device: torch.
     if not files.kernels:
         result.why_not = next(iter(files.without.values()), "nothing is saved by one")
         return result
-    kinds = [_kind(alone.name, f) for f in (files, emit_block(plain.name, plain.program, __version__))]
+    kinds = [block_of(alone.name, f) for f in (files, emit_block(plain.name, plain.program, __version__))]
     for i in range(examples):
         name, dtype = list(DTYPES.items())[i % len(DTYPES)]
-        draw = _Draw(alone, kinds[0], dtype, chance, device)
+        draw = Draw(alone, kinds[0], dtype, chance, device)
         exact, eager = draw.run(kinds[1], torch.float64), draw.run(kinds[1], dtype)
         with lib_kernels.launches() as told, _poisoned():
             found = draw.run(kinds[0], dtype)
         result.launches |= bool(told)
         result.draws += 1
         for what, want in exact.items():
-            share, error, theirs = _share(found[what], want, eager[what], dtype, draw.steps)
-            if not share <= result.worst:
-                result.worst, result.error, result.eager = share, error, theirs
+            part, error, theirs = share(found[what], want, eager[what], dtype, draw.steps)
+            if not part <= result.worst:
+                result.worst, result.error, result.eager = part, error, theirs
                 result.where, result.shapes = what, f"{name} {draw.shapes}"
     return result
 
 
-def _kind(name: str, files: Files) -> type[nn.Module]:
+def block_of(name: str, files: Files) -> type[nn.Module]:
+    """The class of a block by itself."""
     # Sources are found by their path, so another text has another.
     return module_class(files.model, f"{name}-{digest(files.model, *files.kernels.values())}/model.py", files.kernels)
 
 
-class _Draw:
+class Draw:
     """Inputs, weights and cotangents of one run."""
 
     def __init__(
-        self, alone: Alone, kind: Any, dtype: torch.dtype, chance: random.Random, device: torch.device
-    ) -> None:
+        self, alone: Alone, kind: Any, dtype: torch.dtype, chance: random.Random, device: torch.device,
+        shape: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        """`shape`: the rows of a batch and their tokens, where these are not drawn, and are one document each."""
         self.dtype, self.device = dtype, device
         generator = torch.Generator().manual_seed(chance.getrandbits(40))
         rows, seq = chance.choice((1, 2, 3)), chance.choice(SIZES + MORE_SIZES * (device.type == "cuda"))
+        rows, seq = shape or (rows, seq)
         document = None
-        if chance.random() < 0.5:
+        if chance.random() < 0.5 and shape is None:
             document = torch.randint(0, 4, (rows, seq), generator=generator).sort(1).values
         self.at = lambda: At((rows, seq), device, document=None if document is None else document.to(device))
         scale = chance.choice((0.05, 1.0, 4.0))
@@ -145,6 +149,10 @@ class _Draw:
 
     def run(self, kind: type[nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:
         """Results and gradients, of the same numbers in a type."""
+        return self.ready(kind, dtype)()
+
+    def ready(self, kind: type[nn.Module], dtype: torch.dtype) -> Callable[[], dict[str, Tensor]]:
+        """A forward and backward pass, with all that it needs made before."""
         block = kind().to(self.device)
         with torch.no_grad():
             for name, p in block.named_parameters():
@@ -152,14 +160,24 @@ class _Draw:
         inputs = [
             self._laid(x.to(dtype)).requires_grad_() if x.is_floating_point() else x.clone() for x in self.inputs
         ]
-        results = block(*inputs, self.at(), STATELESS)
-        results = results if isinstance(results, tuple) else (results,)
-        generator = torch.Generator().manual_seed(self.seed)
-        slopes = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(self.dtype) for r in results]
-        torch.autograd.backward(results, [s.to(self.device).to(r.dtype) for s, r in zip(slopes, results, strict=True)])
-        found = {f"result {i + 1}": r.detach() for i, r in enumerate(results)}
-        found |= {f"gradient of input {i + 1}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
-        return found | {f"gradient of {n}": p.grad for n, p in block.named_parameters() if p.grad is not None}
+        at = self.at()
+        slopes: list[Tensor] = []
+
+        def step() -> dict[str, Tensor]:
+            results = block(*inputs, at, STATELESS)
+            results = results if isinstance(results, tuple) else (results,)
+            if not slopes:
+                generator = torch.Generator().manual_seed(self.seed)
+                drawn = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+                slopes.extend(d.to(self.dtype).to(self.device, r.dtype) for d, r in zip(drawn, results, strict=True))
+            leaves = [*(x for x in inputs if x.requires_grad), *block.parameters()]
+            grads = torch.autograd.grad(results, leaves, slopes, allow_unused=True)
+            named = [f"input {i + 1}" for i, x in enumerate(inputs) if x.requires_grad]
+            named += [n for n, _ in block.named_parameters()]
+            found = {f"result {i + 1}": r.detach() for i, r in enumerate(results)}
+            return found | {f"gradient of {n}": g for n, g in zip(named, grads, strict=True) if g is not None}
+
+        return step
 
     def _laid(self, x: Tensor) -> Tensor:
         if not self.wide or not x.dim():
@@ -179,7 +197,7 @@ def _places(alone: Alone, value: str) -> tuple[int, int]:
     return low, max(sizes)
 
 
-def _share(found: Tensor, want: Tensor, eager: Tensor, dtype: torch.dtype, steps: int) -> tuple[float, float, float]:
+def share(found: Tensor, want: Tensor, eager: Tensor, dtype: torch.dtype, steps: int) -> tuple[float, float, float]:
     """The error as a share of what is allowed, the error, and eager's; NaN where the result is not finite."""
     if not want.numel():
         return 0.0, 0.0, 0.0

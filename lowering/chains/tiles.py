@@ -5,7 +5,9 @@ All of it but what is free (see `Tiles`) changes the order in which sums are mad
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ROW, WALK, TILE = "row", "walk", "tile"
 """One program owns whole rows; it owns rows and walks over their columns; or it owns a tile of rows and columns."""
@@ -52,3 +54,28 @@ def _warps(elements: int, most: int) -> int:
 def power(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def tuned(constants: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The values that the constants of a chain's file may have, by their names there: half and twice what is untuned.
+
+    Columns of a program stay: where it owns whole rows, fewer would be another kernel.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, value in constants.items():
+        if name.endswith(("_BLOCK_R", "_PROGRAMS")):
+            found[name] = tuple(v for v in (value // 4, value // 2, 2 * value, 4 * value) if v)
+        elif name.endswith("_WARPS"):
+            found[name] = tuple(v for v in (1, 2, 4, 8, 16) if v != value)
+    return found
+
+
+def numerics(constants: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of which results depend to the bit: warps sum a row together, and programs the gradient of a weight."""
+    summed = {name.removesuffix("PROGRAMS") for name in constants if name.endswith("_PROGRAMS")}
+    return tuple(
+        name
+        for name in constants
+        if name.endswith(("_WARPS", "_PROGRAMS", "_BLOCK_C"))
+        or name.endswith("_BLOCK_R") and name.removesuffix("BLOCK_R") in summed
+    )

@@ -12,6 +12,10 @@ THREADS = 128
 
 # Constants of the file that change the order of a sum, and so its bits. All others change only the time it takes.
 NUMERICS = ("BACK_ROWS",)
+TUNED = {
+    "BLOCK_C": (32, 64, 128, 256, 512), "ROWS": (16, 32, 64, 128), "BACK_ROWS": (64, 128, 256), "WARPS": (1, 2, 4, 8),
+    "STAGES": (2, 3, 4),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ MOST_COLUMNS, COLUMNS_A_WARP = 4096, 512
 
 # Constants of the file that change the order of a sum, and so its bits: those of a row's exponentials.
 NUMERICS = ("BLOCK_V", "WARPS")
+TUNED = {"BLOCK_V": (1024, 2048, 4096, 8192), "WARPS": (4, 8, 16), "STAGES": (1, 2, 3, 4)}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ MOST_COLUMNS, COLUMNS_A_WARP = 1024, 256
 
 # Constants of the file that change the order of a sum, and so its bits.
 NUMERICS = ("RUN",)
+TUNED = {"RUN": (16, 32, 64, 128), "BLOCK_N": (128, 256, 512, 1024), "WARPS": (1, 2, 4, 8), "STAGES": (2, 3, 4)}
 
 
 @dataclass(frozen=True)

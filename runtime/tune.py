@@ -1,0 +1,190 @@
+"""`heddle tune`: how the kernels of a spec are cut, measured on this GPU and written to a lock.
+
+For each kernel by itself, one constant after the other: what does not build, spills or asks for more than a program may
+have is left out before it is run; what is faster must also be right, against PyTorch in fp64. What changes
+the order of a sum is another numerics class, whose results differ in their last bits; `keep_bits` tries none of these.
+Nothing is measured when a model runs.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..codegen.emit import Files, emit_block
+from ..codegen.lock import Lock, Tuned
+from ..codegen.tiles import class_of, constants_of, with_constants
+from ..dsl.diagnostics import InternalError
+from ..dsl.program import Program
+from ..lowering.alone import Alone, kernels
+from ..lowering.chains.tiles import numerics as numerics_of_chain
+from ..lowering.chains.tiles import tuned as tuned_of_chain
+from ..lowering.ops import has_part, part
+from ..lowering.pipeline import lower
+from ..lowering.target import TARGETS, Target
+from .ahead import build
+from .compile import target_of
+from .errors import UserError
+from .lib.kernels import launches
+from .verify import Draw, block_of, share
+
+Timer = Callable[[Callable[[], object]], float]
+"""Microseconds that a call takes: a median."""
+BETTER = 0.97
+"""A candidate wins where it takes no more than this share of the time: less is noise."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate: its constants, what it took, or why it was not measured or does not count."""
+
+    constants: Mapping[str, Any]
+    us: float | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What tuning found of one kernel."""
+
+    key: str
+    tuned: Tuned
+    tried: tuple[Tried, ...]
+
+
+def tune(
+    program: Program, target: str, device: torch.device, shape: tuple[int, int], dtype: torch.dtype, budget: float,
+    keep_bits: bool = False, timer: Timer | None = None,
+) -> Iterator[Found]:  # fmt: skip
+    """Tune every kernel of a model for rows of `shape`, in no more than about `budget` seconds together.
+
+    Raises UserError `unknown-target`, `no-kernels`.
+    """
+    aim = target_of(target)
+    if aim.capability is None:
+        ours = ", ".join(t.name for t in TARGETS.values() if t.capability is not None)
+        raise UserError("no-kernels", f"a lock is of one generation of GPU, and `{target}` is none", help=f"targets: {ours}")
+    parts = [
+        (alone, files) for alone in kernels(lower(program, target=aim))
+        if (files := emit_block(alone.name, alone.program, __version__)).kernels
+    ]  # fmt: skip
+    end = time.monotonic() + budget
+    for i, (alone, files) in enumerate(parts):
+        mine = time.monotonic() + (end - time.monotonic()) / (len(parts) - i)
+        yield _Tuning(alone, files, aim, device, shape, dtype, keep_bits, timer or _on_gpu).found(mine)
+
+
+def lock_of(found: list[Found], target: str, made: Mapping[str, Any]) -> Lock:
+    """The lock of what was found."""
+    import triton
+
+    return Lock(target, triton.__version__, {f.key: f.tuned for f in found}, made)
+
+
+def grid_of(alone: Alone, text: str) -> tuple[dict[str, tuple[Any, ...]], tuple[str, ...]]:
+    """The values that each constant of a kernel may have, and those constants that make the numerics class."""
+    last = alone.nodes[-1].op
+    if len(alone.nodes) == 1 and has_part(last, "triton"):
+        room = part(last, "triton")
+        return dict(getattr(room, "TUNED", {})), tuple(getattr(room, "NUMERICS", ()))
+    return tuned_of_chain(constants_of(text)), numerics_of_chain(constants_of(text))
+
+
+class _Tuning:
+    """One kernel, while its candidates are tried."""
+
+    def __init__(
+        self, alone: Alone, files: Files, target: Target, device: torch.device, shape: tuple[int, int],
+        dtype: torch.dtype, keep_bits: bool, timer: Timer,
+    ) -> None:  # fmt: skip
+        ((self.name, self.text),) = files.kernels.items()
+        self.alone, self.files, self.target, self.keep_bits, self.timer = alone, files, target, keep_bits, timer
+        self.device, self.shape, self.dtype = device, shape, dtype
+        self.grid, self.numerics = grid_of(alone, self.text)
+        self.plain = constants_of(self.text)
+        self.tried: list[Tried] = []
+        self.spilled, problems = self._built({})
+        if problems:
+            raise InternalError(f"{self.name} as it is untuned: {problems[0]}")
+
+    def found(self, until: float) -> Found:
+        """The best constants, one after the other, until time is up."""
+        untuned = best_us = self._time({})
+        best: dict[str, Any] = {}
+        for name, values in self.grid.items():
+            for value in (v for v in values if v != {**self.plain, **best}.get(name)):
+                if time.monotonic() > until:
+                    break
+                candidate = {**best, name: value}
+                us = self._try(candidate, best_us)
+                if us is not None and us <= BETTER * best_us:
+                    best, best_us = candidate, us
+        best = {n: v for n, v in best.items() if v != self.plain[n]}
+        return Found(self.files.keys[self.name], Tuned(self.name, best, best_us, untuned), tuple(self.tried))
+
+    def _try(self, candidate: dict[str, Any], best_us: float) -> float | None:
+        """The time of a candidate that may win, None for one that may not."""
+        why = self._refused(candidate)
+        us = None if why else self._time(candidate)
+        if us is not None and us <= BETTER * best_us:
+            why = self._wrong(candidate)
+        self.tried.append(Tried(candidate, us, why))
+        return None if why else us
+
+    def _refused(self, candidate: dict[str, Any]) -> str:
+        if self.keep_bits and class_of({**self.plain, **candidate}, self.numerics) != class_of(self.plain, self.numerics):
+            return "another numerics class"
+        spills, problems = self._built(candidate)
+        if problems:
+            return problems[0]
+        return f"{spills} spills in place of {self.spilled}" if spills > self.spilled else ""
+
+    def _built(self, candidate: dict[str, Any]) -> tuple[int, list[str]]:
+        """Loads and stores of registers that did not fit, of all its launches; and why one is not sound."""
+        kind = self._kind(candidate)
+        draw = Draw(self.alone, kind, self.dtype, random.Random(0), torch.device("meta"), self.shape)
+        with launches() as told:
+            draw.run(kind, self.dtype)
+        built = build(told, self.target)
+        asked = [b.resources for b in built if b.resources is not None]
+        return sum(r.spill_loads + r.spill_stores for r in asked), [p for b in built for p in b.problems]
+
+    def _kind(self, candidate: dict[str, Any]) -> type[nn.Module]:
+        text = with_constants(self.text, candidate)
+        return block_of(self.alone.name, replace(self.files, kernels={self.name: text}))
+
+    def _time(self, candidate: dict[str, Any]) -> float:
+        kind = self._kind(candidate)
+        draw = Draw(self.alone, kind, self.dtype, random.Random(0), self.device, self.shape)
+        return self.timer(draw.ready(kind, self.dtype))
+
+    def _wrong(self, candidate: dict[str, Any]) -> str:
+        """Why a candidate does not compute what it should; "" where it does, by the rule of `verify`."""
+        plain = replace(self.alone, program=replace(self.alone.program, target=TARGETS["cpu"], fused={}))
+        torchs = block_of(plain.name, emit_block(plain.name, plain.program, __version__))
+        mine, untuned = self._kind(candidate), self._kind({})
+        same = class_of({**self.plain, **candidate}, self.numerics) == class_of(self.plain, self.numerics)
+        for seed in range(3):
+            draw = Draw(self.alone, mine, self.dtype, random.Random(seed), self.device)
+            exact, eager, found = (draw.run(k, d) for k, d in (
+                (torchs, torch.float64), (torchs, self.dtype), (mine, self.dtype)))  # fmt: skip
+            if same and any(not torch.equal(found[n], x) for n, x in draw.run(untuned, self.dtype).items()):
+                return "other bits in the same numerics class"
+            for name, want in exact.items():
+                if not share(found[name], want, eager[name], self.dtype, draw.steps)[0] <= 1:
+                    return f"{name} is wrong: {draw.shapes}"
+        return ""
+
+
+def _on_gpu(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return statistics.median(do_bench(run, warmup=10, rep=40, return_mode="all")) * 1e3
