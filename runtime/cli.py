@@ -332,6 +332,44 @@ def verify(
         raise typer.Exit(1)
 
 
+@command
+def tune(
+    spec: Spec,
+    target: Annotated[str, typer.Option(help="the generation of GPU that this is: sm_80, sm_90, sm_100")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="the lock (default: my.sm_90.lock of my.spec)")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="rows that kernels are timed with")] = 1,
+    seq: Annotated[int, typer.Option(min=1, help="tokens of a row")] = 4096,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
+    budget: Annotated[float, typer.Option(min=1.0, help="seconds for all kernels together")] = 600.0,
+    kernel: Annotated[str | None, typer.Option(metavar="NAME", help="tune this one only")] = None,
+    keep_bits: Annotated[
+        bool, typer.Option("--keep-bits", help="try nothing that changes the last bits of a result")
+    ] = False,
+    device: Device = "cuda",
+    set: Set = None,  # noqa: A002
+    json: Json = False,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Measure how the kernels of a model are best cut on this GPU, and write it to a lock that compiling reads."""
+    from .paths import split_entry, write_text
+    from .place import place
+    from .tables import print_tuned
+    from .tune import lock_of, made_with, one_of
+    from .tune import tune as found
+
+    where = place(device)
+    dtype = one_of(precision)
+    tuned = list(found(program_at(spec, set), target, where, (batch, seq), dtype, budget, keep_bits, kernel))
+    lock = lock_of(tuned, target, made_with(where, (batch, seq), precision))
+    path = out or split_entry(spec)[0].with_suffix(f".{target}.lock")
+    write_text(path, lock.text())
+    if json:
+        _echo_json([{"key": t.key, **vars(t.tuned)} for t in tuned])
+    else:
+        print_tuned(tuned)
+        typer.echo(str(path))
+
+
 @command_as(cls=Resuming)
 def train(
     spec: Spec,

@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .ahead import Built
+    from .tune import Found
     from .verify import Verified
 
 
@@ -173,3 +174,18 @@ def print_verified(rows: Sequence[Verified]) -> None:
     for row in rows:
         if row.why_not:
             console.print(f"PyTorch computes {row.why_not} ({row.line})", soft_wrap=True, markup=False)
+
+
+def print_tuned(found: Sequence[Found]) -> None:
+    """The table of `heddle tune`: what each kernel took untuned and as it is cut now."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("kernel", "tried", "untuned us", "us", "", "cut"):
+        table.add_column(title, justify="left" if title in ("kernel", "cut") else "right", overflow="fold")
+    for one in found:
+        t = one.tuned
+        cut = ", ".join(f"{n} = {v!r}" for n, v in t.constants.items()) or "as untuned"
+        ratio = f"{t.untuned_us / t.us:.2f}x" if t.us and t.untuned_us else ""
+        us = [f"{x:.1f}" if x is not None else "" for x in (t.untuned_us, t.us)]
+        table.add_row(t.kernel, str(len(one.tried)), *us, ratio, cut.replace("[", "\\["))
+    console.print(table)

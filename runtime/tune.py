@@ -34,7 +34,7 @@ from .ahead import build
 from .compile import target_of
 from .errors import UserError
 from .lib.kernels import launches
-from .verify import Draw, block_of, share
+from .verify import DTYPES, Draw, block_of, share
 
 Timer = Callable[[Callable[[], object]], float]
 """Microseconds that a call takes: a median."""
@@ -62,9 +62,9 @@ class Found:
 
 def tune(
     program: Program, target: str, device: torch.device, shape: tuple[int, int], dtype: torch.dtype, budget: float,
-    keep_bits: bool = False, timer: Timer | None = None,
+    keep_bits: bool = False, only: str | None = None, timer: Timer | None = None,
 ) -> Iterator[Found]:  # fmt: skip
-    """Tune every kernel of a model for rows of `shape`, in no more than about `budget` seconds together.
+    """Tune every kernel of a model, or the one named, for rows of `shape`, in about `budget` seconds together.
 
     Raises UserError `unknown-target`, `no-kernels`.
     """
@@ -74,12 +74,25 @@ def tune(
         raise UserError("no-kernels", f"a lock is of one generation of GPU, and `{target}` is none", help=f"targets: {ours}")
     parts = [
         (alone, files) for alone in kernels(lower(program, target=aim))
-        if (files := emit_block(alone.name, alone.program, __version__)).kernels
+        if (files := emit_block(alone.name, alone.program, __version__)).kernels and only in (None, *files.kernels)
     ]  # fmt: skip
     end = time.monotonic() + budget
     for i, (alone, files) in enumerate(parts):
         mine = time.monotonic() + (end - time.monotonic()) / (len(parts) - i)
         yield _Tuning(alone, files, aim, device, shape, dtype, keep_bits, timer or _on_gpu).found(mine)
+
+
+def one_of(precision: str) -> torch.dtype:
+    """The type that kernels are timed in. Raises UserError `unknown-setting`."""
+    if precision not in DTYPES:
+        raise UserError("unknown-setting", f"kernels have no precision `{precision}`", help=f"{', '.join(DTYPES)}")
+    return DTYPES[precision]
+
+
+def made_with(device: torch.device, shape: tuple[int, int], precision: str) -> dict[str, Any]:
+    """What a lock says of how it was made, for people."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "heddle": __version__, "torch": torch.__version__, "shape": list(shape), "in": precision}
 
 
 def lock_of(found: list[Found], target: str, made: Mapping[str, Any]) -> Lock:
