@@ -25,7 +25,7 @@ class KernelPrinter(Printer):
         self.dense = {s.name for s in (*plan.forward.stores, *(s for k in plan.backward for s in k.stores))}
         self.rows_masked = held(kernel.values, "r")
         self.offsets: dict[tuple[str, str, int], str] = {}
-        self.has_tiles = any("c" in s.dims for s in (*kernel.stores, *kernel.sums)) or any("c" in e.dims for e in kernel.loads)
+        self.has_tiles = any("c" in dims for dims in (*kernel.dims, *(e.dims for e in kernel.loads)))
 
     # --- where things lie ---------------------------------------------------------------------------------------------
 
@@ -41,7 +41,8 @@ class KernelPrinter(Printer):
         key = (stride, f"rows // {view.divide}" if view.divide > 1 else "rows", view.start)
         if key not in self.offsets:
             plain = stride == "C" and view == View(width=view.width)
-            name = "offs" if plain else self.unused(f"{stride.removesuffix('_stride')}_offs" if stride.isidentifier() else "offs")
+            own = f"{stride.removesuffix('stride')}offs" if stride.endswith("_stride") else "offs"
+            name = "offs" if plain else self.unused(own)
             rows = f"({key[1]})" if view.divide > 1 else key[1]
             self.line(f"{name} = {rows}[:, None] * {stride} + {self.column(view)}[None, :]")
             self.offsets[key] = name
@@ -144,7 +145,7 @@ class KernelPrinter(Printer):
         self.line("mask = mask_r[:, None]" + (" & mask_c[None, :]" if self.masked else ""))
 
     def finish(self, stores: Iterable[Store], sums: Iterable[Sum], scope: dict[Expr, str]) -> None:
-        for s in sums:  # before the stores: what is summed reads what was loaded, and the tile's registers are free sooner
+        for s in sums:  # before the stores: it reads what was loaded, and the registers of that are free sooner
             self.add(s, scope)
         for store in stores:
             self.store(store, scope)
@@ -178,7 +179,8 @@ class KernelPrinter(Printer):
         self.line(f"{s.name}_acc += {text}")
 
     def part(self, s: Sum) -> None:
-        program = "tl.program_id(0)" if self.kernel.groups == 1 else f"(tl.program_id(0) * {self.kernel.groups} + group)"
+        groups = self.kernel.groups
+        program = "tl.program_id(0)" if groups == 1 else f"(tl.program_id(0) * {groups} + group)"
         if s.dims == "c":
             mask = ", mask=mask_c" if self.masked else ""
             place = f"{program} * C + cols"

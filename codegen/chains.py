@@ -66,6 +66,8 @@ class _Facts:
             "results": [self.result(n) for n in public],
             "fixed": fixed,
             "kept": p.kept,
+            "kept_outputs": [n if n in p.kept or n in fixed else f"_{n}" for n in self.stores],
+            "public_outputs": [n if n in public else f"_{n}" for n in self.stores],
             "slope": p.cotangents[0] if p.cotangents else None,
             "all_slopes": [f"d_{n}" if f"d_{n}" in used else f"_{n}" for n in self.stores],
             "made": self.stored_gradients(),
@@ -98,7 +100,8 @@ class _Facts:
         p = self.p
         roots = [o.value for o in p.outputs]
         named = {e: n for e, n in p.named.items() if e.op not in ("load", "number")}
-        lines = [f"{named[e]} = {meaning(e, named, p.chain.columns, top=True)[0]}" for e in ordered(roots) if e in named]
+        inside = [e for e in ordered(roots) if e in named]
+        lines = [f"{named[e]} = {meaning(e, named, p.chain.columns, top=True)[0]}" for e in inside]
         for o in p.outputs:
             if named.get(o.value) != o.name:
                 place = f"[{o.view.start}:{o.view.start + p.chain.columns}]" if o.view.width is not None else ""

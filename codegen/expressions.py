@@ -68,8 +68,8 @@ class Printer:
         raise NotImplementedError
 
     def name(self, e: Expr) -> str:
-        """The spec's name, else `t1`, `t2` for tiles and `s1`, `s2` for what a row has one of. The same wherever a kernel
-        computes it again."""
+        """The spec's name, else `t1`, `t2` for tiles and `s1`, `s2` for what a row has one of; the same wherever a
+        kernel computes it again."""
         if e not in self.names:
             wanted = self.named.get(e) or (e.name if e.op == "load" else None)
             while wanted is None or wanted in self.taken:
@@ -130,7 +130,7 @@ class Printer:
     def filled(self, e: Expr, scope: dict[Expr, str]) -> str:
         """What is reduced, with the identity in columns that are none, unless it is there already."""
         (x,) = e.args
-        text, binds = self.text(x, scope, e)
+        text = self.text(x, scope, e)[0]
         if not self.masked or self.padded[x] == IDENTITY[e.op]:
             return text
         mask = "mask_c[None, :]" if "r" in x.dims else "mask_c"

@@ -88,10 +88,9 @@ def _run(
     for e in ordered(kernel.values):
         values[e] = _of(e, values, given, rows, columns)
     made: dict[str, Bound] = {}
-    for s in (*kernel.stores, *kernel.sums):
-        bound = _stored(s, values[s.value], rows, columns, dtypes) if isinstance(s, Store) else _summed(
-            s, values[s.value], rows, columns, dtypes)  # fmt: skip
-        name = s.name if isinstance(s, Store) else f"d_{s.of}"
+    given_back = [(s.name, _stored(s, values[s.value], rows, columns, dtypes)) for s in kernel.stores]
+    given_back += [(f"d_{s.of}", _summed(s, values[s.value], rows, columns, dtypes)) for s in kernel.sums]
+    for name, bound in given_back:
         old = made.get(name)
         made[name] = bound if old is None else Bound(old.value + bound.value, old.error + bound.error)
     return made

@@ -1,8 +1,8 @@
 """What a backward pass reads and what it computes again: one minimum cut.
 
 Each value that it needs is either there (an input or output of the chain, which it reads), saved by the forward pass
-(written and read), or computed again from what is. Values and their costs in bytes make a graph in which the cheapest
-such choice is a minimum cut (Ford and Fulkerson 1956; for activations: Jin, Purandare et al. in functorch's partitioner).
+(written and read), or computed again from what is. Values and their costs in bytes make a graph, in which the cheapest
+such choice is a minimum cut (Ford and Fulkerson 1956; for activations: Horace He's partitioner in functorch, 2022).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def cut(wanted: Iterable[Expr], outputs: Mapping[Expr, Expr], columns: int) -> l
 def _cost(e: Expr, outputs: Mapping[Expr, Expr], columns: int) -> dict[str, int]:
     """What having the value costs; nothing is said where it must not be saved.
 
-    A tile has 2 bytes a column and a statistic 4 a row; what is written is read too. A tie between an input and an output
-    goes to the input, which is not rounded.
+    A tile has 2 bytes a column and a statistic 4 a row; what is written is read too. A tie between an input and an
+    output goes to the input, which is not rounded.
     """
     read = _TILE if "c" in e.dims else max(1, 2 * _TILE // columns)
     if e.op == "load":

@@ -20,7 +20,7 @@ def derive(cotangents: Mapping[Expr, Expr], columns: int) -> dict[Expr, Expr]:
     """
     a = Folding(columns)
     order = ordered(cotangents)
-    moving = {}
+    moving: dict[Expr, bool] = {}
     for e in order:
         moving[e] = e.grad if e.op == "load" else e.op != "constant" and any(moving[x] for x in e.args)
     slope: dict[Expr, Expr] = dict(cotangents)

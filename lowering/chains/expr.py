@@ -1,7 +1,7 @@
 """Expressions over tiles of rows and columns: what a chain computes, and what its gradients compute.
 
-A value has dims: `rc` a tile x[r, c], `r` a statistic of each row, `c` a weight, "" a number. Operands of different dims
-broadcast, and nobody says so: the dims of a result are those of its operands together.
+A value has dims: `rc` a tile x[r, c], `r` a statistic of each row, `c` a weight, "" a number. Operands of different
+dims broadcast, and nobody says so: the dims of a result are those of its operands together.
 Equal expressions are one object, so that a value that is used twice is computed once.
 """
 
@@ -45,6 +45,9 @@ class View:
         return self.divide * self.modulo if self.modulo is not None else 1
 
 
+WHOLE = View()
+
+
 @dataclass(frozen=True, eq=False)
 class Expr:
     """A value. `op` is `load`, `number`, `sum`, `max_over` or one of the table; equal ones are one object."""
@@ -79,7 +82,7 @@ def made(op: str, args: tuple[Expr, ...], dims: str, attrs: tuple[tuple[str, Any
     return found
 
 
-def load(name: str, dims: str, view: View = View(), grad: bool = True, whole: bool = False) -> Expr:  # noqa: B008
+def load(name: str, dims: str, view: View = View(), grad: bool = True, whole: bool = False) -> Expr:
     """A tensor. `grad`: whether a gradient is wanted; `whole`: its numbers are int64, for `kept`.
 
     A tensor whose rows come again (a view with `modulo`) has no `r` for a kernel: one program reads one of its rows.
@@ -160,7 +163,7 @@ class Output:
     name: str
     value: Expr
     dims: str = "rc"
-    view: View = View()
+    view: View = WHOLE
     grad: bool = True
 
     def __post_init__(self) -> None:

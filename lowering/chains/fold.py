@@ -136,7 +136,7 @@ class Folding(Algebra):
             if rows is not None:
                 return self._mul(self._sum(tiles), rows)
         if x.op in ("add", "sub"):
-            # In two sums where a row's number comes out of one: it may be a sum itself, so a reduction less is behind it.
+            # In two sums where a row's number comes out of one: it may be a sum, which this one then need not wait for.
             # What is centred sums to 0; otherwise a sum of differences stays one, which loses fewer digits.
             found = self.make(x.op, *map(self._sum, x.args))
             if all("c" in a.dims for a in x.args):

@@ -6,17 +6,19 @@ import keyword
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .cut import cut, needed
 from .derive import derive
-from .expr import REDUCTIONS, Chain, Expr, Output, Unfit, View, level_of, load, loads_of, made, ordered, rebuilt
+from .expr import REDUCTIONS, WHOLE, Chain, Expr, Output, Unfit, View, level_of, load, loads_of, made, ordered, rebuilt
 from .fold import Folding, folded
 from .table import TABLE
 from .tiles import ROW, TILE, WALK, Tiles, choose
 
 _MOST_GROUPS = 65_535  # a grid's second dimension
-_OURS = {"rows", "mask_r", "cols", "mask_c", "mask", "offs", "block", "start", "group", "num_rows", "tl", "torch", "triton",
-         "kernels", "C", "BLOCK_R", "BLOCK_C", "ctx", "sign", "tanh", "softplus", "kept", "Tensor"}  # fmt: skip
+_OURS = {"rows", "mask_r", "cols", "mask_c", "mask", "offs", "block", "start", "group", "num_rows", "tl", "torch",
+         "triton", "kernels", "C", "BLOCK_R", "BLOCK_C", "ctx", "sign", "tanh", "softplus", "kept", "mixed", "Tensor",
+         "grid", "programs"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Store:
     name: str
     value: Expr
     dims: str
-    view: View = View()
+    view: View = WHOLE
     like: str | None = None
 
 
@@ -56,7 +58,12 @@ class Kernel:
 
     @property
     def values(self) -> list[Expr]:
-        return [x.value for x in (*self.stores, *self.sums)]
+        return [s.value for s in self.stores] + [s.value for s in self.sums]
+
+    @property
+    def dims(self) -> list[str]:
+        """Of what it gives."""
+        return [s.dims for s in self.stores] + [s.dims for s in self.sums]
 
     @property
     def loads(self) -> list[Expr]:
@@ -117,7 +124,7 @@ def plan(chain: Chain, tiles: Mapping[str, Tiles] | None = None) -> Plan:
 
 
 def can_be_named(name: str) -> bool:
-    """Whether a tensor or a value may have this name in a kernel: Python takes it, and nothing else there is so called."""
+    """Whether a tensor or a value may have this name in a kernel: Python takes it, and nothing else is so called."""
     return name.isidentifier() and not keyword.iskeyword(name) and name not in _OURS and not name.startswith("d_")
 
 
@@ -160,7 +167,8 @@ class _Planning:
         stores = [self._stored(o) for o in self.outputs]
         self.given = set(ordered(cotangents.values())) if cotangents else set()
         wanted = needed(grads.values(), cotangents.values())
-        read = {o.value: load(o.name, o.dims, o.view, grad=False) for o in reversed(self.outputs) if o.dims == o.value.dims}
+        whole = [o for o in reversed(self.outputs) if o.dims == o.value.dims]
+        read = {o.value: load(o.name, o.dims, o.view, grad=False) for o in whole}
         chosen = cut(wanted, read, self.chain.columns)
         saved = [Store(self._name(e, i), e, e.dims, View(), self.first if "c" in e.dims else None)
                  for i, e in enumerate((e for e in chosen if e not in read), 1)]  # fmt: skip
@@ -202,7 +210,7 @@ class _Planning:
         grads = derive(slopes, self.chain.columns)
         for e in grads:
             if "r" in e.dims and e.view.divide != 1:
-                raise Unfit(f"the gradient of `{e.name}`, each row of which {e.view.divide} rows read one after another")
+                raise Unfit(f"the gradient of `{e.name}`, whose rows {e.view.divide} rows read one after another")
         for e in grads:
             near = [f for f in grads if f is not e and f.name == e.name]
             if any(abs(f.view.start - e.view.start) < self.chain.columns for f in near):
@@ -260,7 +268,7 @@ class _Planning:
         return (*kernels, self._kernel("bwd_weights", [], second))
 
     def _kernel(self, name: str, stores: list[Store], sums: list[Sum]) -> Kernel:
-        values = [s.value for s in (*stores, *sums)]
+        values = [s.value for s in stores] + [s.value for s in sums]
         reduces = any(e.op in REDUCTIONS for e in ordered(values))
         wide = [s for s in sums if s.dims == "c"]
         live = len([e for e in loads_of(values) if "c" in e.dims]) + len(wide) + 1
@@ -276,7 +284,11 @@ class _Planning:
 
 def plain(roots: Iterable[Expr]) -> dict[Expr, Expr]:
     """Each value without its `constant`s: they say something to derivatives only."""
-    return rebuilt(roots, {}, lambda op, args, attrs, dims: args[0] if op == "constant" else made(op, args, dims, attrs))
+
+    def bare(op: str, args: tuple[Expr, ...], attrs: tuple[tuple[str, Any], ...], dims: str) -> Expr:
+        return args[0] if op == "constant" else made(op, args, dims, attrs)
+
+    return rebuilt(roots, {}, bare)
 
 
 def calls(values: Iterable[Expr]) -> list[str]:

@@ -24,8 +24,8 @@ class PointOp:
 
     slopes(a, y, g, *x): what y = op(*x) adds to the gradient of each operand where that of y is g; None: nothing.
     value(*x): of plain floats. error: its rounding in units of u |y|, `u` half the distance of numbers by 1: what
-    hardware promises (CUDA C++ Programming Guide, mathematical functions; PTX ISA, div.full, ex2.approx). is_mask: it is
-    true or false. calls: the function of `helpers` that its text calls.
+    hardware promises (CUDA C++ Programming Guide, mathematical functions; PTX ISA, div.full, ex2.approx). is_mask: it
+    is true or false. calls: the function that its text calls, which is printed above the kernels.
     """
 
     text: str
@@ -55,7 +55,8 @@ def _infix(sign: str, level: int, slopes: Slopes, value: Callable[..., float], e
 
 
 def _call(name: str, slopes: Slopes, value: Callable[..., float], error: float = 2.0, calls: bool = False) -> PointOp:
-    return PointOp(f"{name if calls else f'tl.{name}'}({{0}})", slopes, value, error=error, calls=name if calls else None)
+    function = name if calls else f"tl.{name}"
+    return PointOp(f"{function}({{0}})", slopes, value, error=error, calls=name if calls else None)
 
 
 def _larger(a: Any, y: Any, g: Any, p: Any, q: Any) -> tuple[Any, Any]:
@@ -113,8 +114,8 @@ TABLE: dict[str, PointOp] = {
     "ge": _infix(">=", COMPARE, _two, lambda p, q: float(p >= q), 0.0),
     "eq": _infix("==", COMPARE, _two, lambda p, q: float(p == q), 0.0),
     "ne": _infix("!=", COMPARE, _two, lambda p, q: float(p != q), 0.0),
-    "kept": PointOp("kept({0} + cols[None, :], {1}, {least})", _two, lambda p, q: math.nan, needs=(ADD, 0), error=0.0, is_mask=True,
-                    calls="kept"),
+    "kept": PointOp("kept({0} + cols[None, :], {1}, {least})", _two, lambda p, q: math.nan, needs=(ADD, 0), error=0.0,
+                    is_mask=True, calls="kept"),
 }  # fmt: skip
 
 
@@ -168,8 +169,9 @@ def _gelu_tanh(a: Any, x: Any) -> Any:
 def _dropout(a: Any, x: Any, first: Any, key: Any, rate: float) -> Any:
     """x / (1 - rate) where the place's number of `runtime/lib/chance.py` is at least `rate`, else 0.
 
-    first int64[r]: the number of the row's first place in the whole tensor, whose columns follow; key int64[]: the state
-    that the key (step, site, name, use) mixes to. The number is k 2^-53, k whole: k >= rate 2^53 is the same, exactly.
+    first int64[r]: the number of the row's first place in the whole tensor, whose columns follow; key int64[]: the
+    state that the key (step, site, name, use) mixes to. The number is k 2^-53, k whole: k >= rate 2^53 is the same,
+    exactly.
     """
     return a.where(a.kept(first, key, least=math.ceil(rate * 2**53)), a.mul(1 / (1 - rate), x), 0.0)
 

@@ -38,8 +38,8 @@ def choose(columns: int, reduces: bool, live: int, sums: bool) -> Tiles:
     whole = power(columns)
     if not reduces:
         block_c = min(whole, 512 if sums else 1024)
-        block_r = max(1, 2048 // block_c)
-        return Tiles(TILE, min(block_r, 32), block_c, _warps(min(block_r, 32) * block_c, 4), TILE_PROGRAMS if sums else 0)
+        block_r = min(32, max(1, 2048 // block_c))
+        return Tiles(TILE, block_r, block_c, _warps(block_r * block_c, 4), TILE_PROGRAMS if sums else 0)
     block_r = min(32, max(1, 2048 // whole))
     warps = _warps(block_r * whole, 16)
     if live * block_r * whole <= _PLACES * 32 * warps:

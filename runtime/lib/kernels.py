@@ -68,7 +68,7 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
 
 
-# --- tensors as a kernel of rows and columns reads them -----------------------------------------------------------------
+# --- tensors as a kernel of rows and columns reads them ---------------------------------------------------------------
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,8 +81,11 @@ def floats(*tensors: Tensor) -> None:
 
 
 def lead(x: Tensor, width: int) -> tuple[int, ...]:
-    """The shape of the rows of x[*, *over]: the first dims, so many that the sizes of the rest, `over`, make `width` (the
-    last dim is one of them); and how many equal runs of `width` these are, where they are more. Raises ValueError."""
+    """The shape of the rows of x[*, *over]: the first dims, so many that the sizes of the rest, `over`, make `width`
+    (the last dim is one of them); and how many equal runs of `width` these are, where they are more.
+
+    Raises ValueError.
+    """
     dims = x.dim() - 1
     over, inner = x.shape[dims] if x.dim() else 0, 1
     while dims > 0 and over < width:

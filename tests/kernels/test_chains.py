@@ -26,7 +26,19 @@ from heddle.runtime.lib.chance import state_of, uniform
 
 from .chains import EXAMPLES, Example
 from .harness import (
-    Fault, dtypes, laid, layouts, load, poisoned, scales, seeds, sizes, stable, survivors, values, worst,
+    Fault,
+    dtypes,
+    laid,
+    layouts,
+    load,
+    poisoned,
+    scales,
+    seeds,
+    sizes,
+    stable,
+    survivors,
+    values,
+    worst,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,13 +126,13 @@ def slopes_of(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 @given(data=st.data())
-@few(6)
+@few(4)
 def test_derived_gradients_are_those_of_autograd(name: str, data: st.DataObject) -> None:
     """Expressions, folded, derived, cut and split into kernels, without a kernel: fp64, 1e-10."""
     case = data.draw(cases(name, exact=True))
     tensors, slopes = case.tensors(), slopes_of(case, torch.float64)
     want = derived(case.example, tensors, {n: s.double() for n, s in slopes.items()})
-    found = bounds(case.plan, tensors, slopes, {n: torch.float64 for n in tensors})
+    found = bounds(case.plan, tensors, slopes, dict.fromkeys(tensors, torch.float64))
     assert set(found) >= set(want)
     for n, t in want.items():
         torch.testing.assert_close(found[n].value.reshape(t.shape), t, rtol=1e-10, atol=1e-10)
@@ -159,14 +171,14 @@ def check(case: Case, module: object | None = None) -> float:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 @given(data=st.data())
-@few(4)
+@few(3)
 def test_kernels_agree_with_fp64(name: str, data: st.DataObject) -> None:
     check(data.draw(cases(name)))
 
 
 @pytest.mark.parametrize("name", ["gated_norm", "softmax", "rope"])
 @given(seed=seeds(), mode=st.sampled_from((ROW, WALK)))
-@few(2)
+@few(1)
 def test_rows_are_alone(name: str, seed: int, mode: str) -> None:
     """The same bits for a row wherever it stands, and whatever stands beside it; forward and backward."""
     example = EXAMPLES[name]
@@ -293,10 +305,11 @@ FAULTS = {
 def test_faults_are_found(name: str) -> None:
     mode, faults = FAULTS[name]
     example = EXAMPLES[name]
-    tiles = tiles_for(True, 37, 8, mode, 8)
+    # As few blocks as have several columns, rows and programs, more parts than one step adds, and one block too many.
+    tiles = tiles_for(True, 37, 16, mode, 6)
     chain = example.chain(37)
     text = source(chain, TRITON, chain.name, dict(tiles))
-    cases_ = [Case(example, 37, tiles, 13 * example.rows, dtype, torch.float32, scale=scale, seed=7)
+    cases_ = [Case(example, 37, tiles, (13 if mode == ROW else 5) * example.rows, dtype, torch.float32, scale=scale, seed=7)
               for dtype, scale in ((torch.float32, 0.02), (torch.float32, 1.0))]  # fmt: skip
 
     def look(module: object) -> None:
@@ -326,17 +339,22 @@ def test_text(name: str, columns: int) -> None:
 
 
 def test_same_bytes_in_another_process() -> None:
-    code = (
-        "from tests.kernels.chains import EXAMPLES; from heddle.codegen.chains import source; "
-        "from heddle.lowering.target import TARGETS; import hashlib; "
-        "print(hashlib.sha256(''.join(source(e.chain(67), TARGETS['sm_90'], n) for n, e in EXAMPLES.items() if n in 'gated_norm everything').encode()).hexdigest())"
-    )
+    code = """
+from heddle.codegen.chains import source
+from heddle.lowering.chains.expr import Chain, Output, apply, load, number, reduce
+from heddle.lowering.target import TARGETS
+x, z, w = load("x", "rc"), load("z", "rc"), load("w", "c")
+y = apply("mul", x, apply("silu", z))
+s = apply("rsqrt", apply("add", apply("div", reduce("sum", apply("mul", y, y)), number(67)), number(1e-5)))
+o = apply("max", apply("mul", apply("mul", y, s), w), apply("gelu", apply("sub", x, reduce("sum", z))))
+print(source(Chain("f", 67, (Output("o", o), Output("s", s, "r"))), TARGETS["sm_90"], "f"))
+"""
     found = {
         subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT,
                        capture_output=True, text=True, check=True).stdout
         for seed in ("1", "2")
     }  # fmt: skip
-    assert len(found) == 1
+    assert len(found) == 1 and len(found.pop()) > 1000
 
 
 def test_what_is_kept() -> None:
@@ -365,8 +383,8 @@ def test_reasons() -> None:
         apply("pow", x, y)
     with pytest.raises(Unfit, match="largest column"):
         plan(Chain("f", 8, (Output("y", apply("sub", x, reduce("max", x))),)))
+    parts = [load_expr("x", "rc", View(start=i, width=12)) for i in (0, 4)]
     with pytest.raises(Unfit, match="read in two places"):
-        parts = [load_expr("x", "rc", View(start=i, width=12)) for i in (0, 4)]
         plan(Chain("f", 8, (Output("y", apply("mul", *parts)),)))
     with pytest.raises(Unfit, match="one after another"):
         plan(Chain("f", 8, (Output("y", apply("mul", x, load_expr("c", "rc", View(divide=2)))),)))
@@ -387,7 +405,7 @@ def test_wrong_tensors() -> None:
         module.gated_norm(x.double(), x.double(), w.double())
     with pytest.raises(ValueError, match="rows of 8"):
         module.gated_norm(torch.ones(6, 9), x, w)
-    with pytest.raises(ValueError, match="3 are needed|6 are needed"):
+    with pytest.raises(ValueError, match="6 are needed"):
         module.gated_norm(x, torch.ones(3, 8), w)
     with pytest.raises(ValueError, match="are not of 3 groups"):
         module.gated_norm(x[:4], x[:4], w)

@@ -138,7 +138,7 @@ def add_rms_norm_bwd(
 
 def _keep(ctx, inputs, output):
     x, r, w = inputs
-    h, y, rstd = output
+    h, _y, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(w, rstd, h)
     ctx.x_dtype = x.dtype
@@ -163,5 +163,5 @@ def add_rms_norm(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     kernels.floats(x, r, w)
     rows = kernels.rows(x, C)
     num_rows = rows.shape[0]
-    h, y, rstd = add_rms_norm_fwd(rows, kernels.rows(r, C, num_rows), kernels.table(w, 1, C))
+    h, y, _rstd = add_rms_norm_fwd(rows, kernels.rows(r, C, num_rows), kernels.table(w, 1, C))
     return h.view(x.shape), y.view(x.shape)
