@@ -35,7 +35,8 @@ class _Facts:
         self.p, self.name = p, name
         self.inputs = _by_name(p.inputs)
         self.stores = _by_name(p.forward.stores)
-        self.grads = _by_name(s for k in p.backward for s in k.stores if s.name.startswith("d_"))
+        own = {g.name for g in p.gradients if not g.summed}
+        self.grads = _by_name(s for k in p.backward for s in k.stores if s.name in own)
         self.sums = [s for k in p.backward for s in k.sums]
         self.first = self.inputs[p.first]
 
@@ -71,7 +72,10 @@ class _Facts:
             "slope": p.cotangents[0] if p.cotangents else None,
             "all_slopes": [f"d_{n}" if f"d_{n}" in used else f"_{n}" for n in self.stores],
             "made": self.stored_gradients(),
-            "rows": [s.name for k in p.backward for s in k.stores if s.name not in self.grads],
+            "rows": [(s.name, self.shape(s) + ("," if s.dims == "r" else ""))
+                     for k in p.backward for s in k.stores if s.name not in self.grads],
+            "spread": [(g.name, g.divide, self.width(self.inputs[g.of].view) if "c" in self.inputs[g.of].dims else "1")
+                       for g in p.gradients if g.divide > 1],
             "totals": self.totals(),
             "bwd_parameters": filled([*(f"{n}: Tensor" for n in (*p.kept, *p.cotangents)),
                                       *(f"{n}_dtype: torch.dtype" for n in self.made_names())]),
@@ -88,10 +92,12 @@ class _Facts:
         return [self.total(n) for n in dict.fromkeys(s.of for s in self.sums)]
 
     def made_names(self) -> list[str]:
-        return [g["name"] for g in (*self.stored_gradients(), *self.totals())]
+        spread = [g.name for g in self.p.gradients if g.divide > 1]
+        return [*(g["name"] for g in (*self.stored_gradients(), *self.totals())), *spread]
 
     def dtypes(self) -> list[str]:
-        return [g["dtype"] for g in (*self.stored_gradients(), *self.totals())]
+        spread = [f"ctx.{g.of}_dtype" for g in self.p.gradients if g.divide > 1]
+        return [*(g["dtype"] for g in (*self.stored_gradients(), *self.totals())), *spread]
 
     # --- words --------------------------------------------------------------------------------------------------------
 

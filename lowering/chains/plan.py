@@ -73,11 +73,15 @@ class Kernel:
 @dataclass(frozen=True)
 class Gradient:
     """The gradient of the input `of`: the tensor `name` that a backward kernel stores, which inputs with one gradient
-    share, or the gradient of an output that is theirs, too; or the sum of parts."""
+    share, or the gradient of an output that is theirs, too; or the sum of parts.
+
+    divide: the sum of so many rows, one behind the other, of the tensor `NAME_rows` that a kernel stores; 1: no such.
+    """
 
     of: str
     name: str
     summed: bool
+    divide: int = 1
 
 
 @dataclass(frozen=True)
@@ -209,8 +213,8 @@ class _Planning:
                 raise Unfit(f"the output `{o.name}` is an input")
         grads = derive(slopes, self.chain.columns)
         for e in grads:
-            if "r" in e.dims and e.view.divide != 1:
-                raise Unfit(f"the gradient of `{e.name}`, whose rows {e.view.divide} rows read one after another")
+            if "r" in e.dims and e.view.divide != 1 and (e.view.start or e.view.width is not None):
+                raise Unfit(f"the gradient of some columns of `{e.name}`, whose rows {e.view.divide} rows read")
         for e in grads:
             near = [f for f in grads if f is not e and f.name == e.name]
             if any(abs(f.view.start - e.view.start) < self.chain.columns for f in near):
@@ -227,6 +231,10 @@ class _Planning:
             if "r" not in e.dims:
                 sums.append(Sum(f"{name}_{e.view.start}" if e.view.start else name, g, e.dims, e.name, e.view))
                 gradients[e.name] = Gradient(e.name, name, True)
+                continue
+            if e.view.divide > 1:
+                gradients[e.name] = Gradient(e.name, name, True, e.view.divide)
+                stores.append(Store(f"{name}_rows", g, e.dims))
                 continue
             alone = view == View()
             if alone and g in self.given and g.dims == e.dims and g.view == View():

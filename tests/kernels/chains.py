@@ -126,6 +126,12 @@ def rope(c: int, heads: int = 3) -> Chain:
                  (("x1", x1), ("x2", x2)))  # fmt: skip
 
 
+def gated(c: int, heads: int = 3) -> Chain:
+    """A number of each token, and a tile of each, for all its heads."""
+    x, g, t = load("x", "rc"), load("g", "r", View(divide=heads)), load("t", "rc", View(divide=heads))
+    return Chain("gated", c, (Output("y", add(mul(x, apply("sigmoid", g)), mul(x, t))),))
+
+
 def skip(c: int, heads: int = 4) -> Chain:
     """Mamba-2's skip: y + D x, a number D for each head; and the largest of a few."""
     y, x = load("y", "rc"), load("x", "rc")
@@ -164,6 +170,11 @@ def _rope(t: Tensors) -> tuple[Tensor, ...]:
     return (torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1),)
 
 
+def _gated_heads(t: Tensors) -> tuple[Tensor, ...]:
+    g, tile = (t[n].repeat_interleave(3, 0) for n in "gt")
+    return (t["x"] * torch.sigmoid(g)[:, None] + t["x"] * tile,)
+
+
 def _everything(t: Tensors) -> tuple[Tensor, ...]:
     x, w, s = t["x"], t["w"], t["s"][:, None]
     a = torch.where(x > w, x.sin(), (x * s).cos())
@@ -195,6 +206,7 @@ EXAMPLES = {
     "scaled": Example(scaled, lambda r, c: {"x": (r, c), "s": ()}, lambda t: (t["x"] * t["s"],)),
     "rope": Example(rope, lambda r, c: {"x": (r, 2 * c), "cos": (r // 3, c), "sin": (r // 3, c)}, _rope, rows=3,
                     ungraded=("cos", "sin")),
+    "gated": Example(gated, lambda r, c: {"x": (r, c), "g": (r // 3,), "t": (r // 3, c)}, _gated_heads, rows=3),
     "skip": Example(skip, lambda r, c: {"y": (r, c), "x": (r, c), "d": (4,)},
                     lambda t: (t["y"] + t["d"].repeat(t["x"].shape[0] // 4)[:, None] * t["x"],), rows=4),
     "everything": Example(everything, lambda r, c: {"x": (r, c), "w": (c,), "s": (r,)}, _everything),
