@@ -138,6 +138,13 @@ def skip(c: int, heads: int = 4) -> Chain:
     return Chain("skip", c, (Output("o", add(y, mul(load("d", "r", View(modulo=heads)), x))),))
 
 
+def shared_heads(c: int) -> Chain:
+    """Rows are (token, 3 key heads, 2 query heads of each): a weight of each key head, a number of each of the two."""
+    x, w, b = load("x", "rc"), load("w", "rc", View(divide=2, modulo=3)), load("b", "c")
+    y = add(mul(x, w), mul(b, load("d", "r", View(modulo=2))))
+    return Chain("shared_heads", c, (Output("y", y),))
+
+
 def everything(c: int) -> Chain:
     """The ops that no block above has, on a row and its statistics."""
     x, w, s = load("x", "rc"), load("w", "c"), load("s", "r")
@@ -209,5 +216,9 @@ EXAMPLES = {
     "gated": Example(gated, lambda r, c: {"x": (r, c), "g": (r // 3,), "t": (r // 3, c)}, _gated_heads, rows=3),
     "skip": Example(skip, lambda r, c: {"y": (r, c), "x": (r, c), "d": (4,)},
                     lambda t: (t["y"] + t["d"].repeat(t["x"].shape[0] // 4)[:, None] * t["x"],), rows=4),
+    "shared_heads": Example(
+        shared_heads, lambda r, c: {"x": (r, c), "w": (3, c), "b": (c,), "d": (2,)},
+        lambda t: (t["x"] * t["w"].repeat_interleave(2, 0).repeat(len(t["x"]) // 6, 1)
+                   + t["b"] * t["d"].repeat(len(t["x"]) // 2)[:, None],), rows=6),
     "everything": Example(everything, lambda r, c: {"x": (r, c), "w": (c,), "s": (r,)}, _everything),
 }  # fmt: skip

@@ -83,7 +83,7 @@ def tiles_for(reduces: bool, columns: int, block: int, mode: str, programs: int)
     return ("fwd", one), ("bwd", one), ("bwd_weights", Tiles(TILE, 2, block, 1, programs))
 
 
-REDUCES = {"add_rms_norm", "layer_norm", "layer_norm_1p", "gated_norm", "softmax", "everything", "scaled", "skip", "gated"}
+REDUCES = {"add_rms_norm", "layer_norm", "layer_norm_1p", "gated_norm", "softmax", "everything", "scaled", "skip", "gated", "shared_heads"}
 
 
 @st.composite

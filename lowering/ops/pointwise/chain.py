@@ -9,8 +9,8 @@ from ...chains.table import DEFINED, TABLE
 
 
 def holds(use: Any) -> bool:
-    """Whether a kernel can compute it: real numbers only, place by place."""
-    return use.op in TABLE or use.op in DEFINED
+    """Whether a kernel can compute it: real numbers only, place by place; a power where its exponent is a number."""
+    return (use.op in TABLE or use.op in DEFINED) and (use.op != "pow" or use.attr("y") is not None)
 
 
 def columns(use: Any) -> int | None:
