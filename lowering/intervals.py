@@ -2,7 +2,7 @@
 
 Both are read off the expression: a comparison whose two sides differ by something of the query plus something that
 never falls, or never rises, along the keys cuts them at one place. `and` cuts again; `or` keeps one interval where all
-that it joins is cut on one side. Kernels take such masks as bounds (`runtime/lib/bounds.py` finds them by the same
+that it joins is cut on one side. Kernels take such masks as bounds (`runtime/lib/intervals.py` finds them by the same
 rules, and says no where these do).
 """
 

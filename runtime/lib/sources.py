@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .bounds import askers, bounds, cuts, places, rises
 from .buffers import is_past
 from .clocks import Groups
+from .intervals import askers, bounds, cuts, places, rises
+from .kernels import FLOATS
 from .product import autocast
 from .rows import At, Coordinates, Keys, Mask
 
@@ -23,8 +24,6 @@ class Same:
 
 
 SAME = Same()
-# What kernels compute on; other dtypes are left to the library.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Source(NamedTuple):
@@ -85,7 +84,7 @@ def read(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any]) ->
 
 def _suit(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any]) -> bool:
     heads = sources[0].k.shape[2]
-    if q.dtype not in DTYPES or not heads or q.shape[2] % heads:
+    if q.dtype not in FLOATS or not heads or q.shape[2] % heads:
         return False
     for source, cache in zip(sources, caches, strict=True):
         given = (source.k, source.v, source.query, source.bias)

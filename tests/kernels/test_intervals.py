@@ -14,10 +14,10 @@ from heddle.dsl import syntax as sx
 from heddle.dsl.format import print_expr
 from heddle.lowering.intervals import is_interval, tells_apart
 from heddle.runtime import lib
-from heddle.runtime.lib import bounds as found_by
+from heddle.runtime.lib import intervals as found_by
 from heddle.runtime.lib.rows import Keys
 
-law = settings(deadline=None, max_examples=80)
+law = settings(max_examples=settings.default.max_examples)
 number = st.integers(-4, 9)
 
 
@@ -160,14 +160,14 @@ def reads(expr: sx.Expr) -> bool:
     return isinstance(expr, sx.Constant) or "position" in print_expr(expr)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=settings.default.max_examples)
 @given(masks.filter(reads))
 def test_the_compiler_proves_what_the_library_proves(mask):
     written = eval(f"lambda query, key: {_python_mask(mask)}")
     assert is_interval(mask) == (found_by.cuts(_mask(written)) is not None)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=settings.default.max_examples)
 @given(terms)
 def test_the_compiler_and_the_library_agree_on_places(distance):
     written = eval(f"lambda query, key: {print_expr(distance)}")
