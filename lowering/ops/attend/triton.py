@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 from ....dsl.format import print_expr
@@ -11,6 +12,19 @@ from ...target import Target
 
 MOST_WIDTH = 256
 """Of keys and of values: a tile holds a row of them."""
+# Constants of the file that change the order of a sum, and so its bits: tiles along what is summed, and what spreads a
+# row's weights over warps.
+NUMERICS = (
+    "FORWARD_M", "FORWARD_N", "FORWARD_WARPS", "GRAD_Q_M", "GRAD_Q_N", "GRAD_Q_WARPS", "GRAD_KV_M",
+    "SPLIT_M", "SPLIT_N", "SPLIT_WARPS", "SPLIT_ROWS", "SPLIT_KEYS",
+)  # fmt: skip
+TUNED = {
+    "FORWARD_M": (64, 128), "FORWARD_N": (32, 64, 128), "FORWARD_WARPS": (4, 8), "FORWARD_STAGES": (2, 3, 4),
+    "GRAD_Q_M": (32, 64, 128), "GRAD_Q_N": (32, 64, 128), "GRAD_Q_WARPS": (4, 8), "GRAD_Q_STAGES": (1, 2, 3),
+    "GRAD_KV_M": (32, 64, 128), "GRAD_KV_N": (32, 64, 128), "GRAD_KV_WARPS": (4, 8), "GRAD_KV_STAGES": (1, 2, 3),
+    "SPLIT_N": (32, 64, 128), "SPLIT_WARPS": (2, 4, 8), "SPLIT_STAGES": (2, 3, 4), "SPLIT_KEYS": (256, 512, 1024),
+}  # fmt: skip
+
 Tile = tuple[int, int, int, int]
 """BLOCK_M rows, BLOCK_N keys, warps, stages."""
 
@@ -33,11 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of tiles by the bytes of an element.
-
-    In the numerics class: BLOCK_N of `forward`, `grad_q` and `split`, BLOCK_M of `grad_kv`, `split_keys`, and
-    `split_rows`, which says who is split; warps too, since sums of a row go over them. Free: all else.
-    """
+    """Sizes of tiles. No more than `split_rows` rows have their keys read in parts of `split_keys`, some BLOCK_N."""
 
     forward: Sized
     grad_q: Sized
@@ -51,7 +61,8 @@ class _Named:
     """A source in the template: its text is the number that its names end in."""
 
     def __init__(self, number: str, source: Source) -> None:
-        self.number, self.what, self.query, self.places = number, source.what, source.query, source.places
+        self.number, self.query, self.places = number, source.query, source.places
+        self.what = wrap(source.what, 110)
 
     def __str__(self) -> str:
         return self.number
@@ -78,12 +89,15 @@ class Attend:
             gradients += [f"d_k{s}", f"d_v{s}"] + [f"d_query{s}"] * s.query + [f"d_bias{s}"] * bool(s.places)
         has_bias = any(s.places for s in sources)
         return {
-            "group": self.group, "width": self.width, "value_width": self.value_width, "block_d": _block(self.width),
-            "block_e": _block(self.value_width), "sources": sources, "shares_q": shares_q, "has_bias": has_bias,
-            "gradients": gradients, "parts": [f"parts{s}" for s in sources], "given": [f"s{s}" for s in sources], "tiles": self.tiles or tiles(self.width, self.value_width, self.capability),
+            "group": self.group, "width": self.width, "value_width": self.value_width,
+            "block_d": _block(self.width), "block_e": _block(self.value_width),
+            "sources": sources, "shares_q": shares_q, "has_bias": has_bias, "gradients": gradients,
+            "parts": [f"parts{s}" for s in sources], "given": [f"source{s}" for s in sources],
+            "askers": [f"{end}{s}" for s in sources for end in ("first", "last")],
+            "tiles": self.tiles or tiles(max(self.width, self.value_width), has_bias, self.capability),
             "title": f"Attention to {len(sources)} sources of keys under one softmax." if several else "Attention.",
             "over_all": " over all sources" if several else "",
-            "plus": " + bias[asks + holds_n]" if has_bias else "",
+            "scores": "scale * q . k_n" + (" + bias[asks + holds_n]" if has_bias else ""),
         }  # fmt: skip
 
 
@@ -129,11 +143,45 @@ def _block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def tiles(width: int, value_width: int, capability: int | None) -> Tiles:
-    """Sizes that need no more registers and shared memory than a target has."""
-    return Tiles(
-        forward=Sized((128, 64, 8, 3), (32, 32, 4, 2)),
-        grad_q=Sized((128, 64, 8, 2), (32, 32, 4, 2)),
-        grad_kv=Sized((64, 128, 8, 2), (32, 32, 4, 2)),
-        split=Sized((16, 64, 4, 3), (16, 32, 4, 2)),
-    )
+# By capability, and the most that keys and values are wide: forward, grad_q, grad_kv, split. All were built ahead of
+# time at published sizes (triton 3.7): no registers spilled, shared memory as the target has it.
+_TILES = {
+    80: {
+        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+        128: ((64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (16, 64, 4, 3)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 64, 4, 2)),
+    },
+    90: {
+        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (16, 64, 4, 3)),
+        256: ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (16, 64, 4, 2)),
+    },
+    100: {
+        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+        256: ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (16, 64, 4, 2)),
+    },
+}
+# Where scores have biases, which are gathered for each score.
+_WITH_BIAS = {
+    80: ((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2)),
+    90: ((128, 64, 8, 3), (64, 32, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+    100: ((128, 64, 8, 3), (64, 32, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+}
+_WIDE_WITH_BIAS = ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2))
+# fp32 goes without tensor cores, as torch's does.
+_FULL = {
+    128: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
+    256: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+
+
+def tiles(width: int, bias: bool, capability: int | None) -> Tiles:
+    """Sizes for a width of keys and values. A GPU that is not named gets what all have room for."""
+    block, of = _block(width), capability or 80
+    half = _TILES[of][max(64, block)]
+    if bias:
+        half = _WITH_BIAS[of] if block <= 64 else _WIDE_WITH_BIAS
+    full = _FULL[max(128, block)]
+    forward, grad_q, grad_kv, split = (Sized(two, four) for two, four in zip(half, full, strict=True))
+    return Tiles(forward, grad_q, grad_kv, split)
