@@ -113,9 +113,25 @@ def repair() -> None:
             functions[self.fn] = interpreter.InterpretedFunction(self.fn)
         return functions[self.fn](*args, **more)
 
+    plain_patch = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        plain_patch(tensor, scope)
+        # Bounds of loops: numpy makes no number of an array that has a dim, as Triton 3.6 asks it to.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
     def bf16(self: Any, value: float) -> Any:
         return cast(self, interpreter.TensorHandle(np.array([value], np.float32), tl.float32), tl.bfloat16)
 
+    plain_run = interpreter.GridExecutor.__call__
+
+    def run(self: Any, *args: Any, **more: Any) -> Any:
+        with np.errstate(all="ignore"):  # infinities and NaN are values, to a GPU too
+            return plain_run(self, *args, **more)
+
+    interpreter.GridExecutor.__call__ = run
     jit.JITFunction.__call__ = call
     _patch_once(interpreter)
     interpreter.InterpreterBuilder.get_bf16 = bf16

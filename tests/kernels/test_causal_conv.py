@@ -420,4 +420,4 @@ def test_more_taps_than_a_kernel_holds_are_told() -> None:
 
     assert room.kernel(Use(4), None) == Facts((6,), 4)
     assert room.kernel(Use(MOST_TAPS + 1), None) is None
-    assert str(MOST_TAPS + 1) in (room.refusal(Use(MOST_TAPS + 1)) or "")
+    assert str(MOST_TAPS + 1) in (room.why_not(Use(MOST_TAPS + 1)) or "")

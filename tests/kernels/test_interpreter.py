@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
+from heddle.lowering.target import TARGETS
+from heddle.runtime.ahead import build
+from heddle.runtime.lib import kernels
+
 from . import harness
+from .product import PRODUCT
 
 CASTS = '''"""y = x in the type of y. n elements; one program owns all."""
 
@@ -171,3 +176,33 @@ def test_what_triton_casts_or_only_moves_is_right(expression: str) -> None:
     # a division in fp32, or in bf16: the interpreter follows Triton's semantics of the version at hand
     near = 2.0**-8 if "/" in expression else 0.0
     assert torch.allclose(y, want.expand(4), rtol=near, atol=0.0)
+
+
+def test_what_ran_here_can_still_be_built() -> None:
+    """Functions of Triton's own, as `tl.sum`, are patched while a kernel runs, and must not stay so."""
+    module = harness.load(PRODUCT)
+    module.product(torch.ones(2, 16), torch.ones(2, 16))
+    with kernels.launches() as told:
+        module.product(*(torch.empty(64, 64, device="meta", dtype=torch.bfloat16) for _ in range(2)))
+    assert [built.problems for built in build(told, TARGETS["sm_90"])] == [(), ()]
+
+
+LOOP = '''"""y = exp(y + 1000). One program walks along n of them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def loop_kernel(y_ptr, n):
+    first = tl.program_id(0) * n
+    for i in tl.range(first, tl.minimum(first + n, n + n), num_stages=2):
+        tl.store(y_ptr + i, tl.exp(tl.load(y_ptr + i) + 1000.0))
+'''
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loop_has_bounds_that_are_computed_and_infinity_is_a_value() -> None:
+    y = torch.zeros(6)
+    harness.load(LOOP).loop_kernel[(2,)](y, 3)
+    assert y.isinf().all()
