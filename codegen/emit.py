@@ -48,7 +48,8 @@ def emit(program: GraphProgram, version: str, named: bool = False, lock: Lock | 
     goes through `spmd.use`, which is told what it is, for those who look on while the module runs. `lock`: how kernels
     are cut, where not as untuned. Raises BadLock."""
     shared = Shared(lock=lock)
-    program = replace(program, named=named)
+    # Who looks on sees every value.
+    program = replace(program, named=named, heads={} if named else program.heads)
     objectives = set(program.program.objectives.values())
     classes = []
     for graph in program.callees_first():
@@ -56,6 +57,7 @@ def emit(program: GraphProgram, version: str, named: bool = False, lock: Lock | 
             classes.append(Writer(graph, program, shared).as_class())
     model = next(c for c in classes if c.name == names.class_names(program.graphs)[program.program.root])
     model.is_model, model.more = True, program.model.body.asked > 0
+    model.headed = bool(program.heads)
     model.gives = repr(program.program.gives) if model.more else ""
     inputs = tuple(v.name for v in program.model.body.inputs)
     model.input_names = "" if inputs == ("tokens",) else repr(inputs)
@@ -325,6 +327,15 @@ class _ObjectiveWriter(Writer):
 
     owner = "self.beside"
 
+    def head_of(self, node: Node) -> tuple[str, str | None] | None:
+        head = self.program.heads.get(self.graph.name)
+        if head is None or head.loss != node.name:
+            return None
+        model = Writer(self.program.model, self.program, self.shared)
+        weight, bias = (None if o is None else model.expression(o) for o in head.node.operands[1:])
+        assert weight is not None
+        return weight, bias
+
     def call(self, node: Node) -> str:
         if node.op == "call":
             inputs = ", ".join(self.expression(o) for o in node.operands if o is not None)
@@ -338,6 +349,7 @@ class _ObjectiveWriter(Writer):
                 if self.program.laid is not None and self.program.laid.pipe is not None:
                     return "ran"
                 more = ", more=True" if self.program.model.body.asked else ""
+                more += ", head=False" if self.graph.name in self.program.heads else ""
                 return f"self.run({inputs}, at, lib.STATELESS{more})"
         return super().call(node)
 

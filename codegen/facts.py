@@ -44,6 +44,12 @@ class Use:
         name = self.writer.kernel(self)
         return f", kernel={name}" if name else ""
 
+    @property
+    def head(self) -> tuple[str, str | None] | None:
+        """Weight and bias of the linear map whose result this use makes by itself, of what the map reads; else None."""
+        found: tuple[str, str | None] | None = self.writer.head_of(self.node)
+        return found
+
     def literal(self, name: str) -> str | None:
         """A number that stands in place of a tensor."""
         value = self.node.attr(name)

@@ -56,6 +56,7 @@ class Class:
     follows: str = ""
     stages: list[StageLines] = field(default_factory=list)
     more: bool = False
+    headed: bool = False
     around: str | None = None
     after: list[Line] = field(default_factory=list)
     losses: list[Line] = field(default_factory=list)
@@ -161,6 +162,7 @@ class Writer:
         for node in (n for n in self.graph.nodes if n.op == "loop"):
             found |= {_module_variable(node.attr("instance")), "kept"}
         found |= {"more"} if self.graph.body.asked else set()
+        found |= {"head"} if self.head is not None else set()
         return found | ({"sums"} if self.parts.sums else set())
 
     def expression(self, name: str) -> str:
@@ -235,9 +237,22 @@ class Writer:
             or any(user.name not in self.constants for user in self.graph.users.get(name, ()))
         }
 
+    @property
+    def head(self) -> Node | None:
+        """The node that a loss makes by itself, where it stands in this graph."""
+        heads = self.program.heads.values() if self.graph.name == self.program.program.root else ()
+        return next((head.node for head in heads), None)
+
+    def head_of(self, node: Node) -> tuple[str, str | None] | None:
+        """Weight and bias of the map whose result a node makes by itself."""
+        return None
+
     def call(self, node: Node) -> str:
         """The right side of a node's statement."""
-        return self.again(node, self._call(node))
+        text = self.again(node, self._call(node))
+        if self.head is not None and node.name == self.head.name:
+            text += f" if head else {self.expression(node.operands[0] or '')}"
+        return text
 
     def again(self, node: Node, text: str) -> str:
         """A call, in a form that the backward pass can make again where it was asked to: of what it is given now, not

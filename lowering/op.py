@@ -163,6 +163,8 @@ class Op:
     `per_weight` are the operations a row for each element of its weights, where that is all an op does;
     `coordinates` is true if it reads position and document of its sequence. `stacked` names the op that does several
     of these side by side, `epilogues` are pointwise ops that it can apply to its result.
+    `absorbs` is an operand, and the op whose result it need not be: given what that op reads instead, this one makes it
+    a few rows at a time.
     `random` ops draw anew each time, so equal ones are not one; through `detached` ones no gradient flows.
 
     What a cut of a dim must know: `grouped` are pairs of a formal and what divides it into equal runs (another formal
@@ -196,6 +198,7 @@ class Op:
     per_weight: float = 0.0
     stacked: str | None = None
     epilogues: tuple[str, ...] = ()
+    absorbs: tuple[str, str] = ("", "")
     random: bool = False
     detached: bool = False
     grouped: tuple[tuple[str, str], ...] = ()

@@ -14,6 +14,7 @@ from .passes.fuse_chains import fuse_chains
 from .passes.fuse_parallel import fuse_parallel
 from .passes.hoist import hoist
 from .passes.infer_types import infer_types
+from .passes.join_heads import join_heads
 from .passes.keep_contracts import keep_contracts
 from .passes.mark_recompute import mark_recompute
 from .passes.postpone_sums import postpone_sums
@@ -37,7 +38,8 @@ PASSES: tuple[Pass, ...] = (
     fuse_parallel,  # before state, which belongs to the fused op
     stream,  # state of what is really computed
     postpone_sums,  # before kernels are found, of which a sum and what reads it become one
-    fuse_chains,  # last: joins what keeps nothing between steps; identity for a target without kernels
+    fuse_chains,  # behind all that changes nodes: joins what keeps nothing between steps; identity without kernels
+    join_heads,  # last: nothing more changes what is read by whom
 )
 
 

@@ -12,6 +12,7 @@ OPS = (
         meaning="sum over places with a known target of log(sum(exp(logits))) - logits[target]",
         operand_kinds={"target": ("token", "index")},
         index=("V",),
+        absorbs=("logits", "linear"),
         lift=lift,
         result_kind="loss",
         monoid=Monoid("V", ("max", "sum", "picked"), peers="all", receiver_free=True),

@@ -45,7 +45,7 @@ class Facts:
 
 def kernel(use: Any, target: Any) -> Facts | None:
     """The facts of one use, or None where `why_not` says why."""
-    return None if why_not(use) else Facts(use.sizes("V")[0])
+    return None if why_not(use) else Facts(use.sizes("V")[0], linear=use.head is not None)
 
 
 def why_not(use: Any) -> str | None:
