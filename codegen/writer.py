@@ -329,7 +329,10 @@ class Writer:
         given = ", ".join(self.expression(fused.value_of[n]) for n in inputs(chain))
         nodes = [self.graph.producers[n] for n in fused.nodes]
         why = f"one kernel: {', '.join(n.op for n in nodes)}" if len(nodes) > 1 else ""
-        return Line(f"{targets} = {name}({given})", spec_line(nodes[-1].spans), why=why)
+        text = f"{name}({given})"
+        if self.program.named:
+            text = f'spmd.use_chain("{self.graph.name}", {fused.outputs!r}, lambda: {text})'
+        return Line(f"{targets} = {text}", spec_line(nodes[-1].spans), why=why)
 
     def _loop(self, node: Node, spec: str) -> list[Line]:
         name, variable = names.attribute(node.attr("instance")), _module_variable(node.attr("instance"))

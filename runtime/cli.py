@@ -1,6 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that `heddle check` starts fast.
 
-Exit codes: 0 fine, 2 the user's error (diagnostics on stderr), 1 ours.
+Exit codes: 0 fine, 2 the user's error (diagnostics on stderr), 1 ours, or two things differ that were compared.
 """
 
 from __future__ import annotations
