@@ -126,7 +126,8 @@ class Comparison:
 
     def _values(self, ran: tuple[_Ran, _Ran]) -> Iterator[Row]:
         for key in self.common:
-            want, (a, b) = [self.oracle.made[key]], (r.values[key] for r in ran)
+            want = [self.oracle.made[key]]
+            a, b = (r.values[key] for r in ran)
             most = sum(self.oracle.value_allowed(kind, key) for kind in self.kinds)
             carried = _apart(*(r.free[key] for r in ran))
             op, spec = self._named(key)
@@ -140,7 +141,7 @@ class Comparison:
         for unit in sorted(units, key=lambda u: -max(order[k] for k in u.results)):
             have = [(r.gradients[unit], kind) for r, kind in zip(ran, self.kinds, strict=True) if unit in r.gradients]
             exact, (op, spec) = self.oracle.exact(unit), self._named(unit.results[-1])
-            for name in dict.fromkeys(n for own in (exact, *(own for own, _ in have)) for n in own):
+            for name in dict.fromkeys([*exact, *(n for own, _ in have for n in own)]):
                 like = exact[name] if name in exact else next(own[name][0] for own, _ in have if name in own)
                 nothing = torch.zeros_like(like, dtype=WIDE)
                 want = exact.get(name, nothing)

@@ -76,8 +76,8 @@ _EXACT = _words(
 # Of one number at a place: no sum. Those of the second kind multiply what their argument lost.
 _POINTWISE = _words(
     """add add_ sub sub_ rsub mul mul_ div div_ reciprocal rsqrt sqrt silu silu_ silu_backward gelu
-    gelu_backward sigmoid sigmoid_backward tanh tanh_backward softplus softplus_backward log log1p log2 lerp addcmul addcdiv square erf
-    leaky_relu leaky_relu_backward elu elu_backward"""
+    gelu_backward sigmoid sigmoid_backward tanh tanh_backward softplus softplus_backward log log1p log2 lerp addcmul
+    addcdiv square erf leaky_relu leaky_relu_backward elu elu_backward"""
 )
 _STEEP = _words("exp exp2 expm1 sin cos tan pow pow_ exp_")
 # Sums that PyTorch makes in the dtype of what is summed.

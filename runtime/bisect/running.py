@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,10 +104,10 @@ class Run:
         """The gradients of a unit's sources and of the weights between; `arrives` at its results."""
         _, holders = self.watch.region(unit.results, border)
         values, of_holders = self.watch.gradients(arrives, unit.sources, holders)
-        found: dict[Name, Tensor] = dict(values)
-        for holder in holders:
-            grad = of_holders[id(holder)].contiguous() if id(holder) in of_holders else None  # as the weight lies
-            for path, view in self.paths[id(holder)] if grad is not None else ():
+        found: dict[Name, Tensor] = {name: grad for name, grad in values.items()}  # noqa: C416
+        for holder in (h for h in holders if id(h) in of_holders):
+            grad = of_holders[id(holder)].contiguous()  # as the weight lies
+            for path, view in self.paths[id(holder)]:
                 offset = view.storage_offset() - holder.storage_offset()
                 found[path] = torch.as_strided(grad, view.size(), view.stride(), offset)
         return found
@@ -175,14 +175,17 @@ class Runner:
             place = self.laid.places[graph].get(value)
             if place is not None and graph not in self.routed and is_known(place):
                 self.places[key] = place
-        units = []
-        for keys in reversed(watch.uses) if arrives is not None else ():
-            results = {k: self._arriving(arrives[k], k, run.mesh) for k in keys if self._flows(k, arrives)}
-            sources, _ = watch.region(results, everywhere)
-            unit = Unit(tuple(results), tuple(sources), run.weights_of(results, everywhere))
-            if results:
-                units.append((unit, run.gradients(unit, results, everywhere)))
+        units = [] if arrives is None else list(self._units(run, arrives))
         return Record({k: x.detach() for k, x in watch.made.items()}, units)
+
+    def _units(self, run: Run, arrives: Mapping[Key, Tensor]) -> Iterator[tuple[Unit, dict[Name, Tensor]]]:
+        """The gradients of each use, the last first; those that talk do so on all ranks in this order."""
+        for keys in reversed(run.watch.uses):
+            results = {k: self._arriving(arrives[k], k, run.mesh) for k in keys if self._flows(k, arrives)}
+            if results:
+                sources, _ = run.watch.region(results, everywhere)
+                unit = Unit(tuple(results), tuple(sources), run.weights_of(results, everywhere))
+                yield unit, run.gradients(unit, results, everywhere)
 
     def _flows(self, key: Key, arrives: Mapping[Key, Tensor]) -> bool:
         return key in arrives and (self.laid is None or self.places[key].has_gradient)
