@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import lcm
+from math import isfinite, lcm
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ def bisect_spec(spec: str, settings: dict[str, Any], first: str, second: str, ro
     program = proved(file, name, settings)
     made = written(program, a), written(program, b)
     kinds = [module_class(m.source, f"{m.name}/model.py", m.files.kernels) for m in made]
+    one = build(program)
+    usual_kind = module_class(one.source, f"{one.name}/model.py")
+    seq = min(seq, usual_kind.longest or seq)
     for kind in kinds:
         check_cuts(kind, seq)
     ranks = lcm(*(_ranks(kind) for kind in kinds))
@@ -56,9 +59,7 @@ def bisect_spec(spec: str, settings: dict[str, Any], first: str, second: str, ro
             f"{rows} rows do not divide over {ranks} ranks",
             help=f"--rows {' or '.join(map(str, near))} does",
         )
-    one = build(program)
-    kind = module_class(one.source, f"{one.name}/model.py")
-    feed = feed_of(program, kind, one.lowered, rows or lcm(2, ranks), seq, seed, data, tokenizer)
+    feed = feed_of(program, usual_kind, one.lowered, rows or lcm(2, ranks), seq, seed, data, tokenizer)
     usual = drawn(program, seed)
     weights = tuple(usual if side.weights is None else _taken(program, side.weights) for side in (a, b))
     found = Comparison(program, (a, b), made, feed, (weights[0], weights[1])).found()
@@ -69,7 +70,6 @@ def feed_of(program: Program, kind: type[Model], lowered: GraphProgram, rows: in
             data: Sequence[Path] = (), tokenizer: str = "bytes") -> Feed:  # fmt: skip
     """Rows of text, or drawn tokens: of a model that is decoded token by token in documents, so that what keeps these
     apart is looked at, too."""
-    seq = min(seq, kind.longest or seq)
     source = torch.Generator().manual_seed(seed)
     vocab = kind.vocab or 2
     sizes = (rows, *(n or 1 for n in kind.shape[1:-1]), kind.shape[-1] or seq)
@@ -148,9 +148,13 @@ def _named(side: Side) -> str:
 
 
 def row_json(row: Row) -> dict[str, Any]:
-    """Plain data."""
+    """Plain data; a difference is None where shapes differ, or one side has no number."""
     return {
         "value": str(row.key), "op": row.op, "spec": row.spec, "gradient_of": None if row.of is None else str(row.of),
-        "difference": row.difference, "allowed": row.allowed, "size": row.size,
-        "a_error": row.errors[0], "b_error": row.errors[1], "carried": row.carried,
+        "difference": _finite(row.difference), "allowed": row.allowed, "size": row.size,
+        "a_error": _finite(row.errors[0]), "b_error": _finite(row.errors[1]), "carried": _finite(row.carried),
     }  # fmt: skip
+
+
+def _finite(x: float | None) -> float | None:
+    return None if x is None or not isfinite(x) else x

@@ -49,14 +49,23 @@ def arithmetic(dtype: torch.dtype, is_split: bool) -> Arithmetic:
 
 
 def rounded(x: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
-    """The value in fp64 that all of the dtypes hold, nearly `x`: what is too large is their largest number."""
+    """The value in fp64 that all of the dtypes hold, nearly `x`: what is too large is the largest that they hold."""
     if not x.is_floating_point():
         return x
-    x = x.detach().to(WIDE)
+    x, most = x.detach().to(WIDE), largest(dtypes)
+    x = torch.where(x.isfinite(), x.clamp(-most, most), x)
     for dtype in (*dtypes, *dtypes):  # what the second of two rounds to is one of the first's, or is after another turn
-        most = torch.finfo(dtype).max
-        x = torch.where(x.isfinite(), x.clamp(-most, most), x).to(dtype).to(WIDE)
+        x = x.to(dtype).to(WIDE)
     return x
+
+
+def largest(dtypes: Sequence[torch.dtype]) -> float:
+    """The largest number that all of the dtypes hold."""
+    most = torch.tensor(min(torch.finfo(dtype).max for dtype in dtypes), dtype=WIDE)
+    for dtype in dtypes:
+        near = most.to(dtype).to(WIDE)
+        most = near if near <= most else near * (1 - roundoff(dtype))  # near is a power of two
+    return float(most)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -72,6 +81,12 @@ _EXACT = _words(
     repeat reshape roll scalar_tensor scatter scatter_ select select_backward select_scatter sign slice slice_backward
     slice_scatter sort split split_with_sizes squeeze stack t threshold_backward topk transpose tril triu unbind unfold
     unsqueeze view where zero_ zeros zeros_like _unsafe_view _reshape_alias"""
+)
+# What gives no real numbers, but asks about them.
+_ASKED = _words(
+    """eq ne lt le gt ge equal allclose isclose isnan isinf isfinite isposinf isneginf logical_not logical_and logical_or
+    any all nonzero argsort searchsorted bucketize item _local_scalar_dense is_nonzero count_nonzero bitwise_not
+    bitwise_and bitwise_or signbit"""
 )
 # Of one number at a place: no sum. Those of the second kind multiply what their argument lost.
 _POINTWISE = _words(
@@ -94,7 +109,7 @@ class MonteCarlo(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        if name in _EXACT:
+        if name in _EXACT or name in _ASKED:
             return func(*args, **kwargs)
         if name not in _POINTWISE:
             args = self._terms(name, args)

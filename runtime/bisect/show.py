@@ -30,9 +30,9 @@ def _print_first(row: dict[str, Any]) -> None:
     print(f"first difference: {_what(row)}")
     print(f"  {row['spec']}")
     why = f"of numbers up to {row['size']:.1e}; rounding explains {row['allowed']:.1e}"
-    print(f"  A - B     {row['difference']:9.1e}, {why}")
+    print(f"  A - B     {_number(row['difference'])}, {why}")
     for side in ("a", "b"):
-        print(f"  {side.upper()} - fp64  {row[f'{side}_error']:9.1e}, given the same")
+        print(f"  {side.upper()} - fp64  {_number(row[f'{side}_error'])}, given the same")
     if row["carried"] is not None:
         print(f"  A - B     {row['carried']:9.1e} where each goes on with its own numbers")
 
@@ -40,3 +40,7 @@ def _print_first(row: dict[str, Any]) -> None:
 def _what(row: dict[str, Any]) -> str:
     value = f"`{row['value']}` ({row['op']})"
     return value if row["gradient_of"] is None else f"the gradient of `{row['gradient_of']}` by {value}"
+
+
+def _number(x: float | None) -> str:
+    return "no number" if x is None else f"{x:9.1e}"

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from heddle.dsl.load import load_text
+from heddle.codegen.emit import digest
+from heddle.dsl.load import load, load_text
+from heddle.lowering.placement.types import Place
 from heddle.runtime.bisect import watching
 from heddle.runtime.bisect.command import feed_of
 from heddle.runtime.bisect.finding import Comparison, Found, drawn, written
-from heddle.runtime.bisect.sides import sides_of
+from heddle.runtime.bisect.places import dual, share, together
+from heddle.runtime.bisect.rounding import MonteCarlo, arithmetic, rounded, roundoff
+from heddle.runtime.bisect.show import print_found
+from heddle.runtime.bisect.sides import DTYPES, sides_of
 from heddle.runtime.check import program_of
-from heddle.runtime.compile import Artifact, build, module_class
+from heddle.runtime.cli import app
+from heddle.runtime.compile import Artifact, build, instantiate, module_class
+from heddle.runtime.folder import write_spec
+from heddle.runtime.lib.mesh import Mesh
 
 HYBRID = """
 use nemotron_h from "nemotron_h/nemotron_h.spec"
@@ -62,13 +76,21 @@ class Pair:
         self.made = tuple(written(self.program, side) for side in self.sides)
         one = build(self.program)
         kind = module_class(one.source, f"{one.name}/model.py")
-        self.feed = feed_of(self.program, kind, one.lowered, 4, 8, seed=3)
+        self.feed = feed_of(self.program, kind, one.lowered, 2, 8, seed=3)
         weights = drawn(self.program, 3)
         self.compared = Comparison(self.program, self.sides, self.made, self.feed, (weights, weights))
 
     def found(self, second: Artifact | None = None) -> Found:
         """What is found, with another module for the second side."""
         return self.compared.found(second)
+
+    def in_kernel(self, kernel: str, old: str, new: str) -> Found:
+        """The same with another text in a kernel's file, where this one stands first."""
+        files = self.made[1].files
+        assert old in files.kernels[kernel] and old != new
+        texts = {**files.kernels, kernel: files.kernels[kernel].replace(old, new, 1)}
+        name = f"small-{digest(*texts.values())}"  # Triton reads a kernel's text where its file is said to be
+        return self.found(replace(self.made[1], name=name, files=replace(files, kernels=texts)))
 
     def planted(self, old: str, new: str, head: str = "", count: int | None = 1) -> Found:
         """The same with a fault: another text where the second side's module has this one, `count` times."""
@@ -235,3 +257,157 @@ def made_rows(made: Pair, forward: bool) -> tuple[Any, ...]:
     found = made.found()
     rows = found.values if forward else found.gradients
     return tuple(r for r in rows if r.size > 0)
+
+
+# --- kernels --------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_compared_at_what_they_give() -> None:
+    """A target with kernels is one more way to write a module; what is one kernel there is one here, too."""
+    made = pair(DENSE.replace("layers = 2", "layers = 1"), "cpu", "triton")
+    assert [side.dtype for side in made.sides] == ["fp32", "fp32"]
+    found = made.found()
+    assert found.equal and len(found.values) > 12 and len(found.gradients) > 24
+    files = made.made[1].files
+    assert files.kernels and "use_chain" in files.model
+
+
+KERNELS = {
+    # what is wrong -> (kernel, old text, new text, where it is named, of which gradient)
+    "eps": ("add_rms_norm", "rstd = tl.rsqrt(s1 / C + 1e-05)", "rstd = tl.rsqrt(s1 / C + 1e-03)", "layer.0.norm2", None),
+    "scale": ("attend", "(scale * 1.4426950408889634)", "scale", "layer.0.attention.o", None),
+    "a key too many": ("attend", "offs_n[None, :] < high[:, None]", "offs_n[None, :] <= high[:, None]", "layer.0.attention.o", None),
+    "backward only": ("add_rms_norm", " - x_2 * s4[:, None]", "", "layer.0.norm2", "embedding"),
+    "gradient of a weight": ("add_rms_norm", "d_weight_acc += d_norm2 * (x_2 * s2[:, None])", "d_weight_acc += d_norm2 * x_2", "layer.0.norm2", "layer.0.norm2.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", KERNELS)
+def test_a_fault_in_a_kernel_is_named(what: str) -> None:
+    kernel, old, new, where, of = KERNELS[what]
+    first = pair(DENSE.replace("layers = 2", "layers = 1"), "cpu", "triton").in_kernel(kernel, old, new).first
+    assert first is not None and first.errors[1] > 100 * first.errors[0]
+    assert (str(first.key), None if first.of is None else str(first.of)) == (where, of)
+
+
+# --- parts ----------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_what_ranks_have_of_a_value_is_the_value_together(data: st.DataObject) -> None:
+    """Each rank's share of it, put together again, and at each set of ranks that has all of it."""
+    axes = {"a": 2, "b": 3}
+    dims = data.draw(st.lists(st.sampled_from(("a", "b", None)), min_size=1, max_size=3))
+    splits = tuple((d,) if d is not None and d not in dims[:i] else () for i, d in enumerate(dims))
+    held = {a for atoms in splits for a in atoms}
+    letters = tuple((a, data.draw(st.sampled_from("RIPN"))) for a in axes if a not in held)
+    place = Place(splits, letters)
+    whole = torch.randn([6] * len(dims), dtype=torch.float64)
+    for at in (place, dual(place)) if place.has_gradient else (place,):
+        assert at is not None
+        parts = [share(whole, at, Mesh(dict(axes), rank)) for rank in range(6)]
+        sets = together(parts, at, axes)
+        assert all(torch.equal(x, whole) for x in sets)
+        assert len(sets) == math.prod(axes[a] for a, letter in at.letters if letter != "P")
+    assert (dual(place) is None) == any(letter == "N" for _, letter in letters)
+
+
+@given(
+    st.lists(st.sampled_from(sorted(DTYPES)), min_size=1, max_size=3),
+    st.integers(0, 2**31),
+    st.sampled_from((1e-9, 1.0, 1e5)),
+)
+def test_what_is_given_is_held_by_all_dtypes(names: list[str], seed: int, scale: float) -> None:
+    dtypes = [DTYPES[n] for n in names]
+    x = torch.randn(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    y = rounded(x, dtypes)
+    assert y.dtype == torch.float64 and y.isfinite().all()
+    assert all(torch.equal(y.to(d).double(), y) for d in dtypes)
+    widest = max(roundoff(d) for d in dtypes)
+    inside = x.abs() < min(torch.finfo(d).max for d in dtypes)
+    small = max(float(torch.finfo(d).tiny) for d in dtypes)
+    assert ((y - x).abs() <= 2 * widest * (x.abs() + small))[inside].all()
+
+
+@given(st.sampled_from(("fp32", "bf16", "fp16")), st.integers(0, 2**31), st.integers(1, 40))
+def test_roundings_of_a_dtype_are_of_its_size(name: str, seed: int, terms: int) -> None:
+    """A product in the dtype is off by as much as the drawn roundings move the product in fp64."""
+    kind, source = arithmetic(DTYPES[name], False), torch.Generator().manual_seed(seed)
+    a, b = (rounded(torch.randn(8, terms, generator=source, dtype=torch.float64), [kind.dtype]) for _ in range(2))
+    exact = a @ b.T
+    moved = []
+    for i in range(2):
+        with MonteCarlo(kind, i):
+            moved.append(float((a @ b.T - exact).abs().max()))
+    real = float(((a.to(kind.dtype) @ b.to(kind.dtype).T).double() - exact).abs().max())
+    assert real <= 4 * max(moved) and max(moved) <= 100 * kind.roundoff * float(exact.abs().max())
+    with MonteCarlo(kind, 0):
+        assert torch.equal(a.reshape(-1).sort().values, a.flatten().sort().values)  # what moves numbers rounds none
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+def run(folder: Path, *words: str) -> tuple[int, str]:
+    with contextlib.chdir(folder):
+        result = CliRunner().invoke(app, ["bisect", *words])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("bisect")
+    (made / "small.spec").write_text(DENSE.replace("layers = 2", "layers = 1") + LAYOUTS)
+    (made / "text.txt").write_text("".join(map(chr, range(1, 32))) * 8)
+    return made
+
+
+def test_the_command_says_that_nothing_differs(folder: Path) -> None:
+    code, said = run(folder, "small.spec", "cpu", "bf16", "--seq", "8", "--data", "text.txt", "--json")
+    found = json.loads(said)
+    assert code == 0 and found["equal"] and found["first"] is None and found["tokens"] == [2, 8]
+    assert found["a"] == found["b"] == "cpu,bf16" and 0 < len(found["before"]) <= 5 or found["before"] == []
+
+
+def test_weights_that_differ_are_named(folder: Path) -> None:
+    """Two folders: one weight of one has moved. The use of an op that reads it is the first that differs."""
+    file = load(folder / "small.spec")
+    model = instantiate(build(program_of(file)), seed=0)
+    for name in ("one", "two"):
+        (folder / name).mkdir(exist_ok=True)
+        write_spec(folder / name, file, "small")
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / name / "model.safetensors")
+        with torch.no_grad():
+            model.get_parameter("layer.0.gated_mlp.out.weight").mul_(1.01)
+    code, said = run(folder, "small.spec", "weights=one", "weights=two", "--seq", "8")
+    assert code == 1 and "weights differ: 1, the first is `layer.0.gated_mlp.out.weight`" in said
+    assert "first difference: `layer.0.gated_mlp.out` (linear)\n  std/blocks.spec:" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["bf16,fp32", "cpu"], "unknown-side", "`bf16,fp32` says two things for its dtype"),
+        (["triton,fp64", "cpu"], "unknown-side", "kernels compute in fp32 at most"),
+        (["cpu", "layot=grid"], "unknown-side", "`layout` is one"),
+        (["cpu", "layout=gird"], "unknown-name", "grid"),
+        (["cpu", "layout=grid", "--rows", "3"], "uneven-batch", "--rows 2 or 4 does"),
+        (["cpu", "layout=long", "--seq", "7"], "uneven-batch", "--seq 6 or 8 does"),
+        (["cpu", "fp32", "--data", "text.txt", "--seq", "200"], "no-data", "are read"),
+        (["cpu", "weights=nowhere"], "no-such-file", "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said(folder: Path, words: list[str], code: str, said: str) -> None:
+    ended, output = run(folder, "small.spec", *words)
+    assert ended == 2 and f"error[{code}]" in output and said in output
+
+
+def test_what_is_said_in_text(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"value": "x", "op": "add", "spec": "a.spec:1  x = y", "gradient_of": "y", "difference": None, "allowed": 1.0,
+           "size": 1.0, "a_error": 0.0, "b_error": None, "carried": None}  # fmt: skip
+    found = {"model": "m", "a": "cpu", "b": "triton", "tokens": [2, 8], "equal": False, "values": 1, "gradients": 1,
+             "weights": {"count": 0}, "first": row, "before": [{**row, "difference": 0.25}]}  # fmt: skip
+    print_found(found)
+    said = capsys.readouterr().out
+    assert "first difference: the gradient of `y` by `x` (add)\n  a.spec:1  x = y\n  A - B     no number" in said
+    assert re.search(r"2.5e-01 +1.0e\+00 +25%  the gradient of `y`", said)
