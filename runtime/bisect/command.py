@@ -14,7 +14,7 @@ from ...dsl.load import load
 from ...dsl.program import Program
 from ...lowering.graph import GraphProgram
 from ..check import proved
-from ..compile import build, instantiate, module_class
+from ..compile import build, class_of, instantiate
 from ..data import Packed, open_corpus, open_tokenizer
 from ..errors import UserError
 from ..folder import take_weights
@@ -45,9 +45,9 @@ def bisect_spec(spec: str, settings: dict[str, Any], first: str, second: str, ro
     a, b = sides_of(first, second, file)
     program = proved(file, name, settings)
     made = written(program, a), written(program, b)
-    kinds = [module_class(m.source, f"{m.name}/model.py", m.files.kernels) for m in made]
+    kinds = [class_of(m) for m in made]
     one = build(program)
-    usual_kind = module_class(one.source, f"{one.name}/model.py")
+    usual_kind = class_of(one)
     seq = min(seq, usual_kind.longest or seq)
     for kind in kinds:
         check_cuts(kind, seq)

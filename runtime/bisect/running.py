@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dsl.program import TOKENS
 from ...lowering.graph import GraphProgram
 from ...lowering.placement.types import Place
-from ..compile import Artifact, module_class
+from ..compile import Artifact, class_of
 from ..lib import Gathered, Model
 from ..lib.buffers import STATELESS
 from ..lib.laid import entry, part
 from ..lib.mesh import Mesh
 from ..lib.simulated import simulate
+from ..place import place
 from .places import dual, is_known, share, together
 from .watching import Border, Hold, Key, Watch, listen, watched
 
@@ -28,6 +30,11 @@ class Feed:
     tokens: Tensor
     document: Tensor | None = None
     more: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Feed:
+        """The same there."""
+        document = None if self.document is None else self.document.to(device)
+        return Feed(self.tokens.to(device), document, {name: x.to(device) for name, x in self.more.items()})
 
     def rows(self, axes: tuple[str, ...], mesh: Mesh) -> Feed:
         """A rank's rows of the batch."""
@@ -64,7 +71,7 @@ class Run:
     """A run of a module, alive, so that it can be asked for gradients."""
 
     def __init__(self, kind: type[Model], program: GraphProgram, weights: Mapping[str, Tensor], dtype: torch.dtype,
-                 mesh: Mesh | None, hold: Hold, flows: Border) -> None:  # fmt: skip
+                 device: torch.device, mesh: Mesh | None, hold: Hold, flows: Border) -> None:  # fmt: skip
         self.model: Any = kind()
         self.model.mesh, self.model.chance = mesh, 0
         self.program, self.mesh = program, mesh
@@ -75,7 +82,7 @@ class Run:
             for name, buffer in self.model.named_buffers():
                 if name in weights:
                     buffer.copy_(weights[name])
-        self.model.cast(dtype).train()
+        self.model.cast(dtype).train().to(device)
         self.watch = Watch(program, hold, flows)
         self.watch.follow(self.model)
         self.paths: dict[int, list[tuple[str, Tensor]]] = {}
@@ -85,8 +92,7 @@ class Run:
     def forward(self, feed: Feed) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """{loss: sum}, {loss: number of places}; of a model that nothing trains, its result for a loss."""
         model = self.model
-        if self.mesh is not None:
-            feed = feed.rows(model.rows, self.mesh)
+        feed = (feed if self.mesh is None else feed.rows(model.rows, self.mesh)).to(model.device)
         at = model._rows(feed.tokens, None, feed.document, None)
         rest = model._more(feed.more, at, model.scored)
         counts = model.counts_of(feed.tokens, *rest, at) if self.program.program.objectives else {}
@@ -122,7 +128,8 @@ class Runner:
 
     def __init__(self, artifact: Artifact, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> None:
         self.program, self.dtype, self.weights = artifact.lowered, dtype, weights
-        self.kind = module_class(artifact.source, f"{artifact.name}/model.py", artifact.files.kernels)
+        self.kind = class_of(artifact)
+        self.device = place("auto" if artifact.files.kernels else "cpu")  # without a GPU kernels are interpreted
         listen(self.kind)
         self.laid = artifact.lowered.laid
         self.axes = dict(self.kind.axes) if self.laid is not None else {}
@@ -131,7 +138,7 @@ class Runner:
 
     def run(self, hold: Hold, flows: Border, mesh: Mesh | None = None) -> Run:
         """One rank's run, before it begins. `flows`: which held values have a gradient, whatever they are made of."""
-        return Run(self.kind, self.program, self.weights, self.dtype, mesh, hold, flows)
+        return Run(self.kind, self.program, self.weights, self.dtype, self.device, mesh, hold, flows)
 
     def free(self, feed: Feed) -> dict[Key, list[Tensor]]:
         """What uses give where nothing is held."""
@@ -150,7 +157,7 @@ class Runner:
                 if key not in given:
                     return None
                 mine = given[key] if mesh is None else share(given[key], places[key], mesh)
-                return mine.to(x.dtype) if mine.shape == x.shape else None
+                return mine if mine.shape == x.shape else None
 
             return self._record(self.run(hold, lambda key: self._flows(key, arrives), mesh), feed, arrives)
 
@@ -173,10 +180,16 @@ class Runner:
         watch = run.watch
         for key, (graph, value) in watch.named.items() if self.laid is not None else ():
             place = self.laid.places[graph].get(value)
-            if place is not None and graph not in self.routed and is_known(place):
+            if place is not None and graph not in self.routed and is_known(place) and not self._is_uneven(graph, value):
                 self.places[key] = place
         units = [] if arrives is None else list(self._units(run, arrives))
-        return Record({k: x.detach() for k, x in watch.made.items()}, units)
+        return Record({k: x.detach().cpu() for k, x in watch.made.items()}, units)
+
+    def _is_uneven(self, graph: str, value: str) -> bool:
+        """Whether its rows are groups of tokens: how many a rank has follows from its own rows of the batch."""
+        dims = self.program.graphs[graph].dims
+        clocks = (dims[d].clock for d in self.program.graphs[graph].values[value].type.dims)
+        return bool(self.kind.rows) and any(clock not in (None, TOKENS) for clock in clocks)
 
     def _units(self, run: Run, arrives: Mapping[Key, Tensor]) -> Iterator[tuple[Unit, dict[Name, Tensor]]]:
         """The gradients of each use, the last first; those that talk do so on all ranks in this order."""
@@ -185,7 +198,7 @@ class Runner:
             if results:
                 sources, _ = run.watch.region(results, everywhere)
                 unit = Unit(tuple(results), tuple(sources), run.weights_of(results, everywhere))
-                yield unit, run.gradients(unit, results, everywhere)
+                yield unit, {n: g.cpu() for n, g in run.gradients(unit, results, everywhere).items()}
 
     def _flows(self, key: Key, arrives: Mapping[Key, Tensor]) -> bool:
         return key in arrives and (self.laid is None or self.places[key].has_gradient)

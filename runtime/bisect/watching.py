@@ -81,7 +81,9 @@ class Watch:
             wanted = self.hold(key, x)
             if wanted is not None:
                 anchor = self._anchor if self.flows(key) else None  # it has a gradient, whatever it was made of
-                self.held[key] = x = _Held.apply(x, wanted, key, self, anchor) if x.is_floating_point() else wanted
+                self.held[key] = x = (
+                    _Held.apply(x, wanted, key, self, anchor) if x.is_floating_point() else wanted.to(x)
+                )
                 keys.append(key)
             given.append(x)
         if keys:
@@ -116,7 +118,7 @@ class Watch:
         self.stops = frozenset(sources)
         try:
             found = torch.autograd.grad(
-                [self.made[k] for k in outs], [*wanted, *weights], [results[k].to(self.made[k].dtype) for k in outs],
+                [self.made[k] for k in outs], [*wanted, *weights], [results[k].to(self.made[k]) for k in outs],
                 retain_graph=True, allow_unused=True,
             )  # fmt: skip
         finally:
@@ -153,7 +155,7 @@ class _Held(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, made: Tensor, wanted: Tensor, key: Key, watch: Watch, anchor: Tensor | None) -> Tensor:
         ctx.key, ctx.watch = key, watch
-        return wanted.to(made.dtype, copy=True)
+        return wanted.to(made, copy=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

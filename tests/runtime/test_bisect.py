@@ -30,7 +30,7 @@ from heddle.runtime.bisect.show import print_found
 from heddle.runtime.bisect.sides import DTYPES, sides_of
 from heddle.runtime.check import program_of
 from heddle.runtime.cli import app
-from heddle.runtime.compile import Artifact, build, instantiate, module_class
+from heddle.runtime.compile import Artifact, build, class_of, instantiate
 from heddle.runtime.folder import write_spec
 from heddle.runtime.lib.mesh import Mesh
 
@@ -75,8 +75,7 @@ class Pair:
         self.sides = sides_of(a, b, file)
         self.made = tuple(written(self.program, side) for side in self.sides)
         one = build(self.program)
-        kind = module_class(one.source, f"{one.name}/model.py")
-        self.feed = feed_of(self.program, kind, one.lowered, 2, 8, seed=3)
+        self.feed = feed_of(self.program, class_of(one), one.lowered, 2, 8, seed=3)
         weights = drawn(self.program, 3)
         self.compared = Comparison(self.program, self.sides, self.made, self.feed, (weights, weights))
 
