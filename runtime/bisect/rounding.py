@@ -84,17 +84,19 @@ _EXACT = _words(
 )
 # What gives no real numbers, but asks about them.
 _ASKED = _words(
-    """eq ne lt le gt ge equal allclose isclose isnan isinf isfinite isposinf isneginf logical_not logical_and logical_or
-    any all nonzero argsort searchsorted bucketize item _local_scalar_dense is_nonzero count_nonzero bitwise_not
-    bitwise_and bitwise_or signbit"""
+    """eq ne lt le gt ge equal allclose isclose isnan isinf isfinite isposinf isneginf logical_not logical_and
+    logical_or any all nonzero argsort searchsorted bucketize item _local_scalar_dense is_nonzero count_nonzero
+    bitwise_not bitwise_and bitwise_or signbit"""
 )
-# Of one number at a place: no sum. Those of the second kind multiply what their argument lost.
+# Of one number at a place: no sum. The second kind takes several steps, or multiplies what its argument lost.
 _POINTWISE = _words(
-    """add add_ sub sub_ rsub mul mul_ div div_ reciprocal rsqrt sqrt silu silu_ silu_backward gelu
-    gelu_backward sigmoid sigmoid_backward tanh tanh_backward softplus softplus_backward log log1p log2 lerp addcmul
-    addcdiv square erf leaky_relu leaky_relu_backward elu elu_backward"""
+    """add add_ sub sub_ rsub mul mul_ div div_ reciprocal rsqrt sqrt sigmoid sigmoid_backward tanh tanh_backward log
+    log1p log2 lerp addcmul addcdiv square leaky_relu leaky_relu_backward"""
 )
-_STEEP = _words("exp exp2 expm1 sin cos tan pow pow_ exp_")
+_STEEP = _words(
+    """exp exp_ exp2 expm1 sin cos tan pow pow_ erf silu silu_ silu_backward gelu gelu_backward softplus
+    softplus_backward elu elu_backward"""
+)
 # Sums that PyTorch makes in the dtype of what is summed.
 _STORED = _words("index_add index_add_ index_put index_put_ scatter_add scatter_add_ embedding_dense_backward")
 

@@ -53,6 +53,10 @@ layout grid:
     shard seq over tensor between blocks
     shard batch, parameters over data
 
+layout rows:
+    mesh data = 2
+    shard batch over data
+
 layout long:
     mesh context = 2, tensor = 2
     shard heads, kv_heads, ffn over tensor
@@ -121,6 +125,23 @@ def test_healthy_runs_differ_by_rounding(text: str, a: str, b: str, values: int)
     assert found.equal and found.first is None
     assert len(found.values) >= values and len(found.gradients) > 2 * values
     assert sum(r.difference > 0 for r in found.gradients) > values  # they do differ
+
+
+def test_a_model_that_nothing_trains_is_compared_by_its_result() -> None:
+    text = """
+model plain(vocab = 16, hidden = 8):
+    words[batch, seq]: token
+    x = embed(words, vocab -> hidden)
+    return linear(gelu(rms_norm(x)), hidden -> 4)
+"""
+    made = pair(text, "bf16", "layout=rows")
+    assert not made.program.objectives
+    found = made.found()
+    assert found.equal and len(found.values) == 4 and len(found.gradients) >= 5
+    first = made.planted(
+        "lib.rms_norm(x, self.rms_norm.weight, 1e-05", "lib.rms_norm(x, self.rms_norm.weight, 0.5"
+    ).first
+    assert first is not None and first.op == "rms_norm"
 
 
 # --- planted faults -------------------------------------------------------------------------------------
@@ -405,8 +426,9 @@ def test_what_is_said_in_text(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"value": "x", "op": "add", "spec": "a.spec:1  x = y", "gradient_of": "y", "difference": None, "allowed": 1.0,
            "size": 1.0, "a_error": 0.0, "b_error": None, "carried": None}  # fmt: skip
     found = {"model": "m", "a": "cpu", "b": "triton", "tokens": [2, 8], "equal": False, "values": 1, "gradients": 1,
-             "weights": {"count": 0}, "first": row, "before": [{**row, "difference": 0.25}]}  # fmt: skip
+             "weights": {"count": 0}, "left_out": ["z"], "first": row, "before": [{**row, "difference": 0.25}]}  # fmt: skip
     print_found(found)
     said = capsys.readouterr().out
     assert "first difference: the gradient of `y` by `x` (add)\n  a.spec:1  x = y\n  A - B     no number" in said
+    assert "not compared: 1 values" in said and "as `z`" in said
     assert re.search(r"2.5e-01 +1.0e\+00 +25%  the gradient of `y`", said)
