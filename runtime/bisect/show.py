@@ -11,9 +11,8 @@ def print_found(found: dict[str, Any]) -> None:
     print(f"{found['model']}: A = {found['a']}, B = {found['b']}; {rows} rows of {seq} tokens")
     print(f"compared: {found['values']} values, {found['gradients']} gradients of what uses of ops are given")
     if found["left_out"]:
-        print(
-            f"not compared: {len(found['left_out'])} values that a run never has by themselves, as `{found['left_out'][0]}`"
-        )
+        count, one = len(found["left_out"]), found["left_out"][0]
+        print(f"not compared: {count} values that a run never has by themselves, as `{one}`")
     weights, first = found["weights"], found["first"]
     if weights["count"]:
         print(f"weights differ: {weights['count']}, the first is `{weights['first']}`, by {weights['difference']:.1e}")
