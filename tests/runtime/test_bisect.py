@@ -402,6 +402,7 @@ def test_weights_that_differ_are_named(folder: Path) -> None:
     code, said = run(folder, "small.spec", "weights=one", "weights=two", "--seq", "8")
     assert code == 1 and "weights differ: 1, the first is `layer.0.gated_mlp.out.weight`" in said
     assert "first difference: `layer.0.gated_mlp.out` (linear)\n  std/blocks.spec:" in said
+    assert run(folder, "small.spec", "weights=one", "weights=two", "--seq", "8", "--quiet") == (1, "")
 
 
 @pytest.mark.parametrize(
