@@ -44,9 +44,9 @@ class Files:
 
 
 def emit(program: GraphProgram, version: str, named: bool = False, lock: Lock | None = None) -> Files:
-    """The files of a model for its target: one class a distinct block, callees first. `named`: each use of an op
-    goes through `spmd.use` (of several in one kernel, through `spmd.use_chain`), which is told what it is, for those who
-    look on while the module runs. `lock`: how kernels are cut, where not as untuned. Raises BadLock."""
+    """The files of a model for its target: one class a distinct block, callees first. `named`: each use of an op goes
+    through `spmd.use` (several in one kernel through `spmd.use_chain`), which is told what it is, for those who look on
+    while the module runs. `lock`: how kernels are cut, where not as untuned. Raises BadLock."""
     shared = Shared(lock=lock)
     # Who looks on sees every value.
     program = replace(program, named=named, heads={} if named else program.heads)

@@ -68,8 +68,8 @@ def _alone(program: GraphProgram, graph: Graph, nodes: tuple[Node, ...]) -> Alon
 def _meaning(graph: Graph) -> object:
     """What makes two such blocks do the same: ops, settings and sizes, not what anything is called."""
     place: dict[str, int] = {}
-    for v in (*graph.body.inputs, *(w.name for w in graph.body.weights)):
-        place[v if isinstance(v, str) else v.name] = len(place)
+    for name in (*(v.name for v in graph.body.inputs), *(w.name for w in graph.body.weights)):
+        place[name] = len(place)
     dims: dict[str, int] = {}
 
     def shape(value: str) -> tuple[object, ...]:

@@ -5,7 +5,6 @@ Exit codes: 0 fine, 2 the user's error (diagnostics on stderr), 1 ours, or two t
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -17,8 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from ..dsl.diagnostics import SpecError
+from . import kernel_commands
 from .asked import overrides, reported
 from .index_commands import app as index_commands
+from .options import Device, Format, Give, Json, Layout, Set, Spec, Target, echo_json, program_at
 
 app = typer.Typer(
     name="heddle",
@@ -28,24 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Spec = Annotated[
-    str, typer.Argument(metavar="SPEC[:MODEL]", help="a spec file, and one of its models (the last if not named)")
-]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="another value for a parameter of the model")
-]
-Give = Annotated[
-    list[str] | None, typer.Option("--give", metavar="INPUT=INDEX", help="what gives an input of the model its rows")
-]
-Layout = Annotated[
-    str | None, typer.Option("--layout", metavar="NAME", help="a layout of the file: what one of its ranks runs")
-]
-Json = Annotated[bool, typer.Option("--json", help="plain data for tools")]
-Target = Annotated[str, typer.Option(help="what code is for: cpu, or with kernels triton, sm_80, sm_90, sm_100")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one")]
-Format = Annotated[str, typer.Option("--format", metavar="text|json", help="how diagnostics are printed")]
-
 
 class Resuming(typer.core.TyperCommand):
     """A command whose `--resume` may be followed by `auto`."""
@@ -78,16 +61,6 @@ def command_as(**settings: Any) -> Callable[[Callable[..., None]], Callable[...,
 command = command_as()
 
 
-def program_at(spec: str, pairs: list[str] | None = None) -> Any:
-    """The program of `SPEC[:MODEL]` with overrides."""
-    from ..dsl.load import load
-    from .check import program_of
-    from .paths import split_entry
-
-    path, model = split_entry(spec)
-    return program_of(load(path), model, overrides(pairs))
-
-
 @command
 def check(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="spec files")],
@@ -109,7 +82,7 @@ def check(
     if found:
         raise SpecError(found)
     if json or format == "json":
-        _echo_json(
+        echo_json(
             {
                 "files": [
                     {
@@ -124,10 +97,6 @@ def check(
     for c in checked:
         models = ", ".join(f"{n} ({p.num_parameters():,} parameters)" for n, p in c.programs.items())
         typer.echo(f"{c.file.source.name}: fine{': ' + models if models else ''}")
-
-
-def _echo_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1))
 
 
 @command
@@ -162,7 +131,7 @@ def show(
     if paths:
         data["weights"] = weights(program)
     if json:
-        _echo_json(data)
+        echo_json(data)
     else:
         from .tables import print_summary
 
@@ -184,7 +153,7 @@ def diff(
 
     data = difference(program_at(first), program_at(second, set), length)
     if json:
-        _echo_json(data)
+        echo_json(data)
     else:
         print_difference(data)
 
@@ -221,7 +190,7 @@ def compile(  # noqa: A001
     target: Target = "cpu",
     layout: Layout = None,
     lock: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="how kernels are cut (SPEC's own, my.sm_90.lock, if there is one)")
+        Path | None, typer.Option(metavar="FILE", help="how kernels are cut (default: my.sm_90.lock of my.spec)")
     ] = None,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
@@ -269,7 +238,7 @@ def plan(
     settings = overrides(set, dotted=True)
     data = plan_spec(spec, settings, layout, device, precision, feed, batch, search, html)
     if format == "json":
-        _echo_json(data)
+        echo_json(data)
     elif search is None:
         print_plan(data)
     else:
@@ -298,76 +267,15 @@ def certify(
     file = load(path)
     card = made(proved(file, model, overrides(set)), layout_of(file, layout), seq)
     if json:
-        _echo_json(card)
+        echo_json(card)
     else:
         print_card(card)
     if not card["holds"]:
         raise typer.Exit(1)
 
 
-@command
-def verify(
-    spec: Spec,
-    target: Target = "triton",
-    examples: Annotated[int, typer.Option(min=1, help="draws for each kernel: fp32, bf16 and fp16 in turn")] = 12,
-    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
-    device: Device = "auto",
-    set: Set = None,  # noqa: A002
-    json: Json = False,
-    format: Format = "text",  # noqa: A002
-) -> None:
-    """Test the kernels that a model needs, each on drawn inputs against its meaning in fp64, forward and backward."""
-    from .place import place
-    from .tables import print_verified
-    from .verify import verify as found
-
-    rows = []
-    for row in found(program_at(spec, set), target, examples, seed, place(device)):
-        rows.append(row)
-    if json:
-        _echo_json([row.plain() for row in rows])
-    else:
-        print_verified(rows)
-    if not all(row.holds for row in rows):
-        raise typer.Exit(1)
-
-
-@command
-def tune(
-    spec: Spec,
-    target: Annotated[str, typer.Option(help="the generation of GPU that this is: sm_80, sm_90, sm_100")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="the lock (default: my.sm_90.lock of my.spec)")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="rows that kernels are timed with")] = 1,
-    seq: Annotated[int, typer.Option(min=1, help="tokens of a row")] = 4096,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
-    budget: Annotated[float, typer.Option(min=1.0, help="seconds for all kernels together")] = 600.0,
-    kernel: Annotated[str | None, typer.Option(metavar="NAME", help="tune this one only")] = None,
-    keep_bits: Annotated[
-        bool, typer.Option("--keep-bits", help="try nothing that changes the last bits of a result")
-    ] = False,
-    device: Device = "cuda",
-    set: Set = None,  # noqa: A002
-    json: Json = False,
-    format: Format = "text",  # noqa: A002
-) -> None:
-    """Measure how the kernels of a model are best cut on this GPU, and write it to a lock that compiling reads."""
-    from .paths import split_entry, write_text
-    from .place import place
-    from .tables import print_tuned
-    from .tune import lock_of, made_with, one_of
-    from .tune import tune as found
-
-    where = place(device)
-    dtype = one_of(precision)
-    tuned = list(found(program_at(spec, set), target, where, (batch, seq), dtype, budget, keep_bits, kernel))
-    lock = lock_of(tuned, target, made_with(where, (batch, seq), precision))
-    path = out or split_entry(spec)[0].with_suffix(f".{target}.lock")
-    write_text(path, lock.text())
-    if json:
-        _echo_json([{"key": t.key, **vars(t.tuned)} for t in tuned])
-    else:
-        print_tuned(tuned)
-        typer.echo(str(path))
+for one in (kernel_commands.verify, kernel_commands.tune, kernel_commands.bisect):
+    command(one)
 
 
 @command_as(cls=Resuming)
@@ -572,7 +480,7 @@ def bench(
 
     rows = measure(program_at(spec, set), batch, seq)
     if json:
-        _echo_json(rows)
+        echo_json(rows)
     else:
         print_measurements(rows)
 
@@ -584,7 +492,7 @@ def doctor(json: Json = False) -> None:
 
     report = examine()
     if json:
-        _echo_json(report)
+        echo_json(report)
     else:
         print_report(report)
 

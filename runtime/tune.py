@@ -71,7 +71,8 @@ def tune(
     aim = target_of(target)
     if aim.capability is None:
         ours = ", ".join(t.name for t in TARGETS.values() if t.capability is not None)
-        raise UserError("no-kernels", f"a lock is of one generation of GPU, and `{target}` is none", help=f"targets: {ours}")
+        said = f"a lock is of one generation of GPU, and `{target}` is none"
+        raise UserError("no-kernels", said, help=f"targets: {ours}")
     parts = [
         (alone, files) for alone in kernels(lower(program, target=aim))
         if (files := emit_block(alone.name, alone.program, __version__)).kernels and only in (None, *files.kernels)
@@ -153,12 +154,15 @@ class _Tuning:
         return None if why else us
 
     def _refused(self, candidate: dict[str, Any]) -> str:
-        if self.keep_bits and class_of({**self.plain, **candidate}, self.numerics) != class_of(self.plain, self.numerics):
+        if self.keep_bits and not self._is_same_class(candidate):
             return "another numerics class"
         spills, problems = self._built(candidate)
         if problems:
             return problems[0]
         return f"{spills} spills in place of {self.spilled}" if spills > self.spilled else ""
+
+    def _is_same_class(self, candidate: dict[str, Any]) -> bool:
+        return class_of({**self.plain, **candidate}, self.numerics) == class_of(self.plain, self.numerics)
 
     def _built(self, candidate: dict[str, Any]) -> tuple[int, list[str]]:
         """Loads and stores of registers that did not fit, of all its launches; and why one is not sound."""
@@ -184,7 +188,7 @@ class _Tuning:
         plain = replace(self.alone, program=replace(self.alone.program, target=TARGETS["cpu"], fused={}))
         torchs = block_of(plain.name, emit_block(plain.name, plain.program, __version__))
         mine, untuned = self._kind(candidate), self._kind({})
-        same = class_of({**self.plain, **candidate}, self.numerics) == class_of(self.plain, self.numerics)
+        same = self._is_same_class(candidate)
         for seed in range(3):
             draw = Draw(self.alone, mine, self.dtype, random.Random(seed), self.device)
             exact, eager, found = (draw.run(k, d) for k, d in (

@@ -12,9 +12,9 @@ def holds(use: Any) -> bool:
     return True
 
 
-def columns(use: Any) -> int | None:
+def columns(use: Any) -> int:
     """All places that it runs over."""
-    return use.count("D")
+    return int(use.count("D"))
 
 
 def express(use: Any, args: list[Expr]) -> tuple[Expr, list[tuple[str, Expr]]]:

@@ -12,11 +12,11 @@ def holds(use: Any) -> bool:
     return True
 
 
-def columns(use: Any) -> int | None:
+def columns(use: Any) -> int:
     """The places of one run."""
     if use.op == "rms_norm":
-        return use.count("D") // use.attr("groups", 1)
-    return use.count("D") // use.count("G")
+        return int(use.count("D") // use.attr("groups", 1))
+    return int(use.count("D") // use.count("G"))
 
 
 def express(use: Any, args: list[Expr]) -> tuple[Expr, list[tuple[str, Expr]]]:
