@@ -82,7 +82,13 @@ def groups(graph: Graph, parts: Parts, apart: Container[str]) -> Iterator[tuple[
         for operand in dict.fromkeys(o for o in node.operands if o is not None):
             producer = graph.producers.get(operand)
             theirs = group.get(producer.name) if producer is not None else None
-            if producer is None or theirs is None or is_alone(producer) or node.name in theirs or phase[theirs[0]] != phase[node.name]:
+            if (
+                producer is None
+                or theirs is None
+                or is_alone(producer)
+                or node.name in theirs
+                or phase[theirs[0]] != phase[node.name]
+            ):
                 continue
             both = {*theirs, *group[node.name]}
             joined = tuple(n.name for n in graph.nodes if n.name in both)
