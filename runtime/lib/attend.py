@@ -5,7 +5,7 @@ Dims: b batch, t queries, k keys, H heads, V key heads (head h reads key head h 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +45,8 @@ def attend(
     tokens that have more leading dims, all have these. past: the stream's cache of the source, or a tuple of one cache
     for each. A query that sees no key gets exactly 0. Another document never changes a result: its keys have weight 0
     in the same order of summation (finite values). kernel(q, *sources as `sources.Read`, scale=scale) does it where it
-    takes what is given (`sources.read`); all else goes through torch, and so does one source of a full pass that is
-    causal or seen as a whole, without documents or padding: torch's own kernels are made for just that.
+    takes what is given (`sources.read`); all else goes through torch, and so does one source that is causal or seen as
+    a whole, without documents, padding or keys before: torch's own kernels are made for just that.
     """
     made = [Source(*source) for source in sources]
     if at is None or len(at.lead) > 1:
@@ -54,7 +54,7 @@ def attend(
     caches = past if isinstance(past, (tuple, list)) else (past,) * len(made)
     if len(caches) != len(made) or (len(made) > 1 and isinstance(past, Cache)):
         raise ValueError(f"attend: {len(made)} sources need a cache each")
-    if kernel is not None and not _is_plain(made, at) and (given := read(q, made, at, caches)) is not None:
+    if kernel is not None and not _is_plain(made, at, caches) and (given := read(q, made, at, caches)) is not None:
         return kernel(given[0], *given[1], scale=scale)
     if not at.in_stream and (tile := _tile(at, made)):
         return _tiled(q, made, at, scale, tile)
@@ -66,11 +66,14 @@ def attend(
     return _fused(q, parts, scale)
 
 
-def _is_plain(sources: list[Source], at: At) -> bool:
-    """One source of the queries' own sequence, and no tensor needed to say what is seen of it."""
+def _is_plain(sources: list[Source], at: At, caches: Sequence[Any]) -> bool:
+    """One source of the queries' own sequence, and no tensor needed to say what is seen of it: in a full pass, and
+    where a stream begins with several rows."""
     (one, *more) = sources
     own = one.rows is SAME and one.query is None and one.bias is None
-    return not more and own and not at.in_stream and isinstance(_proved(at, one.mask), str)
+    if more or not own or _proved(at, one.mask) is None:
+        return False
+    return not at.in_stream or (at.step.uniform == 0 and at.seq > 1 and caches[0].keep is None)
 
 
 def _fused(q: Tensor, parts: list[_Part], scale: float) -> Tensor:

@@ -256,8 +256,9 @@ def check(one: Case, kernel: Callable[..., Tensor], up: Tensor) -> float:
 
 
 @st.composite
-def rows(draw: st.DrawFn, batch: int, seq: int) -> tuple[Tensor | None, Tensor | None]:
-    """Documents and validity: neither, or packed documents (some of length 1), and padding at either end or anywhere."""
+def rows(draw: st.DrawFn, batch: int, seq: int, holes: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Documents and validity: neither, or packed documents (some of length 1), and padding: with `holes` anywhere, else
+    at both ends. A hole may cut a group in two, whose rows then share places of a bias."""
     document = valid = None
     if draw(st.booleans()):
         each = [draw(harness.documents(seq)) for _ in range(batch)]
@@ -268,4 +269,6 @@ def rows(draw: st.DrawFn, batch: int, seq: int) -> tuple[Tensor | None, Tensor |
         ])  # fmt: skip
     if draw(st.integers(0, 3)) == 0:
         valid = torch.tensor([[draw(st.integers(0, 4)) > 0 for _ in range(seq)] for _ in range(batch)], dtype=torch.bool)
+        if not holes:
+            valid = (valid.cumsum(1) > 0) & (valid.flip(1).cumsum(1).flip(1) > 0)
     return document, valid
