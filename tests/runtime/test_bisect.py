@@ -276,7 +276,8 @@ def blocks_at(lowered: Any, path: str) -> tuple[str, ...]:
 def made_rows(made: Pair, forward: bool) -> tuple[Any, ...]:
     found = made.found()
     rows = found.values if forward else found.gradients
-    return tuple(r for r in rows if r.size > 0)
+    real = made.compared.oracle.made
+    return tuple(r for r in rows if r.size > 0 and real[r.key].is_floating_point())
 
 
 # --- kernels --------------------------------------------------------------------------------------------
