@@ -74,6 +74,11 @@ def _has_rows(graph: Graph, dims: tuple[str, ...]) -> bool:
     return any(graph.dims[d].sequence for d in dims)
 
 
+def node_flops(graph: Graph, node: Node, length: int) -> float:
+    """Operations of one use of an op for each row of its sequence of `length`, forward."""
+    return _node_flops(graph, node, length)
+
+
 def _node_flops(graph: Graph, node: Node, length: int) -> float:
     op = op_of(node)
     if op.per_weight:

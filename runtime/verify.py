@@ -126,6 +126,8 @@ class Draw:
         scale = chance.choice((0.05, 1.0, 4.0))
 
         def values(shape: tuple[int, ...]) -> Tensor:
+            if device.type == "meta":
+                return torch.empty(shape, dtype=dtype, device=device)
             return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
 
         shapes = kind.shapes(self.at())
@@ -151,9 +153,11 @@ class Draw:
         """Results and gradients, of the same numbers in a type."""
         return self.ready(kind, dtype)()
 
-    def ready(self, kind: type[nn.Module], dtype: torch.dtype) -> Callable[[], dict[str, Tensor]]:
-        """A forward and backward pass, with all that it needs made before."""
-        block = kind().to(self.device)
+    def ready(
+        self, kind: type[nn.Module], dtype: torch.dtype, compiled: bool = False
+    ) -> Callable[[], dict[str, Tensor]]:
+        """A forward and backward pass, with all that it needs made before; `compiled`: by `torch.compile`."""
+        block: Any = kind().to(self.device)
         with torch.no_grad():
             for name, p in block.named_parameters():
                 p.data = self.weights[name].to(torch.float64 if dtype == torch.float64 else self.weights[name].dtype)
@@ -161,15 +165,15 @@ class Draw:
             self._laid(x.to(dtype)).requires_grad_() if x.is_floating_point() else x.clone() for x in self.inputs
         ]
         at = self.at()
+        forward = torch.compile(block) if compiled else block
         slopes: list[Tensor] = []
 
         def step() -> dict[str, Tensor]:
-            results = block(*inputs, at, STATELESS)
+            results = forward(*inputs, at, STATELESS)
             results = results if isinstance(results, tuple) else (results,)
             if not slopes:
                 generator = torch.Generator().manual_seed(self.seed)
-                drawn = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
-                slopes.extend(d.to(self.dtype).to(self.device, r.dtype) for d, r in zip(drawn, results, strict=True))
+                slopes.extend(self._slope(r, generator) for r in results)
             leaves = [*(x for x in inputs if x.requires_grad), *block.parameters()]
             grads = torch.autograd.grad(results, leaves, slopes, allow_unused=True)
             named = [f"input {i + 1}" for i, x in enumerate(inputs) if x.requires_grad]
@@ -178,6 +182,12 @@ class Draw:
             return found | {f"gradient of {n}": g for n, g in zip(named, grads, strict=True) if g is not None}
 
         return step
+
+    def _slope(self, result: Tensor, generator: torch.Generator) -> Tensor:
+        if result.is_meta:
+            return torch.empty_like(result)
+        drawn = torch.randn(result.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(self.dtype).to(self.device, result.dtype)
 
     def _laid(self, x: Tensor) -> Tensor:
         if not self.wide or not x.dim():
