@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,8 @@ class Unit:
     weights: frozenset[str] = frozenset()
 
 
+RESULT, LOSS = "the result", "the loss "
+"""What a whole run returns."""
 Name = Key | str
 """What has a gradient: a value, or a weight by its path."""
 
@@ -103,8 +105,17 @@ class Run:
                 ran = getattr(model, f"stage_{stage}")(feed.tokens, *rest, *ran, at)
                 ran = ran if isinstance(ran, tuple) else (ran,)
             if not self.program.program.objectives:
-                return {"": ran[0] if ran else model.run(feed.tokens, *rest, at, STATELESS)}, counts
-            return model.losses_of(feed.tokens, *rest, at, *ran[-1:]), counts
+                root = self.program.model
+                result = ran[0] if ran else model.run(feed.tokens, *rest, at, STATELESS)
+                return {"": self.watch.returned(root.name, root.body.outputs[0], RESULT, result)}, counts
+            losses = model.losses_of(feed.tokens, *rest, at, *ran[-1:])
+            stated = self._stated()
+            return {n: self.watch.returned(*stated[n], f"{LOSS}{n}", x) for n, x in losses.items()}, counts
+
+    def _stated(self) -> dict[str, tuple[str, str]]:
+        """The graph that states each loss, and its value there."""
+        graphs = self.program.graphs.values()
+        return {label: (g.name, value) for g in graphs for kind, label, value in g.body.emits if kind == "loss"}
 
     def gradients(self, unit: Unit, arrives: Mapping[Key, Tensor], border: Border) -> dict[Name, Tensor]:
         """The gradients of a unit's sources and of the weights between; `arrives` at its results."""
@@ -179,11 +190,25 @@ class Runner:
         run.forward(feed)
         watch = run.watch
         for key, (graph, value) in watch.named.items() if self.laid is not None else ():
-            place = self.laid.places[graph].get(value)
+            place = self._returned_place(key) or self.laid.places[graph].get(value)
             if place is not None and graph not in self.routed and is_known(place) and not self._is_uneven(graph, value):
                 self.places[key] = place
         units = [] if arrives is None else list(self._units(run, arrives))
         return Record({k: x.detach().cpu() for k, x in watch.made.items()}, units)
+
+    def _returned_place(self, key: Key) -> Place | None:
+        """Where what a whole run returns is, as the class of the module says: it is what a training step relies on."""
+        partial: Collection[str] = ()
+        splits: tuple[tuple[str, ...], ...] = ()
+        if key.value == RESULT:
+            splits, partial = self.kind.result
+        elif key.value.startswith(LOSS):
+            partial = self.kind.partial.get(key.value.removeprefix(LOSS), ())
+        else:
+            return None
+        held = {a for atoms in splits for a in atoms}
+        letters = tuple((a, "P" if a in partial else "I") for a in self.laid.mesh.names() if a not in held)
+        return Place(splits, letters)
 
     def _is_uneven(self, graph: str, value: str) -> bool:
         """Whether its rows are groups of tokens: how many a rank has follows from its own rows of the batch."""

@@ -72,23 +72,32 @@ class Watch:
             error.add_note(f"in `{path or graph}`, {', '.join(names)}{line}")
             raise
         several = isinstance(made, (tuple, list))
-        given, keys = [], []
-        for x, name in zip(made if several else (made,), names, strict=True):
-            key = Key(path, call, "" if path else graph, called(producers[name], name))
+        root = "" if path else graph
+        given = {
+            Key(path, call, root, called(producers[name], name)): (x, (graph, name))
+            for x, name in zip(made if several else (made,), names, strict=True)
+        }
+        goes = self._go_on(given)
+        return goes if several else goes[0]
+
+    def returned(self, graph: str, value: str, label: str, x: Tensor) -> Tensor:
+        """What the whole run returns, under a name of its own: something may have become of the value on its way."""
+        return self._go_on({Key("", 0, graph, label): (x, (graph, value))})[0]
+
+    def _go_on(self, given: Mapping[Key, tuple[Tensor, tuple[str, str]]]) -> tuple[Tensor, ...]:
+        """What goes on in place of the values of one use."""
+        for key, (x, named) in given.items():
             if key in self.made:
                 raise InternalError(f"`{key}` is computed twice in one run")
-            self.made[key], self.named[key] = x, (graph, name)
+            self.made[key], self.named[key] = x, named
             wanted = self.hold(key, x)
             if wanted is not None:
                 anchor = self._anchor if self.flows(key) else None  # it has a gradient, whatever it was made of
-                self.held[key] = x = (
-                    _Held.apply(x, wanted, key, self, anchor) if x.is_floating_point() else wanted.to(x)
-                )
-                keys.append(key)
-            given.append(x)
-        if keys:
-            self.uses.append(tuple(keys))
-        return tuple(given) if several else given[0]
+                is_real = x.is_floating_point()
+                self.held[key] = _Held.apply(x, wanted, key, self, anchor) if is_real else wanted.to(x)
+        if keys := tuple(key for key in given if key in self.held):
+            self.uses.append(keys)
+        return tuple(self.held.get(key, x) for key, (x, _) in given.items())
 
     def follow(self, model: nn.Module) -> None:
         """Know which block runs: hooks on all of a model's."""
