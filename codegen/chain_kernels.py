@@ -9,7 +9,7 @@ from ..lowering.chains.expr import REDUCTIONS, Expr, View, level_of, ordered
 from ..lowering.chains.padding import IDENTITY, held
 from ..lowering.chains.plan import Kernel, Plan, Store, Sum
 from ..lowering.chains.tiles import TILE, WALK
-from .expressions import REDUCE, Printer, literal
+from .expressions import LONG_INSIDE, REDUCE, Printer, literal
 
 _SHORT = 24  # characters of what is stored, beyond which it gets the tensor's name
 _WORDS = ("rows", "mask_r", "cols", "mask_c", "mask", "offs", "block", "start", "group", "num_rows", "tl", "C")
@@ -175,6 +175,8 @@ class KernelPrinter(Printer):
         """Rows beyond the last hold zeros; where math does not keep those, they are put back."""
         text = self.target(s.value, "rc" if s.dims == "c" else "r", scope)
         if self.rows_masked[s.value] != 0:
+            if len(text) > LONG_INSIDE and s.value not in scope and set(s.value.dims) == {"r", *s.dims}:
+                text = self.assign(s.value, text, scope)
             text = f"tl.where(mask_r{'[:, None]' if s.dims == 'c' else ''}, {text}, 0.0)"
         self.line(f"{s.name}_acc += {text}")
 

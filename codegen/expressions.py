@@ -9,6 +9,7 @@ from ..lowering.chains.padding import IDENTITY, held
 from ..lowering.chains.table import CALL, MUL, TABLE
 
 _LONG = 84  # characters of a value, beyond which an operand of it gets a name
+LONG_INSIDE = 56  # of one inside a `where`
 _BOTH = {"r": "[:, None]", "c": "[None, :]"}
 REDUCE = {"sum": "tl.sum", "max_over": "tl.max"}
 
@@ -133,6 +134,8 @@ class Printer:
         text = self.text(x, scope, e)[0]
         if not self.masked or self.padded[x] == IDENTITY[e.op]:
             return text
+        if len(text) > LONG_INSIDE and x not in scope:
+            text = self.assign(x, text, scope)
         mask = "mask_c[None, :]" if "r" in x.dims else "mask_c"
         return f"tl.where({mask}, {text}, {literal(IDENTITY[e.op], self.columns, False)[0]})"
 

@@ -333,7 +333,7 @@ def test_reads_as_by_hand(golden: Callable[[str, str], None]) -> None:
 def test_text(name: str, columns: int) -> None:
     """Of a size that is published: lines of a length that can be read, rows counted in 64 bits, no atomics."""
     text = source(EXAMPLES[name].chain(columns), TRITON, "f")
-    assert max(map(len, text.splitlines())) <= 130
+    assert max(map(len, text.splitlines())) <= 120
     assert "atomic" not in text and text.count(".to(tl.int64)") >= text.count("rows = (")
     compile(text, "f.py", "exec")
 
