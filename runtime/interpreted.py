@@ -132,14 +132,6 @@ def repair() -> None:
             return plain_run(self, *args, **more)
 
     interpreter.GridExecutor.__call__ = run
-    plain_tensor_patch = interpreter._patch_lang_tensor
-
-    def patch_tensor(kind: Any, scope: Any) -> None:
-        """A loop may begin at a program's number, an array of one, which numpy 2.4 no longer takes for a number."""
-        plain_tensor_patch(kind, scope)
-        scope.set_attr(kind, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_tensor
     jit.JITFunction.__call__ = call
     _patch_once(interpreter)
     interpreter.InterpreterBuilder.get_bf16 = bf16
