@@ -149,7 +149,7 @@ def everything(c: int) -> Chain:
     """The ops that no block above has, on a row and its statistics."""
     x, w, s = load("x", "rc"), load("w", "c"), load("s", "r")
     t = apply("where", apply("gt", x, w), apply("sin", x), apply("cos", mul(x, s)))
-    size = apply("sqrt", add(mean(add(apply("abs", t), mul(s, s)), c), number(0.5)))  # s is summed with each column
+    size = apply("sqrt", add(mean(add(apply("abs", mul(t, x)), mul(s, s)), c), number(0.5)))  # s: with each column
     u = apply("pow", add(mul(x, x), number(1.0)), number(1.5))
     v = apply("log", add(apply("exp", apply("clip", x, low=-3.0, high=2.0)), apply("sigmoid", w)))
     z = apply("sub", apply("max", t, apply("min", x, w)), apply("log_sigmoid", mul(v, apply("sign", x))))
@@ -185,7 +185,7 @@ def _gated_heads(t: Tensors) -> tuple[Tensor, ...]:
 def _everything(t: Tensors) -> tuple[Tensor, ...]:
     x, w, s = t["x"], t["w"], t["s"][:, None]
     a = torch.where(x > w, x.sin(), (x * s).cos())
-    size = ((a.abs() + s * s).mean(-1) + 0.5).sqrt()
+    size = (((a * x).abs() + s * s).mean(-1) + 0.5).sqrt()
     v = (x.clamp(-3, 2).exp() + w.sigmoid()).log()
     z = torch.maximum(a, torch.minimum(x, w.expand_as(x))) - F.logsigmoid(v * x.sign())
     return (z - x.relu()) / (size[:, None] * (x * x + 1) ** 1.5), size
