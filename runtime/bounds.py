@@ -1,8 +1,8 @@
 """What rounding may cost a chain's kernels: their expressions again in fp64, each value with a running error bound.
 
-First order: an op adds its own rounding to what its operands' errors become, the derivative times them; a sum of n adds
-(log2 n + 3) u sum|x|; a store adds u_out |y| and the smallest subnormal. What the backward pass reads back carries the
-error of its store. Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.3.
+First order: an op adds its own rounding and underflow to what its operands' errors become, the derivative times them; a
+sum of n adds (log2 n + 3) u sum|x|; a store adds u_out |y| and the smallest subnormal. What the backward pass reads back
+carries the error of its store. Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.3.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..lowering.chains.table import CALL, TABLE
 from .lib.chance import counted
 
 UNIT = 2.0**-24  # half the distance of 1 to the next number in fp32
+LEAST = 2.0**-126  # the smallest normal number there: what is less may be 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _of(e: Expr, values: Mapping[Expr, Bound], given: Mapping[str, Bound], rows:
     y = getattr(_NUMBERS, e.op)(*(a.value for a in args), **dict(e.attrs))
     if op.is_mask:
         return Bound(y, torch.zeros(y.shape, dtype=torch.float64))
-    error = op.error * UNIT * y.abs()
+    error = op.error * UNIT * y.abs() + (LEAST if op.error else 0.0)
     slopes = op.slopes(_NUMBERS, y, torch.ones_like(y), *(a.value for a in args))
     for a, slope in zip(args, slopes, strict=True):
         if slope is None:
