@@ -1,8 +1,8 @@
 """What rounding may cost a chain's kernels: their expressions again in fp64, each value with a running error bound.
 
-First order: an op adds its own rounding and underflow to what its operands' errors become, the derivative times them; a
-sum of n adds (log2 n + 3) u sum|x|; a store adds u_out |y| and the smallest subnormal. What the backward pass reads back
-carries the error of its store. Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.3.
+First order: an op adds its own rounding and underflow to what its operands' errors become, the derivative times them;
+a sum of n adds (log2 n + 3) u sum|x|; a store adds u_out |y| and the smallest subnormal. What the backward pass reads
+back carries the error of its store. Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.3.
 """
 
 from __future__ import annotations
