@@ -162,6 +162,9 @@ class Hollow(TorchDispatchMode):
         found = self._ways.get(func)
         if found is None:
             found = self._ways[func] = _way(func)
+        if found.is_whole:
+            with self:
+                return func.decompose(*args, **kwargs)
         if found.is_view:
             return func(*args, **kwargs)
         inputs = _tensors(args) + _tensors(tuple(kwargs.values())) if kwargs else _tensors(args)
@@ -226,8 +229,10 @@ class Hollow(TorchDispatchMode):
 
 
 class _Way(NamedTuple):
-    """What the schema of an op says: whether it gives a view, which arguments it writes to, how many results it has."""
+    """What the schema of an op says: whether it gives a view, which arguments it writes to, how many results it has.
+    `is_whole`: it is made of others, and comes so where no gradients are kept account of (`torch.inference_mode`)."""
 
+    is_whole: bool
     is_view: bool
     written: tuple[int | str, ...]
     results: int
@@ -262,7 +267,8 @@ def _way(func: Any) -> _Way:
     aliased = any(r.alias_info is not None for r in schema.returns) and not written
     is_view = aliased or func is aten._unsafe_view.default  # the one whose schema does not say so
     takes_device = any(a.name == "device" for a in schema.arguments)
-    return _Way(is_view, tuple(written), len(schema.returns), takes_device)
+    is_whole = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return _Way(is_whole, is_view, tuple(written), len(schema.returns), takes_device)
 
 
 @dataclass

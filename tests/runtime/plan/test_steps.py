@@ -192,6 +192,20 @@ def test_memory_is_counted_while_it_is_there_and_never_touched():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # kB
 
 
+def test_nothing_is_touched_in_inference_mode_either():
+    """There, ops that are made of others come whole, and may say of themselves that they give a view."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with Hollow() as mode, torch.inference_mode():
+        x = torch.empty(1 << 14, 1 << 15)  # 2 GiB
+        y = x.to(torch.bfloat16)
+        assert y.dtype == torch.bfloat16 and mode.live == x.numel() * 6
+        assert y.flatten().untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+        assert x.to(torch.float32) is x and int(torch.arange(8).to(torch.int32).sum()) == 28
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # kB
+
+
 def test_shapes_that_do_not_fit_are_errors_in_place_too():
     with Hollow():
         x, y = torch.empty(4, 8), torch.empty(4, 7)
