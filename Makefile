@@ -10,7 +10,7 @@ TESTS ?= tests
 ROUNDS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu soak soak-layouts check bench bench-gpu bench-programs bench-layouts clean
+.PHONY: help env demo test test-gpu soak soak-layouts check bench bench-gpu bench-programs bench-layouts build-all clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; \
@@ -58,6 +58,9 @@ bench-layouts: $(READY)  ## how long plans take; a laid-out module against one b
 	$(BIN)/python -m heddle.benchmarks.layouts --json benchmarks/results/layouts.json
 	$(BIN)/python -m heddle.benchmarks.layout_overhead --json benchmarks/results/layout_overhead.json
 	$(BIN)/python -m heddle.benchmarks.layout_mutants --json benchmarks/results/layout_mutants.json
+
+build-all: $(READY)  ## build the kernels of every shipped model at its published size for every GPU, without one (an hour)
+	$(BIN)/python -m heddle.benchmarks.builds --cache .venv/builds --json benchmarks/results/builds.json
 
 clean:  ## remove .venv, build and the caches of the tools
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

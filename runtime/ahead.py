@@ -42,9 +42,9 @@ class Built:
     """One kernel, built for one target.
 
     `shapes`: its tensors and their sizes, `constants`: what it was specialised by, `options`: warps and stages, each in
-    the order of the kernel's arguments. `launches` is how often the run launches it so. `shared` and `limit` are bytes
-    of shared memory of one program. `dots` counts the products written in it that tensor cores are for. `seconds` is
-    the time that the build took, when it was made. `problems` say why it cannot be used: none, and it is sound.
+    the order of the kernel's arguments. `shared` and `limit` are bytes of shared memory of one program. `dots` counts
+    the products written in it that tensor cores are for. `seconds` is the time that the build took, when it was made.
+    `problems` say why it cannot be used: none, and it is sound. Of one `key` there is one build.
     """
 
     kernel: str
@@ -52,7 +52,7 @@ class Built:
     shapes: tuple[str, ...]
     constants: tuple[tuple[str, str], ...]
     options: tuple[tuple[str, int], ...]
-    launches: int
+    key: str
     seconds: float
     shared: int = 0
     limit: int = 0
@@ -73,7 +73,6 @@ class _Specialised:
     options: Any
     shapes: tuple[str, ...]
     key: str
-    launches: int = 1
 
 
 def build(told: Iterable[Launch], target: Target, cache: Path | None = None) -> list[Built]:
@@ -88,10 +87,7 @@ def build(told: Iterable[Launch], target: Target, cache: Path | None = None) -> 
     found: dict[str, _Specialised] = {}
     for launch in told:
         made = _specialise(launch, target.capability)
-        if made.key in found:
-            found[made.key].launches += 1
-        else:
-            found[made.key] = made
+        found.setdefault(made.key, made)
     return [_built(one, target, cache) for one in found.values()]
 
 
@@ -157,9 +153,8 @@ def _built(made: _Specialised, target: Target, cache: Path | None) -> Built:
     constants = tuple((names[place[0]], str(value)) for place, value in sorted(made.constants.items()))
     options = tuple((name, getattr(made.options, name)) for name in ("num_warps", "num_stages"))
     return Built(
-        made.function.__name__, target.name, made.shapes, constants, options, made.launches, limit=target.shared,
-        **figures,
-    )  # fmt: skip
+        made.function.__name__, target.name, made.shapes, constants, options, made.key, limit=target.shared, **figures
+    )
 
 
 def _read(kept: Path) -> dict[str, Any] | None:

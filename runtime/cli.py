@@ -192,6 +192,9 @@ def compile(  # noqa: A001
     lock: Annotated[
         Path | None, typer.Option(metavar="FILE", help="how kernels are cut (default: my.sm_90.lock of my.spec)")
     ] = None,
+    build_kernels: Annotated[
+        bool, typer.Option("--build", help="build its kernels, and show what each asks of a GPU; none is needed")
+    ] = False,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
@@ -206,8 +209,11 @@ def compile(  # noqa: A001
     file = load(path)
     program = proved(file, model, overrides(set))
     laid = layout_of(file, layout) if layout is not None else None
-    made = build(program, target, laid, lock_of(path, target, lock))
+    cut = lock_of(path, target, lock)
+    made = build(program, target, laid, cut)
     typer.echo(str(write(made, out) / "model.py"))
+    if build_kernels:
+        kernel_commands.build(made, target, is_tuned=cut is not None, cache=out / ".builds")
 
 
 @command

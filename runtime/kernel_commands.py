@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .asked import overrides
 from .options import Device, Format, Json, Set, Spec, Target, echo_json, program_at
+
+if TYPE_CHECKING:
+    from .compile import Artifact
 
 
 def verify(
@@ -35,6 +38,29 @@ def verify(
         print_verified(rows)
     if not all(row.holds for row in rows):
         raise typer.Exit(1)
+
+
+def build(artifact: Artifact, target: str, is_tuned: bool, cache: Path) -> None:
+    """Build the kernels of a model, and print what each asks of the GPU. Raises UserError `unknown-target` for one that
+    is no GPU's, `bad-lock` where a kernel as it was tuned cannot be used, and `InternalError` where one as it is by
+    itself cannot."""
+    from ..dsl.diagnostics import InternalError
+    from ..lowering.target import TARGETS
+    from .errors import UserError
+    from .launched import built_for
+    from .tables import print_builds
+
+    gpus = [name for name, t in TARGETS.items() if t.capability]
+    if target not in gpus:
+        raise UserError("unknown-target", f"kernels are not built for `{target}`", help=f"targets: {', '.join(gpus)}")
+    built = built_for(artifact, TARGETS[target], cache=cache)
+    print_builds(built)
+    wrong = next((one for one in built if one.problems), None)
+    if wrong is not None:
+        said = f"`{wrong.kernel}` cannot be used: {wrong.problems[0]}"
+        if is_tuned:
+            raise UserError("bad-lock", said, help="tune it again")
+        raise InternalError(said)
 
 
 def tune(
