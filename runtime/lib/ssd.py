@@ -9,6 +9,7 @@ Dims and the form by chunks: `chunks.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +19,15 @@ from torch.autograd.function import once_differentiable
 
 from .buffers import Scan, is_past
 from .chunks import Rows, run
+from .kernels import FLOATS
 from .mesh import Group
 from .norm import wide
 from .rows import At
 from .spmd import R, V, all_gather
+
+# (u, dt, b, c, A_log, D, dt_bias, first, state, update) -> y and the final state; dt is before the softplus, `first` as
+# of `_first`, `state` fp32 [B, H, P, N] or None, over which the final one is written if `update`.
+Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 
 def ssd(
@@ -35,18 +41,21 @@ def ssd(
     at: At,
     chunk: int = 128,
     past: Any = None,
+    kernel: Kernel | None = None,
 ) -> Tensor:
     """u [B, T, H, P], dt [B, T, H], b and c [B, T, G, N], A_log, D, dt_bias [H] -> y [B, T, H, P] in u's dtype.
 
     Inside everything is fp32, or fp64 where u is. The result does not depend on `chunk` but for rounding. The state
-    restarts with each document; padding rows leave it as it is (dt = 0 after the softplus).
+    restarts with each document; padding rows leave it as it is (dt = 0 after the softplus). `kernel` computes what its
+    dtypes allow, in chunks of its own.
     Raises ValueError where G does not divide H.
     """
     if u.shape[-2] % b.shape[-2]:
         raise ValueError(f"ssd: {u.shape[-2]} heads are not a multiple of {b.shape[-2]} groups")
     u, dt, b, c = (at.merge(x) for x in (u, dt, b, c))
+    kernel = kernel if _suits(u, dt, b, c) else None
     if is_past(past):
-        return _decode(u, dt, b, c, A_log, D, dt_bias, at, chunk, past)
+        return _decode(u, dt, b, c, A_log, D, dt_bias, at, chunk, past, kernel)
     if at.valid is not None:
         # Selected, not multiplied by 0: padding may hold anything, even NaN.
         valid = at.valid[:, :, None]
@@ -54,7 +63,25 @@ def ssd(
         dt = torch.where(valid, dt, -torch.inf)
     # Decays stay as precise as the work asks, whatever autocast makes of the products around.
     with torch.autocast(u.device.type, enabled=False):
+        if kernel is not None:
+            return at.split(kernel(u, dt, b, c, A_log, D, dt_bias, _first(at.starts, at.memo))[0])
         return at.split(_Ssd.apply(u, dt, b, c, A_log, D, dt_bias, at.starts, chunk))
+
+
+def _suits(u: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> bool:
+    """Whether a kernel takes these: its products are of one dtype, and its sums are fp32."""
+    return u.dtype == b.dtype == c.dtype and u.dtype in FLOATS and dt.dtype in FLOATS and u.numel() > 0
+
+
+def _first(starts: Tensor | None, memo: dict[Any, Any] | None = None) -> Tensor | None:
+    """int32 [B, T]: the row at which the document of each row starts, -1 where it continues what was before these."""
+    if starts is None:
+        return None
+    memo = {} if memo is None else memo
+    if "first" not in memo:
+        row = torch.arange(starts.shape[1], device=starts.device)
+        memo["first"] = torch.where(starts, row, -1).cummax(1).values.int()
+    return memo["first"]
 
 
 class _Ssd(torch.autograd.Function):
@@ -175,29 +202,53 @@ def _decode(
     at: At,
     chunk: int,
     past: Scan,
+    kernel: Kernel | None,
 ) -> Tensor:
     """Rows of a stream: continue from the past's state, and leave it the new one."""
-    dt = F.softplus(_as(dt, past.wide) + dt_bias)
-    A = _as(A_log, past.wide).exp().neg_()
-    if at.step.uniform is not None and at.seq == 1:
-        return _one(u, dt, b, c, A, D, past.rows["state"])
+    state, slack = past.rows["state"], past.stream.slack
+    if kernel is None and at.step.uniform is not None and at.seq == 1:
+        soft = F.softplus(_as(dt, past.wide) + dt_bias)
+        return _one(u, soft, b, c, _as(A_log, past.wide).exp().neg_(), D, state)
     if at.valid is not None:
         valid = at.valid[:, :, None]
-        dt = torch.where(valid, dt, 0)
+        dt = torch.where(valid, dt, -torch.inf)
         u, b, c = (torch.where(valid[..., None], x, 0) for x in (u, b, c))
-    state, slack, wide_D = past.rows["state"], past.stream.slack, D.to(past.wide)
+    weights = A_log, D, dt_bias
     if at.step.uniform is not None or not slack:
-        y, last = run(Rows(u, dt, b, c, A, at.starts, chunk), wide_D, state)
+        if kernel is not None:
+            return kernel(u, dt, b, c, *weights, _first(at.starts, at.memo), state, True)[0]
+        y, last = _behind(u, dt, b, c, weights, at.starts, chunk, state)
         state.copy_(last)
         return y
     u, dt, b, starts, fold = _replay(u, dt, b, at, past)
     c = F.pad(c, (0, 0, 0, 0, slack, 0))
-    y, _ = run(Rows(u, dt, b, c, A, starts, chunk), wide_D, state)
     # The same rows once more, for the state alone: those that may still be taken back are the identity.
-    rows = Rows(u, torch.where(fold[..., None], dt, 0), b, c, A, starts & fold, u.shape[1])
+    kept, stops = torch.where(fold[..., None], dt, -torch.inf), starts & fold
+    if kernel is not None:
+        y, _ = kernel(u, dt, b, c, *weights, _first(starts), state)
+        kernel(u, kept, b, c, *weights, _first(stops), state, True)
+        return y[:, slack:]
+    y, _ = _behind(u, dt, b, c, weights, starts, chunk, state)
+    rows = Rows(u, F.softplus(kept + dt_bias), b, c, -_as(A_log, past.wide).exp(), stops, u.shape[1])
     rows.load(0, u.shape[1])
     rows.advance(state, state)
     return y[:, slack:]
+
+
+def _behind(
+    u: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    starts: Tensor | None,
+    chunk: int,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The scan of rows behind a state, and the last state; dt is before the softplus."""
+    A_log, D, dt_bias = (_as(x, state.dtype) for x in weights)
+    soft = F.softplus(_as(dt, state.dtype) + dt_bias)
+    return run(Rows(u, soft, b, c, -A_log.exp(), starts, chunk), D, state)
 
 
 def _one(u: Tensor, dt: Tensor, b: Tensor, c: Tensor, A: Tensor, D: Tensor, state: Tensor) -> Tensor:
@@ -219,7 +270,8 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _replay(u: Tensor, dt: Tensor, b: Tensor, at: At, past: Scan) -> tuple[Tensor, ...]:
-    """Pending rows and then new ones: u, dt, b, starts, and which of them become part of the state for good.
+    """Pending rows and then new ones: u, dt, b, starts, and which of them become part of the state for good. dt is
+    before the softplus.
 
     `slack` pending rows stand before the new ones, of which the last tick - base were not folded yet; the others
     become the identity. base and the new base follow from the high-water mark alone.
@@ -235,7 +287,7 @@ def _replay(u: Tensor, dt: Tensor, b: Tensor, at: At, past: Scan) -> tuple[Tenso
     place = past.stream.range(slack + at.seq)
     live = place >= first[:, None]
     fold = live & (place < (first + after - base)[:, None])
-    dt = torch.where(live[..., None], old["dt"], 0)
+    dt = torch.where(live[..., None], old["dt"], -torch.inf)
     starts = old["start"][..., 0] & live
     u, b = (old[name].to(x.dtype).unflatten(-1, x.shape[2:]) for name, x in (("u", u), ("b", b)))
     return u, dt, b, starts, fold
