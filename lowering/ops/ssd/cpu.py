@@ -19,10 +19,10 @@ def emit(use: Any) -> str:
         case "ssd_leave" | "ssd_behind":
             return f"lib.{use.op}({', '.join(use.args)}, {use.rows_of(0)})"
         case "ssd_inside":
-            return f"lib.ssd({', '.join(use.args)}, {use.rows_of(0)}, chunk={use.attr('chunk')})"
+            return f"lib.ssd({', '.join(use.args)}, {use.rows_of(0)}, chunk={use.attr('chunk')}{use.kernel})"
     u, dt, b, c, a_log, d, dt_bias = use.args
     weights = f"{a_log}, {d}, {dt_bias}"
-    return f"lib.ssd({u}, {dt}, {b}, {c}, {weights}, at, chunk={use.attr('chunk')}, past={use.past})"
+    return f"lib.ssd({u}, {dt}, {b}, {c}, {weights}, at, chunk={use.attr('chunk')}, past={use.past}{use.kernel})"
 
 
 def slot(use: Any, state: Any) -> str:
