@@ -255,12 +255,12 @@ class Writer:
         return text
 
     def again(self, node: Node, text: str) -> str:
-        """A call, in a form that the backward pass can make again where it was asked to: of what it is given now, not
-        of what later statements give the same names to."""
+        """A call, in a form that the backward pass can make again where it was asked to: of what it is given now, which
+        is what is kept, not of what later statements give the same names to."""
         if not node.attr("recompute"):
             return text
-        given = dict.fromkeys(v for o in node.operands if o is not None for v in self._read(o))
-        return f"lib.recompute(lambda {', '.join(f'{v}={v}' for v in given)}: {text}, at)"
+        given = list(dict.fromkeys(v for o in node.operands if o is not None for v in self._read(o)))
+        return f"lib.recompute(lambda {', '.join(given)}: {text}, {', '.join(['at', *given])})"
 
     def _read(self, name: str) -> list[str]:
         """The variables that the expression of a value reads."""
