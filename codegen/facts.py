@@ -76,6 +76,15 @@ class Use:
         """Whether a dim numbers the rows of a batch: the first of what positions vary along."""
         return any(d.clock == TOKENS and d.lead[:1] == (dim,) for d in self.graph.dims.values())
 
+    def drawn(self, dims: tuple[str, ...]) -> tuple[str, str]:
+        """The arguments that say what random numbers of places along dims depend on: the name of the use, and where a
+        rank's places are in the whole."""
+        more = "" if dims and self.is_batch(dims[0]) else ", by_row=False"
+        axes = tuple(self.graph.dims[d].axes for d in dims)
+        if any(a for d, a in zip(dims, axes, strict=True) if not self.is_batch(d)):
+            more += f", axes={axes}"
+        return f'"{self.node.name}"', more
+
     def is_cut(self, formal: str) -> bool:
         """Whether a dim of a formal is one rank's part."""
         return any(self.graph.dims[d].axes for d in self.node.bound(formal))

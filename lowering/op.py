@@ -165,7 +165,8 @@ class Op:
     of these side by side, `epilogues` are pointwise ops that it can apply to its result.
     `absorbs` is an operand, and the op whose result it need not be: given what that op reads instead, this one makes it
     a few rows at a time.
-    `random` ops draw anew each time, so equal ones are not one; through `detached` ones no gradient flows.
+    `random` names the rate at which an op drops something while it trains: a use of a rate draws anew each time, so
+    equal ones are not one. Through `detached` ones no gradient flows.
 
     What a cut of a dim must know: `grouped` are pairs of a formal and what divides it into equal runs (another formal
     of one dim, or a setting), each run with something of its own; `coupled` formals of which places belong together in
@@ -199,7 +200,7 @@ class Op:
     stacked: str | None = None
     epilogues: tuple[str, ...] = ()
     absorbs: tuple[str, str] = ("", "")
-    random: bool = False
+    random: str = ""
     detached: bool = False
     grouped: tuple[tuple[str, str], ...] = ()
     coupled: tuple[str, ...] = ()
@@ -223,6 +224,10 @@ class Op:
         """The operands that a caller gives."""
         owned = {w.operand for w in self.weights}
         return tuple(o for o in self.signature.operands if o.name not in owned)
+
+    def draws(self, node: Any) -> bool:
+        """Whether a use, a node with attributes, draws random numbers."""
+        return bool(self.random and node.attr(self.random))
 
     def setting(self, name: str) -> Setting | None:
         return next((s for s in self.settings if s.name == name), None)
@@ -275,6 +280,19 @@ class Op:
         formals = self.signature.formals()
         total = math.prod(sizes[f] for f in formals)
         return 2.0 * total if any(self.signature.role(f) == "contract" for f in formals) else float(total)
+
+
+def check_rate(call: OpCall) -> None:
+    """Raises `out-of-range` for a use that would drop everything, or less than nothing."""
+    name = call.op.random
+    rate = call.settings[name]
+    if not 0 <= rate < 1:
+        what = "the rate" if name == "rate" else f"`{name}`"
+        raise fail(
+            "out-of-range",
+            f"{what} of `{call.op.name}` is {rate:g}, it must be at least 0 and less than 1",
+            call.span_of(name),
+        )
 
 
 def shown(tensor: TensorLike) -> str:

@@ -44,7 +44,7 @@ def _free(graph: Graph) -> dict[str, Node]:
     for node in graph.nodes:
         plain = (
             node.op not in STRUCTURE
-            and not op_of(node).random
+            and not op_of(node).draws(node)
             and all(r.type.kind in ("real", "coordinate") for r in node.results)
         )
         if plain and all(o is None or o in found for o in node.operands):

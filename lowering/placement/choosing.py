@@ -64,7 +64,7 @@ class Choosing(Placing):
                 grads = [letters[o] for o in operands if self._carries(o) and o not in self.weights]
                 inside = not grads and any(o in self.weights for o in operands)
                 chosen.letters[atom] = N if is_free else R if R in grads or inside and self._block_is_r(atom) else I
-        if op.random and any(x == P for x in chosen.letters.values()):
+        if op.draws(node) and any(x == P for x in chosen.letters.values()):
             raise InternalError(f"{node.name}: a random op of partial sums")
         return chosen
 
@@ -102,7 +102,7 @@ class Choosing(Placing):
         """Partial sums go through what is linear in them and nothing else: pointwise, no product with weights."""
         op = op_of(node)
         have_p = {o for o, x in letters.items() if x == P}
-        if not have_p or op.random or op.weights or any(
+        if not have_p or op.draws(node) or op.weights or any(
             f != "D" for o in op.signature.operands for f in [x.name for x in o.formals]
         ) or op.signature.role("D") != "parallel":  # fmt: skip
             return False

@@ -217,7 +217,7 @@ class Use:
     def _is_linear(self, at: list[str | int | None]) -> bool:
         """Whether partial sums go through: all of one linear group, nothing else of it, and R beside them."""
         op = op_of(self.node)
-        if op.random:
+        if op.draws(self.node):
             return False
         partial = {i for i, x in enumerate(at) if x == P}
         for group in op.linear:

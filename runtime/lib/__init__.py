@@ -6,6 +6,7 @@ from .buffers import STATELESS, Slots
 from .chance import dropout
 from .clocks import Clock, on, summarise
 from .conv import Conv, ParallelConv, causal_conv, conv_behind, rows_before
+from .dropping import drop
 from .experts import route, top_k
 from .filled import Beside
 from .gathered import Gathered
@@ -65,6 +66,7 @@ __all__ = [
     "conv_behind",
     "count_rows",
     "cross_entropy",
+    "drop",
     "dropout",
     "embed",
     "embed_part",

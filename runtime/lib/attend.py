@@ -13,22 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .buffers import Cache, is_past
+from .dropping import Drop, Dropped
 from .joint import Tile, fits, joint
 from .rows import At, Coordinates, Keys, Mask
 from .sources import SAME, Source, read
+from .weighed import product, weighed
 
 # Queries are taken this many at a time where their mask bounds how far they see, or as many as they see keys.
 LEAST_TILE = 256
 
 
 class _Part(NamedTuple):
-    """A source as it is read: k, v [b, V, n, D | E], its keys' coordinates, what is seen of it."""
+    """A source as it is read: k, v [b, V, n, D | E], its keys' coordinates, what is seen of it. `first` is the place of
+    its first key among all of the source."""
 
     k: Tensor
     v: Tensor
     keys: Callable[[], Keys]
     seen: Tensor | str
     source: Source
+    first: int = 0
 
 
 def attend(
@@ -38,31 +42,41 @@ def attend(
     scale: float,
     past: Any = None,
     kernel: Callable[..., Tensor] | None = None,
+    drop: Drop | None = None,
 ) -> Tensor:
     """softmax(scale q k^T, where the mask sees) v -> [b, t, H, E]; Vaswani et al. 2017, grouped as Ainslie et al. 2023.
 
     q [b, t, H, D]; sources: what `Source` is made of. at None: the queries are there as a whole. With at None, or
     tokens that have more leading dims, all have these. past: the stream's cache of the source, or a tuple of one cache
-    for each. A query that sees no key gets exactly 0. Another document never changes a result: its keys have weight 0
-    in the same order of summation (finite values). kernel(q, *sources as `sources.Read`, scale=scale) does it where it
-    takes what is given (`sources.read`); all else goes through torch, and so does one source that is causal or seen as
-    a whole, without documents, padding or keys before: torch's own kernels are made for just that.
+    for each. drop: which weights of the softmax are 0, the others scaled up. A query that sees no key gets exactly 0.
+    Another document never changes a result: its keys have weight 0 in the same order of summation (finite values).
+    kernel(q, *sources as `sources.Read`, scale=scale) does it where it takes what is given (`sources.read`) and nothing
+    is dropped; all else goes through torch, and so does one source that is causal or seen as a whole, without
+    documents, padding or keys before: torch's own kernels are made for just that.
     """
-    made = [Source(*source) for source in sources]
+    dropped = None if drop is None else drop.of(q)
+    return _attend(q, [Source(*source) for source in sources], at, scale, past, kernel, dropped)
+
+
+def _attend(
+    q: Tensor, made: list[Source], at: At | None, scale: float, past: Any, kernel: Callable[..., Tensor] | None,
+    drop: Dropped | None,
+) -> Tensor:  # fmt: skip
     if at is None or len(at.lead) > 1:
-        return _whole(q, made, scale, at, kernel)
+        return _whole(q, made, scale, at, kernel, drop)
     caches = past if isinstance(past, (tuple, list)) else (past,) * len(made)
     if len(caches) != len(made) or (len(made) > 1 and isinstance(past, Cache)):
         raise ValueError(f"attend: {len(made)} sources need a cache each")
-    if kernel is not None and not _is_plain(made, at, caches) and (given := read(q, made, at, caches)) is not None:
+    plain = drop is not None or _is_plain(made, at, caches)  # the kernel draws no numbers
+    if kernel is not None and not plain and (given := read(q, made, at, caches)) is not None:
         return kernel(given[0], *given[1], scale=scale)
     if not at.in_stream and (tile := _tile(at, made)):
-        return _tiled(q, made, at, scale, tile)
+        return _tiled(q, made, at, scale, tile, drop)
     parts = [_part(s, at, cache) for s, cache in zip(made, caches, strict=True)]
     if not q.numel() or not sum(p.k.shape[2] for p in parts):  # a step without queries, or before there is a key
         return q.new_zeros(*q.shape[:3], parts[0].v.shape[-1])
-    if any(s.query is not None or s.bias is not None for s in made):
-        return _scored(q, parts, at.keys(), scale)
+    if drop is not None or any(s.query is not None or s.bias is not None for s in made):
+        return _scored(q, parts, at.keys(), scale, drop)
     return _fused(q, parts, scale)
 
 
@@ -83,36 +97,38 @@ def _fused(q: Tensor, parts: list[_Part], scale: float) -> Tensor:
         k, v = (_join(list(xs), q.shape[2]) for xs in zip(*(p[:2] for p in parts), strict=True))
         seen: Tensor | str | None = torch.cat([_spell(p.seen, q.shape[1], p.k.shape[2], p.k) for p in parts], -1)
     else:
-        k, v, _, seen, _ = parts[0]
+        k, v, seen = parts[0].k, parts[0].v, parts[0].seen
     causal = seen == "causal" if isinstance(seen, str) else False
     return _softmax(q, k, v, None if isinstance(seen, str) else seen, causal, scale)
 
 
-def _scored(q: Tensor, parts: list[_Part], queries: Keys, scale: float) -> Tensor:
-    """One softmax over scores that each source makes in its own way."""
+def _scored(
+    q: Tensor, parts: list[_Part], queries: Keys, scale: float, drop: Dropped | None, first: int = 0
+) -> Tensor:
+    """One softmax over scores that each source makes in its own way, and whose weights are kept. `first` is the number
+    of the first query."""
     scores, visible = [], []
-    for k, _, keys, seen, source in parts:
-        own = (q if source.query is None else source.query).transpose(1, 2)
-        score = scale * own @ _heads(k, q.shape[2]).transpose(2, 3)
+    for part in parts:
+        source = part.source
+        score = product(scale * (q if source.query is None else source.query).transpose(1, 2), part.k.mT)
         if source.bias is not None and source.distance is not None:
-            far = source.distance(_along(queries, 2), _along(keys(), 1))
+            far = source.distance(_along(queries, 2), _along(part.keys(), 1))
             far = far.clamp(0, source.bias.shape[-1] - 1)[:, None].expand(*score.shape)
             score = score + source.bias.transpose(1, 2).gather(-1, far)
         scores.append(score)
-        visible.append(_spell(seen, q.shape[1], k.shape[2], k))
-    seen = torch.cat(visible, -1)
-    # A row that sees nothing is a softmax of zeros, of which nothing is taken: no NaN, also in gradients.
-    score = torch.cat(scores, -1).masked_fill(~(seen | ~seen.any(-1, keepdim=True)), -torch.inf)
-    wide = torch.float64 if score.dtype == torch.float64 else torch.float32
-    weight = torch.where(seen, score.softmax(-1, dtype=wide).to(score.dtype), 0)
-    widths = [p.k.shape[2] for p in parts]
-    summed = [w @ _heads(p.v, q.shape[2]) for w, p in zip(weight.split(widths, -1), parts, strict=True)]
+        visible.append(_spell(part.seen, q.shape[1], part.k.shape[2], part.k))
+    weights = weighed(_beside(scores), _beside(visible)).split([p.k.shape[2] for p in parts], -1)
+    summed = []
+    for i, (weight, part) in enumerate(zip(weights, parts, strict=True)):
+        if drop is not None:
+            keys = torch.arange(part.first, part.first + part.k.shape[2], device=q.device)
+            weight = drop.applied(weight, i, drop.queries[first : first + q.shape[1]], keys)
+        summed.append(product(weight, part.v))
     return torch.stack(summed).sum(0).transpose(1, 2) if len(summed) > 1 else summed[0].transpose(1, 2)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """Keys or values [b, V, n, D] for each query head."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+def _beside(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 def _along(rows: Keys, axis: int) -> Coordinates:
@@ -122,8 +138,9 @@ def _along(rows: Keys, axis: int) -> Coordinates:
 
 
 def _whole(
-    q: Tensor, sources: list[Source], scale: float, at: At | None, kernel: Callable[..., Tensor] | None
-) -> Tensor:
+    q: Tensor, sources: list[Source], scale: float, at: At | None, kernel: Callable[..., Tensor] | None,
+    drop: Dropped | None,
+) -> Tensor:  # fmt: skip
     """Attention along sequences that are there as a whole, for each of any leading dims; `at` are their coordinates."""
     lead = q.shape[:-3]
     if not q.numel():  # a step that brings no sequences
@@ -135,7 +152,7 @@ def _whole(
     queries = flat(q)
     each = [s._replace(k=flat(s.k), v=flat(s.v), query=flat(s.query), bias=flat(s.bias)) for s in sources]
     rows = At(queries.shape[:2], q.device) if at is None else at.flat()
-    return attend(queries, *each, at=rows, scale=scale, kernel=kernel).unflatten(0, lead)
+    return _attend(queries, each, rows, scale, None, kernel, drop).unflatten(0, lead)
 
 
 def _rows(source: Source, at: At) -> tuple[Tensor, Tensor, Keys, Any]:
@@ -199,7 +216,7 @@ def _tile(at: At, sources: list[Source]) -> int | None:
     return tile if at.seq > 2 * (tile + reach) else None
 
 
-def _tiled(q: Tensor, sources: list[Source], at: At, scale: float, tile: int) -> Tensor:
+def _tiled(q: Tensor, sources: list[Source], at: At, scale: float, tile: int, drop: Dropped | None) -> Tensor:
     """Attention of `tile` queries at a time to the keys that their masks can reach."""
     whole = [_rows(s, at) for s in sources]
     tiles = []
@@ -215,7 +232,7 @@ def _tiled(q: Tensor, sources: list[Source], at: At, scale: float, tile: int) ->
                 low, high, seen = _narrow(at, (source.mask, name, tile, start), seen)
             reached.append((low, high, seen))
         tiles.append(Tile(start, end, tuple(reached)))
-    plain = all(s.query is None and s.bias is None for s in sources)
+    plain = drop is None and all(s.query is None and s.bias is None for s in sources)
     if plain and all(fits(q, k, v) for k, v, _, _ in whole):
         return joint(q.transpose(1, 2), scale, [(k, v) for k, v, _, _ in whole], tiles).transpose(1, 2)
     found = []
@@ -227,11 +244,9 @@ def _tiled(q: Tensor, sources: list[Source], at: At, scale: float, tile: int) ->
                 bias=None if source.bias is None else source.bias[:, start:end],
             )
             some = _known(keys.part(slice(low, high)))
-            parts.append(_Part(k[:, :, low:high], v[:, :, low:high], some, seen, mine))
-        here = q[:, start:end]
-        found.append(
-            _fused(here, parts, scale) if plain else _scored(here, parts, at.keys().part(slice(start, end)), scale)
-        )
+            parts.append(_Part(k[:, :, low:high], v[:, :, low:high], some, seen, mine, low))
+        here, queries = q[:, start:end], at.keys().part(slice(start, end))
+        found.append(_fused(here, parts, scale) if plain else _scored(here, parts, queries, scale, drop, start))
     return torch.cat(found, 1)
 
 

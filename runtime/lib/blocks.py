@@ -48,7 +48,7 @@ class Weighed:
 def lifted(q: Tensor, source: Source, part: Any, scale: float) -> tuple[Tensor, Tensor]:
     """(out, whole) of one part. q [b, t, H, D]."""
     mine, k, v = _rows(q, source, part)
-    if _is_plain(source, mine, k, v):
+    if _is_plain(source, part, mine, k, v):
         got, whole = _KERNEL(mine, k, v, 0.0, part.seen == "causal" if isinstance(part.seen, str) else False,
                              attn_mask=_mask(part.seen, mine), scale=scale)  # fmt: skip
         if isinstance(part.seen, str):
@@ -58,6 +58,7 @@ def lifted(q: Tensor, source: Source, part: Any, scale: float) -> tuple[Tensor, 
     score = _score(mine, k, _bias(source, part), source, part, scale)
     whole = score.logsumexp(-1)
     weight = (score - torch.where(whole.isinf(), 0, whole)[..., None]).exp()
+    weight = weight if part.drop is None else part.drop(weight)  # of the sum, which is of all weights, nothing goes
     return weight @ v.to(weight.dtype), whole
 
 
@@ -69,7 +70,7 @@ def pulled_back(q: Tensor, source: Source, part: Any, scale: float, above: Above
     whole = above[2][:, :, part.queries]
     own = of_q if source.query is None else found.query
     assert own is not None
-    if _is_plain(source, mine, k, v):
+    if _is_plain(source, part, mine, k, v):
         got, by_k, by_v = _BACKWARD(
             grad, mine, k, v, out, whole, 0.0, part.seen == "causal" if isinstance(part.seen, str) else False,
             attn_mask=_mask(part.seen, mine), scale=scale,
@@ -82,8 +83,10 @@ def pulled_back(q: Tensor, source: Source, part: Any, scale: float, above: Above
             score = _score(leaves[0], leaves[1], None if bias is None else leaves[3], source, part, scale)
             weight = (score - whole[..., None]).exp()
             wide = grad.to(weight.dtype)
+            by_weight = wide @ leaves[2].to(weight.dtype).mT
+            by_weight = by_weight if part.drop is None else part.drop(by_weight)
             # Of p = exp(score - whole) with the sum as a number, this has the gradients that the softmax has.
-            total = (weight * (wide @ leaves[2].to(weight.dtype).mT - (wide * out).sum(-1, keepdim=True))).sum()
+            total = (weight * (by_weight - (wide * out).sum(-1, keepdim=True))).sum()
         got, by_k, by_v, *more = torch.autograd.grad(total, leaves)
         by_k, by_v = (_summed(x, source.k.shape[2]) for x in (by_k, by_v))
         if found.bias is not None:
@@ -100,9 +103,9 @@ def _rows(q: Tensor, source: Source, part: Any) -> tuple[Tensor, Tensor, Tensor]
     return own[:, part.queries].transpose(1, 2), k, v
 
 
-def _is_plain(source: Source, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the library's kernel does it."""
-    return source.bias is None and fits(q, k, v)
+def _is_plain(source: Source, part: Any, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the library's kernel does it: it draws other numbers than ours."""
+    return source.bias is None and part.drop is None and fits(q, k, v)
 
 
 def _mask(seen: Tensor | str, like: Tensor) -> Tensor | None:

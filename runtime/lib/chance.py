@@ -31,7 +31,7 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def state_of(key: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+def state_of(key: tuple[int | Tensor, ...], device: torch.device | None = None) -> Tensor:
     """What a key mixes to, int64[]: with a place it makes that place's number."""
     state = torch.zeros((), dtype=torch.int64, device=device)
     for part in key:
@@ -44,7 +44,7 @@ def counted(state: Tensor, places: Tensor) -> Tensor:
     return (_mixed(_mixed(places * _STEP + state)) >> 11) & ((1 << 53) - 1)
 
 
-def uniform(key: tuple[int, ...], places: Tensor) -> Tensor:
+def uniform(key: tuple[int | Tensor, ...], places: Tensor) -> Tensor:
     """Numbers in [0, 1) in fp64, one for each place (int64); another key gives others."""
     return counted(state_of(key, places.device), places).double() * 2.0**-53
 

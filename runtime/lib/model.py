@@ -68,7 +68,7 @@ class Model(Filled):
     # What the objective owns; none of the modules of this one, so that it is not saved with it.
     beside: Beside | None = None
     # What random numbers depend on, and how many rows of the whole batch stand before those of this rank's first.
-    chance: int | None = None
+    chance: int | Tensor | None = None
     before: int = 0
     # Why the model cannot be decoded token by token, where it cannot.
     late: str | None = None
@@ -126,7 +126,9 @@ class Model(Filled):
         if not hasattr(self, "site"):
             name_sites(self)
         at.mesh, at.chance = self.mesh, self.chance
-        at.before = self.before + (self.mesh.place(*self.rows) * at.batch if self.mesh is not None and self.rows else 0)
+        at.before = self.before
+        if self.mesh is not None and self.rows:
+            at.before += self.mesh.place(*self.rows) * at.lead[0]
         return at
 
     def _check_length(self, at: At) -> None:

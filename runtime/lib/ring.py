@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .blocks import Above, Weighed, lifted, pulled_back
+from .dropping import Drop, Dropped
 from .mesh import Group
 from .product import autocast
 from .rows import At, Keys, Mask
@@ -32,25 +33,29 @@ Run = tuple[int, int]
 
 
 class Part(NamedTuple):
-    """Some queries of this rank before some keys, rows of either counted where they are held: what is seen of them, and
-    the coordinates of both, for biases of scores."""
+    """Some queries of this rank before some keys, rows of either counted where they are held: what is seen of them, the
+    coordinates of both, for biases of scores, and what drops some of their weights, if anything does."""
 
     queries: slice
     keys: slice
     seen: Tensor | str
     coordinates: Callable[[], tuple[Keys, Keys]]
+    drop: Callable[[Tensor], Tensor] | None
 
 
 def attend_ring(
-    q: Tensor, *sources: tuple[Any, ...] | Source, at: At, group: Group, scale: float, order: str | None = None
-) -> Tensor:
+    q: Tensor, *sources: tuple[Any, ...] | Source, at: At, group: Group, scale: float, order: str | None = None,
+    drop: Drop | None = None,
+) -> Tensor:  # fmt: skip
     """`attend` of this rank's queries to the keys of all ranks of a group, which share the rows of `at` evenly.
 
     q [*lead, t, H, D]; sources as in `attend`: those of the sequence itself have this rank's rows, others all. `at` are
     the coordinates of the whole sequence. order "zigzag": while they attend, ranks have rows from both ends of the
-    sequence, so that under a causal mask all have as much to do; it costs them an exchange of half their rows.
-    Raises ValueError where rows do not divide.
+    sequence, so that under a causal mask all have as much to do; it costs them an exchange of half their rows. drop as
+    in `attend`: what is dropped follows from where queries and keys are in the whole, so it is made again in the
+    backward pass. Raises ValueError where rows do not divide.
     """
+    dropped = None if drop is None else drop.of(q)
     lead = q.shape[:-3]
     made = [_flat(Source(*source)) for source in sources]
     q, rows = q.flatten(0, -4), at.flat()
@@ -65,7 +70,7 @@ def attend_ring(
                 for s in made]  # fmt: skip
     if halves == 2:
         q, made = _Mirror.apply(q, group), [_folded(s, group) for s in made]
-    ring = _Ring(rows, group, scale, halves, made)
+    ring = _Ring(rows, group, scale, halves, made, dropped)
     given = [x for s in made for x in (s.k, s.v, s.query, s.bias) if x is not None]
     q, *given = autocast(q, *given)
     with torch.autocast(q.device.type, enabled=False):  # what is combined is as precise as it says
@@ -85,8 +90,11 @@ def _flat(source: Source) -> Source:
 class _Ring:
     """What a rank has to do: for each source the parts of its own rows, those of others by distance, and the rest."""
 
-    def __init__(self, at: At, group: Group, scale: float, halves: int, sources: Sequence[Source]) -> None:
+    def __init__(
+        self, at: At, group: Group, scale: float, halves: int, sources: Sequence[Source], drop: Dropped | None = None
+    ) -> None:
         self.at, self.group, self.scale, self.halves, self.sources = at, group, scale, halves, list(sources)
+        self.drop = drop
         self.own = [i for i, s in enumerate(self.sources) if s.rows is SAME]
         self.distances = [d for d in range(1, group.size) if any(map(self._meet, range(group.size), [d] * group.size))]
 
@@ -111,7 +119,8 @@ class _Ring:
                     size = queries[1] - queries[0]
                     mine, theirs = slice(a * size, (a + 1) * size), slice(b * size, (b + 1) * size)
                     both = partial(self._both, queries, keys)
-                    yield Part(mine, theirs, self._seen(mask, queries, keys), both)
+                    dropping = self._dropping(i, queries, keys)
+                    yield Part(mine, theirs, self._seen(mask, queries, keys), both, dropping)
 
     def whole(self, i: int) -> Iterator[Part]:
         """What this rank's queries see of keys that all ranks have."""
@@ -122,11 +131,19 @@ class _Ring:
         for a, run in enumerate(self.runs(self.group.rank)) if n else ():
             mine, size = self.at.keys().part(slice(*run)), run[1] - run[0]
             seen = source.mask.between(mine, keys)
-            yield Part(slice(a * size, (a + 1) * size), slice(0, n), seen, partial(_pair, mine, keys))
+            rows, dropping = slice(a * size, (a + 1) * size), self._dropping(i, run, (0, n))
+            yield Part(rows, slice(0, n), seen, partial(_pair, mine, keys), dropping)
 
     def own_parts(self, i: int) -> Iterator[Part]:
         """What this rank's queries see of the keys that it has."""
         return self.parts(i, self.group.rank) if i in self.own else self.whole(i)
+
+    def _dropping(self, i: int, queries: Run, keys: Run) -> Callable[[Tensor], Tensor] | None:
+        """What drops weights of these queries to these keys of a source."""
+        if self.drop is None:
+            return None
+        mine, theirs = (torch.arange(*run, device=self.drop.rows.device) for run in (queries, keys))
+        return partial(self.drop.applied, source=i, queries=mine, keys=theirs)
 
     def _both(self, queries: Run, keys: Run) -> tuple[Keys, Keys]:
         return self.at.keys().part(slice(*queries)), self.at.keys().part(slice(*keys))

@@ -62,7 +62,7 @@ class At:
     told:     whether positions were given, so that they may be in any order.
     starts:   bool [batch, seq], rows that start a document; None where only row 0 of each batch row does.
     step:     the stream's `Step`, in prefill and decode only.
-    before: how many rows of the batch stand before these, on other ranks or in other micro-batches.
+    before: how many rows of the batch, the first of `lead`, stand before these: on other ranks, in other micro-batches.
     chance: what random numbers of this call depend on; None draws it from torch's generator when it is first asked.
     mesh: where this rank stands among others, in a module that is laid out over several.
     gathered: takes what blocks state beside their results, in training; None where nobody asked. `losses` are theirs.
@@ -86,7 +86,7 @@ class At:
         self.gathered: Gathered | None = None
         self.mesh: Any = None
         self.before = 0
-        self.chance: int | None = None
+        self.chance: int | Tensor | None = None
         self.uses: dict[Any, int] = {}
         self.losses: dict[str, Tensor] = {}
         position, document, valid = (x if x is None else self._flat(x) for x in (position, document, valid))
@@ -199,7 +199,7 @@ class At:
         flat.lead = (self.batch,)
         return flat
 
-    def draw(self) -> int:
+    def draw(self) -> int | Tensor:
         """The number that this call's random numbers depend on."""
         if self.chance is None:
             self.chance = int(torch.randint(2**62, ()))

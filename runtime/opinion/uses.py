@@ -112,7 +112,7 @@ class Uses:
     def _why_not(self, node: Any) -> str:
         """Why spmd_types cannot read a use, as its op declares it."""
         op = op_of(node)
-        if op.random:
+        if op.draws(node):
             return "random numbers"
         if op.index or op.coordinates:
             return "it reads where its rows stand"

@@ -210,7 +210,8 @@ class Blocks:
             for name, x in self.around.tensors(a).items()
         }
         made = {_place(r): i for i, r in enumerate(results) if r is not None}
-        with self.mode.section("backward", path) as backward:
+        # A backward pass may save what only it reads: that is none of what hooks around this run take.
+        with self.mode.section("backward", path) as backward, saved_tensors_hooks(_as_it_is, _as_it_is):
             starts = [self.mode.tensor(shape_of(r)) for r in ends]
             found = iter(torch.autograd.grad(ends, asked, starts, allow_unused=True) if ends and asked else ())
             gradients = [next(found) if x.requires_grad else None for x in (*mine, *weights)]
@@ -302,6 +303,10 @@ def _sort(
     if place in results:
         return _Result(results[place], saved)
     return _Outer(*outer[place], saved) if place in outer else _Fresh(saved)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _place(x: Tensor) -> int:

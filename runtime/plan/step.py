@@ -25,7 +25,7 @@ from ..train.divided import Divided
 from ..train.optimizer import Optimizer
 from ..train.rows import sum_of_parts
 from .blocks import Blocks, Saved
-from .hollow import Hollow, Ledger, Unknown
+from .hollow import Hollow, Ledger, Shape, Unknown
 from .uncompiled import uncompiled
 from .wires import Planned
 
@@ -119,7 +119,7 @@ def opened(artifact: Artifact, precision: str, short: bool = False) -> Iterator[
         in_two = model.pipe is not None and model.pipe.parts == 2
         blocks = Blocks(mode, model, artifact.source, None if in_two else free)
         model.mesh = Planned(dict(model.axes), mode, blocks.where)
-        model.chance = 0
+        model.chance = mode.tensor(Shape((), (), torch.int64))  # what follows from it has no numbers to be worked out
         try:
             yield model, blocks
         except Unknown:

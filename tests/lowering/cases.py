@@ -472,6 +472,7 @@ def _attend(draw: Draw, sizes: Any, joined: bool) -> Case:
     if "bias" in options:
         attrs.append(("distances", (sx.Binary("-", _QUERY, _KEY),) * count))
     attrs += [("scale", draw(st.sampled_from((0.5, 1.0))))] if draw(st.booleans()) else []
+    attrs += [("dropout", 0.25)] if draw(st.booleans()) else []  # which changes nothing but in training
     return Case("attend", size, tuple(args), tuple(attrs), "s", ("batch",), tied={"h": "k"})
 
 

@@ -190,9 +190,15 @@ def options(case: Case, o: Any, document: Tensor | None) -> list[tuple[Tensor | 
     return found
 
 
-def _attend(case: Case, o: Any, document: Any) -> Tensor:
+def _attend(case: Case, o: Any, document: Any, kept: list[Tensor] | None = None) -> Tensor:
     sources = zip(o["k"], o["v"], seen(case, document), options(case, o, document), strict=True)
-    return room(case).attend(o["q"], [(k, v, s, *more) for k, v, s, more in sources], scale(case))
+    made = [(k, v, s, *more) for k, v, s, more in sources]
+    return part("attend", "reference").attend(o["q"], made, scale(case), kept, case.attr("dropout"))
+
+
+def attend_of(case: Case, tensors: Tensors, document: Tensor | None, kept: list[Tensor]) -> Tensor:
+    """Attention in training; kept: for each source which weights are not zeroed, bool [b, Q, H, S]."""
+    return _attend(case, flat(case, tensors), document, kept)
 
 
 def _coordinate(case: Case, o: Any, document: Any) -> Tensor:

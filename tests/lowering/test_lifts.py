@@ -94,7 +94,7 @@ def execute(graph: Graph, program: GraphProgram, tensors: Tensors, at: lib.At) -
     weights = {w.name for w in graph.body.weights}
     names = {"torch": torch, "F": F, "lib": lib, "spmd": lib.spmd, **TYPES, "at": at}
     names |= {k: x for k, x in tensors.items() if k not in weights}
-    owner = SimpleNamespace()
+    owner = SimpleNamespace(training=False)
     for name in weights:
         *path, last = name.split(".")
         holder = owner

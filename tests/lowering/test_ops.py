@@ -7,6 +7,8 @@ named dim). The code under test is what `cpu.py` prints, run with `runtime.lib`;
 from __future__ import annotations
 
 import math
+import re
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import reduce
@@ -30,6 +32,8 @@ from heddle.lowering.ops import table as all_ops
 from heddle.lowering.ops.pointwise.op import BINARY, COMPARE, LOGIC, UNARY
 from heddle.lowering.passes.stream import streaming_errors
 from heddle.runtime import lib
+from heddle.runtime.lib.chance import state_of
+from heddle.runtime.lib.dropping import further, kept
 
 from .cases import (
     APART,
@@ -46,7 +50,7 @@ from .cases import (
     program_of,
     run,
 )
-from .references import FORWARD, MONOIDS, Partial, flat, reference, steepness
+from .references import FORWARD, MONOIDS, Partial, attend_of, flat, reference, steepness
 
 
 def table() -> dict[str, Op]:
@@ -462,6 +466,30 @@ def test_dropout_in_training_keeps_or_zeroes(data):
     wanted = part("dropout", "reference").dropout(x, (y != 0) | (rate == 0), rate)
     agree([y], [wanted], rounding(case, tensors, wanted))
     agree(*(torch.autograd.grad(z.sum(), [x]) for z in (y, wanted)), rounding(case, tensors, wanted))
+
+
+@pytest.mark.parametrize("name", ["attend", "attend_ring"])
+@law(20)
+@given(st.data())
+def test_attention_in_training_is_the_reference_with_some_weights_zeroed(name, data):
+    """Those that numbers of the row, the head, the query and the key say, also where documents are packed."""
+    case = draw_case(data.draw, name)
+    case = replace(case, attrs=(*((k, v) for k, v in case.attrs if k != "dropout"), ("dropout", 0.25)))
+    tensors, document = draw_tensors(data.draw, case), draw_document(data.draw, case)
+    leaves, at = ask_gradients(case, tensors), lib.At((case.size("batch"), case.size("s")), document=document)
+    at.chance = data.draw(st.integers(0, 99))
+    found = run(case, tensors, document, at, training=True)
+    name_ = re.search(r'lib.drop\(0.25, self, "(\w+)"', case.emitted.text)[1]
+    key = at.chance, 0, zlib.crc32(name_.encode()), 0
+    rows, *grid = (torch.arange(case.size(d)) for d in ("batch", "h", "s", "s"))
+    state = further(state_of(key, None), rows)
+    masks = [kept(0.25, further(state, torch.tensor(i)), grid).transpose(1, 2) for i in range(len(case.attr("masks")))]
+    wanted = [attend_of(case, tensors, document, masks)]
+    agree(found, wanted, rounding(case, tensors, *wanted))
+    ups = [torch.randn(y.shape, dtype=y.dtype) for y in wanted]
+    ours, theirs = (torch.autograd.grad(ys, leaves, ups, allow_unused=True) for ys in (found, wanted))
+    agree(*([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gs, strict=True)] for gs in (ours, theirs)),
+          rounding(case, tensors, *wanted, *(g for g in theirs if g is not None)))  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "act"), [(n, e) for n in OPS for e in table()[n].epilogues])

@@ -277,7 +277,7 @@ def of_no_data(graph: Graph) -> list[Node]:
     """Nodes that nothing but numbers and coordinates goes into."""
     data = {v.name for v in graph.body.inputs} | {w.name for w in graph.body.weights}
     for node in graph.nodes:
-        drawn = node.op in STRUCTURE or op_of(node).random
+        drawn = node.op in STRUCTURE or op_of(node).draws(node)
         if drawn or data & set(node.operands) or any(r.type.kind not in ("real", "coordinate") for r in node.results):
             data.update(r.name for r in node.results)
     return [n for n in graph.nodes if n.name not in data]

@@ -96,14 +96,15 @@ def logical_gradients(model: Any) -> dict[str, Tensor]:
 
 
 def on_mesh(program: Program, layout: Layout, state: dict[str, Tensor], batch: Batch, source: str | None = None,
-            steps: int = 1) -> tuple[list[dict[str, float]], Any]:  # fmt: skip
-    """Every rank's largest differences from one device, given as a function; and the class of the module."""
+            steps: int = 1, chance: int | None = None) -> tuple[list[dict[str, float]], Any]:  # fmt: skip
+    """Every rank's largest differences from one device, given as a function; and the class of the module. With `chance`
+    random numbers are drawn, as in training."""
     source = source or build(program, layout=layout).source
     kind = module_class(source, f"laid-{digest(source)}/model.py")
 
     def rank(mesh: Any) -> Any:
-        model = kind().double().eval()
-        model.mesh = mesh
+        model = kind().double().train(chance is not None)
+        model.mesh, model.chance = mesh, chance
         take_whole(model, state)
         mine = batch.cut(model.rows, mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

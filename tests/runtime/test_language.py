@@ -395,6 +395,21 @@ def test_dropout_only_while_training():
     assert refused(text.replace("0.5", "1.5")) == ["out-of-range"]
 
 
+def test_weights_of_attention_are_dropped_only_while_training():
+    text = BASE.replace("rotary = rope())", "rotary = rope(), drop = 0.5)")
+    assert text != BASE
+    model, plain = module(text), module(BASE)
+    assert torch.equal(model(tokens()), plain(tokens()))
+    made = [m.generate(tokens()[:, :3], 4) for m in (model, plain)]
+    assert torch.equal(*made)
+    model.train()
+    torch.manual_seed(0)
+    first = model(tokens())
+    assert not torch.equal(first, model(tokens()))
+    for wrong in ("1", "-0.5"):
+        assert refused(text.replace("0.5", wrong)) == ["out-of-range"]
+
+
 # --- variables of a run --------------------------------------------------------------------------
 
 

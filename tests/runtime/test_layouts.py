@@ -81,19 +81,21 @@ def batch_of(mesh: dict[str, int], seq: int, seed: int, vocab: int, retro: bool,
 
 def check(
     file: str, drawn: Any, seq: int, seed: int, packed: bool, padded: bool, steps: int = 3,
-    ways: tuple[str, ...] = (), more: str = "",
+    ways: tuple[str, ...] = (), more: str = "", chance: int | None = None,
 ) -> None:
+    """`file` is a shipped one, or the text of a spec. With `chance` random numbers are drawn, the same for all."""
     mesh, dims, between = drawn
     retro = file.startswith("retro")
-    path = shipped_folder() / file
-    text = path.read_text(encoding="utf-8") + text_of(mesh, dims, between, ways) + more
-    loaded = load_text(text, folder=path.parent)
+    path = shipped_folder() / (file if file.endswith(".spec") else "none.spec")
+    text = path.read_text(encoding="utf-8") if file.endswith(".spec") else file
+    loaded = load_text(text + text_of(mesh, dims, between, ways) + more, folder=path.parent)
     program, layout = program_of(loaded), layout_of(loaded)
-    model = start(program, seed)
+    model = start(program, seed).train(chance is not None)
+    model.chance = chance
     state = {k: v.clone() for k, v in model.state_dict().items()}
     batch = batch_of(mesh, seq, seed, model.vocab or 8, retro, packed, padded)
     one = alone(model, batch, steps)
-    ranks, _ = on_mesh(program, layout, state, batch, steps=steps)
+    ranks, _ = on_mesh(program, layout, state, batch, steps=steps, chance=chance)
     far = difference(one, ranks)
     worst = sorted((k for k in far if not far[k] < BOUND), key=far.__getitem__)[-3:]
     where = f"{file} on {mesh}, {dims} over tensor, between = {between}, {ways}, {more}"
@@ -138,7 +140,7 @@ block chances(heads, mask = causal):
     q = linear(x, hidden -> [heads, head_dim = 4])
     k = linear(x, hidden -> [heads, head_dim])
     v = linear(x, hidden -> [heads, head_dim])
-    o = attend(q, (k, v, mask))
+    o = attend(q, (k, v, mask), dropout = 0.3)
     some = dropout(o, 0.5)
     return linear(some, [heads, head_dim] -> hidden)
 
@@ -176,6 +178,57 @@ def test_random_zeros_are_the_same_wherever_heads_and_positions_are(mesh: str, w
     assert all(abs(float(loss - wanted)) < BOUND for loss in simulate(dict(kind.axes), rank))
     model.chance = 8
     assert abs(float(sum(losses(model, batch)[0].values()).detach() - wanted)) > 1e-3, "nothing depends on chance"
+
+
+DROPPED = """
+block both(heads, kv_heads, rate, near):
+    x[seq, hidden]
+    q = linear(x, hidden -> [heads, head_dim = 4])
+    k = linear(x, hidden -> [kv_heads, head_dim])
+    v = linear(x, hidden -> [kv_heads, head_dim])
+    say = linear(x, hidden -> [kv_heads, rank = 3])
+    seq.piece = seq.position // 4
+    far_k, far_v = summarise(k, say, by = seq.piece), summarise(v, say, by = seq.piece)
+    o = attend(q, (k, v, near), (far_k, far_v, key.piece < query.piece), dropout = rate)
+    return linear(o, [heads, head_dim] -> hidden)
+
+model dropped(vocab = 32, hidden = 16, heads = 4, kv_heads = {kv_heads}, ffn = 12, rate = {rate}):
+    tokens[batch, seq]: token
+    embedding = embed(tokens, vocab -> hidden)
+    x = embedding
+    for layer in 2:
+        norm1 = rms_norm(x)
+        x = x + dropout(attention(norm1, heads, kv_heads, mask = {mask}, drop = rate), rate)
+        norm2 = rms_norm(x)
+        x = x + both(norm2, heads, kv_heads, rate, {mask})
+        norm3 = rms_norm(x)
+        x = x + dropout(mlp(norm3, ffn), rate)
+    final = rms_norm(x)
+    logits = linear(final, hidden -> vocab)
+    return logits
+"""
+
+
+@settings(
+    max_examples=60 if LONG else 12, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+)
+@given(
+    drawn=layouts(), ways=st.sampled_from(WAYS), kv_heads=st.sampled_from([1, 2, 4]), rate=st.sampled_from([0.1, 0.5]),
+    mask=st.sampled_from(["causal", "window(5)"]), seed=st.integers(0, 2**16), packed=st.booleans(),
+    padded=st.booleans(), more=st.sampled_from(["", AGAIN, "    recompute attend\n", PARTS + "    recompute attend\n"]),
+)  # fmt: skip
+def test_weights_of_attention_are_dropped_alike_under_any_layout(
+    drawn: Any, ways: tuple[str, ...], kv_heads: int, rate: float, mask: str, seed: int, packed: bool, padded: bool,
+    more: str,
+) -> None:  # fmt: skip
+    """By row, head, query and key, wherever these are, and also where they are made again."""
+    ways = tuple(w.partition(",")[0] if w.startswith("recompute") else w for w in ways)
+    text = DROPPED.replace("{kv_heads}", str(kv_heads)).replace("{rate}", str(rate)).replace("{mask}", mask)
+    try:
+        check(text, drawn, 16, seed, packed, padded, 1, ways=ways, more=more, chance=seed)
+    except SpecError as error:
+        assert {d.code for d in error.diagnostics} == {"uneven-split"}
+        reject()
 
 
 @pytest.mark.parametrize("again", ["layer_norm", "attend", "linear", "attention", "gelu"])

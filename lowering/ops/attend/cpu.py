@@ -27,13 +27,18 @@ def emit(use: Any) -> str:
             sources.append(f"lib.Source({plain}{rows}, {', '.join(more)})")
         else:
             sources.append(f"({plain}{at})")
+    if use.attr("dropout"):
+        rate, (name, more) = use.attr("dropout"), use.drawn(use.operand_dims(0)[:-1])
+        drop = f", drop=lib.drop({rate!r}, self, {name}, at{more})"
+    else:
+        drop = ""
     scale = use.attr("scale")
     scale = use.sizes("D")[0] ** -0.5 if scale is None else scale
     if use.op == "attend_ring":
         order = f', order="{use.attr("order")}"' if use.attr("order") else ""
-        return f"lib.attend_ring({q}, {', '.join(sources)}, at=at, group={use.group()}, scale={scale!r}{order})"
+        return f"lib.attend_ring({q}, {', '.join(sources)}, at=at, group={use.group()}, scale={scale!r}{order}{drop})"
     past = f", past={use.past}" if use.is_kept else ""
-    return f"lib.attend({q}, {', '.join(sources)}, at={use.at(queries)}, scale={scale!r}{past}{use.kernel})"
+    return f"lib.attend({q}, {', '.join(sources)}, at={use.at(queries)}, scale={scale!r}{past}{use.kernel}{drop})"
 
 
 def slot(use: Any, state: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from ....dsl import syntax as sx
 from ....dsl.diagnostics import fail
 from ...clocks import spread
-from ...op import Monoid, Op, OpCall, Setting, Typing, _match, alone_along, join_leading, mismatch
+from ...op import Monoid, Op, OpCall, Setting, Typing, _match, alone_along, check_rate, join_leading, mismatch
 from .lift import lift
 
 
@@ -18,6 +18,7 @@ def _infer(call: OpCall) -> Typing:
     q = call.tensors["q"]
     signature = call.op.signature
     call.op._check_kinds(call)
+    check_rate(call)
     bindings: dict[str, tuple[Any, ...]] = {}
     leading = _match(call, signature.operand("q"), q, bindings)
     sequences: list[tuple[Any, Any]] = []
@@ -114,14 +115,17 @@ _SETTINGS = (
     Setting("scale", "number", None, "factor of the scores; head_dim ^ -0.5 if not given"),
     Setting("options", "names", (), "what sources have beside keys and values: query, bias"),
     Setting("distances", "mask", (), "one a source: which place of its bias is added to a score"),
+    Setting("dropout", "number", 0.0, "while training, the probability that a weight of the softmax is zero"),
 )
 OPS = (
     Op(
         name="attend",
         text=_TEXT,
-        meaning="softmax over every key that the masks allow of scale * (q . k), times v; 0 where none is allowed",
+        meaning="softmax over every key that the masks allow of scale * (q . k), times v; 0 where none is allowed; "
+        "while training a weight w is w / (1 - dropout) with probability 1 - dropout and else 0",
         settings=_SETTINGS,
         linear=(("v",),),
+        random="dropout",
         grouped=(("H", "K"),),
         coordinates=True,
         monoid=Monoid("S", ("max", "sum", "weighted_values"), peers="masked", receiver_free=False),
@@ -129,7 +133,8 @@ OPS = (
         infer_with=_infer,
         lift=lift,
         verify=_verify,
-        source="Vaswani et al. 2017, eq. 1; groups: Ainslie et al. 2023; one softmax over sources: Zhu et al. 2021",
+        source="Vaswani et al. 2017, eq. 1; groups: Ainslie et al. 2023; one softmax over sources: Zhu et al. 2021; "
+        "dropout: Vaswani et al. 2017, as released; Radford et al. 2019",
     ),
     Op(
         name="attend_ring",
@@ -142,6 +147,7 @@ OPS = (
             Setting("why", "text", "", "the reason, where there was a choice"),
         ),
         linear=(("v",),),
+        random="dropout",
         grouped=(("H", "K"),),
         coordinates=True,
         meets="send",

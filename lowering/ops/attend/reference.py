@@ -1,4 +1,5 @@
-"""Attention (Vaswani et al. 2017, eq. 1) over several sources under one softmax; no key, no value: 0."""
+"""Attention (Vaswani et al. 2017, eq. 1) over several sources under one softmax; no key, no value: 0. Dropout zeroes
+weights behind the softmax: of the sum that they are divided by nothing goes."""
 
 from __future__ import annotations
 
@@ -10,12 +11,15 @@ from torch import Tensor
 State = tuple[Tensor, Tensor, Tensor]
 
 
-def attend(q: Tensor, sources: list[tuple[Any, ...]], scale: float) -> Tensor:
+def attend(q: Tensor, sources: list[tuple[Any, ...]], scale: float, kept: list[Tensor] | None = None,
+           rate: float = 0.0) -> Tensor:  # fmt: skip
     """q[b, Q, H, D], each source k[b, S, K, D], v[b, S, K, E], seen bool[b, Q, S], and what takes the place of q for it
-    and is added to its scores, [b, Q, H, S] or 0 -> o[b, Q, H, E]."""
+    and is added to its scores, [b, Q, H, S] or 0 -> o[b, Q, H, E]. kept: for each source the weights that are not
+    zeroed, bool[b, Q, H, S], at a rate."""
     state = identity(q, sources[0][1].shape[-1])
-    for k, v, seen, query, bias in sources:
-        state = combine(state, lift(q if query is None else query, k, v, seen, scale, bias))
+    for i, (k, v, seen, query, bias) in enumerate(sources):
+        factor = 1.0 if kept is None else kept[i].to(q.dtype) / (1 - rate)
+        state = combine(state, lift(q if query is None else query, k, v, seen, scale, bias, factor))
     return finish(state)
 
 
@@ -34,7 +38,8 @@ def identity(q: Tensor, width: int) -> State:
     )
 
 
-def lift(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, bias: Tensor | float = 0.0) -> State:
+def lift(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, bias: Tensor | float = 0.0,
+         factor: Tensor | float = 1.0) -> State:  # fmt: skip
     """(max, sum, weighted values) of some keys, for every query; query head h uses key head h // (H / K)."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -43,7 +48,7 @@ def lift(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, bias: Tens
     top = score.amax(-1) if score.shape[-1] else torch.full(score.shape[:-1], -torch.inf, dtype=q.dtype)
     safe = torch.where(torch.isinf(top), torch.zeros_like(top), top)
     weight = torch.exp(score - safe[..., None])
-    return top, weight.sum(-1), torch.einsum("bqhs,bshe->bqhe", weight, v)
+    return top, weight.sum(-1), torch.einsum("bqhs,bshe->bqhe", weight * factor, v)
 
 
 def combine(a: State, b: State) -> State:

@@ -10,9 +10,5 @@ def emit(use: Any) -> str:
     (x,), rate = use.args, use.attr("rate")
     if not rate:
         return x
-    dims = use.operand_dims(0)
-    more = "" if dims and use.is_batch(dims[0]) else ", by_row=False"
-    axes = tuple(use.graph.dims[d].axes for d in dims)
-    if any(a for d, a in zip(dims, axes, strict=True) if not use.is_batch(d)):
-        more += f", axes={axes}"
-    return f'lib.dropout({x}, {rate!r}, self, "{use.node.name}", at{more})'
+    name, more = use.drawn(use.operand_dims(0))
+    return f"lib.dropout({x}, {rate!r}, self, {name}, at{more})"

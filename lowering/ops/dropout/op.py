@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from ....dsl.diagnostics import fail
-from ...op import Op, OpCall, Setting, Typing
+from ...op import Op, OpCall, Setting, Typing, check_rate
 
 
 def _infer(call: OpCall) -> Typing:
     call.op._check_kinds(call)
-    rate = call.settings["rate"]
-    if not 0 <= rate < 1:
-        raise fail(
-            "out-of-range",
-            f"the rate of `dropout` is {rate:g}, it must be at least 0 and less than 1",
-            call.span_of("rate"),
-        )
+    check_rate(call)
     x = call.tensors["x"]
     return Typing({"D": tuple(x.dims)}, (x,), (("real", tuple(x.dims)),))
 
@@ -27,7 +20,7 @@ OPS = (
         settings=(Setting("rate", "number", meaning="the probability of a zero"),),
         infer_with=_infer,
         linear=(("x",),),
-        random=True,
+        random="rate",
         flops=lambda sizes, attrs: float(sizes["D"]),
         source="Srivastava et al. 2014, Dropout, section 4; scaled while training",
     ),

@@ -132,6 +132,58 @@ def test_activation_memory_of_a_layer_with_sequence_parallelism(t, b):
     }  # fmt: skip
 
 
+# With dropout of the weights of attention, as they have it: these are kept.
+DROPPED = (
+    GPT.replace("mask = mask, bias = true)", "mask = mask, bias = true, drop = rate)")
+    + """
+layout selective = tp with:
+    recompute attend
+
+layout selective_sp = tp_sp with:
+    recompute attend
+
+layout every = tp with:
+    recompute blocks
+
+layout every_sp = tp_sp with:
+    recompute blocks
+"""
+)
+# Bytes of a layer, by s b h (2022, table 2, equations 1, 2 and 4, and sections 4.1, 5): x = 5 a s / h.
+PUBLISHED = {
+    "tp": lambda t, x: 10 + (24 + x) / t,
+    "tp_sp": lambda t, x: (34 + x) / t,
+    "selective": lambda t, x: 10 + 24 / t,
+    "selective_sp": lambda t, x: 34 / t,
+    "every": lambda t, x: 2,
+    "every_sp": lambda t, x: 2 / t,
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "t", "b"),
+    [("tp", 1, 1), ("tp", 4, 2), ("tp_sp", 2, 3), ("selective", 1, 2), ("selective", 2, 1), ("selective_sp", 4, 2),
+     ("every", 2, 1), ("every_sp", 4, 2)],
+)  # fmt: skip
+def test_activation_memory_of_a_layer_whose_attention_keeps_its_scores(layout, t, b):
+    """sbh (34 + 5as/h) on one rank, and its forms: 2 as^2 b of the softmax, as^2 b of what is kept, 2 as^2 b of what
+    is left of it. Beyond it are what the forms above have beyond theirs: norms' inputs in 32 bits, a mean and a scale
+    of their rows in fp32, and with split sequences the parts of other ranks of two products' inputs. A layer that is
+    made again keeps its input alone."""
+    a, h, s = 16, 512, 256
+    sbh, saved = s * b * h, []
+    for layers in (2, 3):
+        program, made = gpt(layout, DROPPED, layers=layers, hidden=h, heads=a, context=s)
+        made = replace(made, mesh=(("data", 1), ("tensor", t)))
+        found = plan(program, made, device("a100-80g"), "bf16", Feed(b, s, 1, documents=False))
+        saved.append(found.groups[0].memory.saved)
+    parts = t if layout.endswith("_sp") else 1
+    norms = 2 * 2 * sbh // parts + 2 * 2 * 4 * s * b // parts
+    gathered = 4 * sbh * (1 - 1 / parts)
+    beyond = 0 if layout.startswith("every") else norms + gathered
+    assert saved[1] - saved[0] - beyond == sbh * PUBLISHED[layout](t, 5 * a * s / h)
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("layout", ["tp", "tp_sp"])
 def test_no_message_beside_the_published_ones(layout, layers):

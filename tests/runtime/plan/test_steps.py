@@ -11,6 +11,10 @@ import torch
 from hypothesis import example, given, settings
 
 from heddle.dsl.diagnostics import SpecError
+from heddle.dsl.layout import layout_of
+from heddle.dsl.load import load_text
+from heddle.runtime.check import program_of
+from heddle.runtime.compile import build
 from heddle.runtime.distributed import over_of
 from heddle.runtime.plan.hollow import Hollow, Unknown
 from heddle.runtime.plan.plan import Steps
@@ -52,8 +56,10 @@ def layouts(draw):
 
 def check(family, layout, precision, feed):
     made = built(family, layout)
-    if made is None:
-        return False
+    return made is not None and check_made(made, precision, feed)
+
+
+def check_made(made, precision, feed):
     over = over_of(made, made.lowered.layout)
     step = measure(made, feed, precision, over)
     messages = Counter()
@@ -90,6 +96,29 @@ PARTS = TP + "    shard parameters over data\n"
 @example("transformer_ls/tiny.spec", PARTS + "    recompute attention?, long_short?\n", "fp32", True, 1)
 def test_a_plan_is_what_a_run_keeps_and_sends(family, layout, precision, documents, rows):
     check(family, layout, precision, Feed(rows, 32, 1, documents))
+
+
+CHANCE = """
+model small(vocab = 32, hidden = 16, layers = 3):
+    tokens[batch, seq]: token
+    x = embed(tokens, vocab -> hidden)
+    for layer in layers:
+        norm1 = layer_norm(x)
+        x = x + attention(norm1, heads = 4, kv_heads = 2, mask = {mask}, drop = 0.1)
+        norm2 = layer_norm(x)
+        x = x + dropout(mlp(norm2, 2 * hidden, gelu), 0.1)
+    final = layer_norm(x)
+    logits = linear(final, hidden -> vocab)
+    return logits
+"""
+
+
+@pytest.mark.parametrize(("mask", "precision"), [("causal", "bf16"), ("window(3)", "fp32")])
+@pytest.mark.parametrize("again", ["", "    recompute attend\n", "    recompute layer_norm, attention\n"])
+def test_a_plan_of_attention_with_dropout_is_what_a_run_keeps_and_sends(mask, precision, again):
+    for layout in (TP, CONTEXT.format(2, 2, "attend: ring"), CONTEXT.format(2, 1, "attend: exchange(heads)")):
+        file = load_text(CHANCE.replace("{mask}", mask) + layout + again)
+        assert check_made(build(program_of(file), layout=layout_of(file)), precision, Feed(2, 32, 1, True))
 
 
 CONTEXT = """

@@ -116,7 +116,7 @@ model tiny(vocab = 256, hidden = 24, heads = 4):
     x = embedding
     for layer in 2:
         norm1 = rms_norm(x)
-        x = x + dropout(attention(norm1, heads, kv_heads = 2), 0.1)
+        x = x + dropout(attention(norm1, heads, kv_heads = 2, drop = 0.3), 0.1)
         norm2 = rms_norm(x)
         x = x + dropout(gated_mlp(norm2, 2 * hidden), 0.2)
     final = rms_norm(x)
