@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from heddle.codegen.facts import Use
+from heddle.codegen.shared import Shared
 from heddle.codegen.writer import Writer
 from heddle.dsl import syntax as sx
 from heddle.dsl.program import TOKENS, Body, Dim, Init, Node, Program, Type, Value, Weight
@@ -179,7 +180,7 @@ def program_of(graph: Graph) -> GraphProgram:
 def emit(case: Case) -> Emitted:
     """What the emitter writes for the case's node."""
     masks: dict[str, tuple[str, str]] = {}
-    writer = Writer(case.graph, case.program, masks, inline=False)
+    writer = Writer(case.graph, case.program, Shared(masks), inline=False)
     (node,) = case.graph.nodes
     use = Use(case.graph, node, writer)
     text = writer.call(node)

@@ -17,6 +17,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from heddle.codegen.shared import Shared
 from heddle.codegen.writer import Writer
 from heddle.dsl.layout import Layout, Split
 from heddle.dsl.program import Dim, Init, Node, Program, Type, Value, Weight
@@ -90,7 +91,7 @@ class Apart:
 def execute(graph: Graph, program: GraphProgram, tensors: Tensors, at: lib.At) -> dict[str, Tensor]:
     """Every value of a graph, by the text that is printed for its nodes."""
     masks: dict[str, tuple[str, str]] = {}
-    writer = Writer(graph, program, masks, inline=False)
+    writer = Writer(graph, program, Shared(masks), inline=False)
     weights = {w.name for w in graph.body.weights}
     names = {"torch": torch, "F": F, "lib": lib, "spmd": lib.spmd, **TYPES, "at": at}
     names |= {k: x for k, x in tensors.items() if k not in weights}

@@ -22,6 +22,7 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from heddle.codegen.shared import Shared
 from heddle.codegen.writer import Writer
 from heddle.dsl.diagnostics import SpecError
 from heddle.dsl.program import Body, Dim, Node, Type, Value
@@ -545,7 +546,7 @@ def test_chains_are_one_expression_with_the_same_meaning(name):
         for place in (0, 1) if name in PAIRS else (0,):
             for scalar in (False, True) if name in (*BINARY, *COMPARE) else (False,):
                 graph = chain(name, inner, place, scalar)
-                writer = Writer(graph, program_of(graph), {}, inline=True)
+                writer = Writer(graph, program_of(graph), Shared(), inline=True)
                 text = writer.call(graph.nodes[-1])
                 value = eval(text, {"torch": torch, "F": F, "lib": lib, "x": x, "y": y, "w": y, "v": y > 0.5})
                 wanted = of_chain(name, inner, place, scalar, x, y)
