@@ -162,7 +162,7 @@ def check(module: ModuleType, case: Case) -> float:
     return max(shares)
 
 
-@settings(max_examples=20)
+@settings(max_examples=14)
 @given(case=cases())
 def test_it_is_the_reference_and_so_are_gradients(case: Case) -> None:
     check(load(case.facts), case)
@@ -194,7 +194,7 @@ def test_tiles_change_no_bit_but_those_of_their_numerics_class(facts: Facts) -> 
         check(load(other), case)
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(cut=st.integers(1, 4), first=st.booleans())
 def test_another_document_and_a_batch_row_change_no_bit(cut: int, first: bool) -> None:
     facts = FACTS[1]
