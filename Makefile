@@ -42,7 +42,8 @@ check: $(READY)  ## what needs no running: ruff and mypy
 bench: $(READY)  ## time Heddle and transformers on this CPU, the same weights
 	$(BIN)/python benchmarks/cpu.py
 
-bench-gpu: $(READY)  ## the same on this GPU; long sequences and retrieval there, which train longer
+bench-gpu: $(READY)  ## the same on this GPU; its kernels one by one; long sequences and retrieval there, which train longer
+	$(BIN)/python -m heddle.benchmarks.kernels --json benchmarks/results/kernels.json
 	$(BIN)/python benchmarks/cpu.py --device cuda --json benchmarks/results/gpu.json
 	$(BIN)/python -m heddle.benchmarks.long_context --device cuda --no-loss --scores 16384 \
 		--json benchmarks/results/long_context_gpu.json

@@ -477,13 +477,26 @@ def bench(
     spec: Spec,
     batch: Annotated[int, typer.Option(min=1)] = 4,
     seq: Annotated[int, typer.Option(min=1)] = 512,
+    target: Annotated[
+        str | None, typer.Option(help="time each kernel of this target by itself, against PyTorch; on a GPU")
+    ] = None,
+    estimate: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="with a target, what kernels would take at a device's rates")
+    ] = None,
     set: Set = None,  # noqa: A002
     json: Json = False,
     format: Format = "text",  # noqa: A002
 ) -> None:
-    """Measure forward, training step and decoding of a model on this machine."""
+    """Measure forward, training step and decoding of a model on this machine, or each of its kernels."""
     from .bench import measure, print_measurements
 
+    if target is not None:
+        from .kernel_bench import bench_spec
+        from .tables import print_measured
+
+        found = bench_spec(program_at(spec, set), target, (batch, seq), estimate)
+        echo_json([vars(row) for row in found]) if json else print_measured(found)
+        return
     rows = measure(program_at(spec, set), batch, seq)
     if json:
         echo_json(rows)

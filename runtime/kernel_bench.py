@@ -1,8 +1,9 @@
 """`heddle bench SPEC --target T`: each kernel that a spec needs, forward and backward, by itself, against PyTorch.
 
 A row says its time, the bytes that its launches are given (each tensor once a launch), the operations that its op
-counts, and both as shares of what this device reaches: copying, and a product of large matrices in the same type, measured in
-the same run. Peers are timed in turn with it: PyTorch as it stands (eager), and that compiled by `torch.compile`.
+counts, and both as shares of what this device reaches: copying, and a product of large matrices in the same type,
+measured in the same run. Peers are timed in turn with it: PyTorch as it stands (eager), and that compiled by
+`torch.compile`.
 
 Without a GPU nothing is timed: `estimate` gives the time that a kernel would take that reaches the device's rates. It
 says how large the work is, not how good the kernel.
@@ -14,10 +15,9 @@ import random
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..codegen.emit import emit_block
@@ -29,9 +29,11 @@ from ..lowering.pipeline import lower
 from ..lowering.target import TARGETS
 from .compile import target_of
 from .errors import UserError
-from .lib.kernels import Launch, launches
+from .lib.kernels import Launch
+from .place import place
 from .plan.devices import Device
-from .verify import Draw, block_of
+from .plan.devices import device as device_named
+from .verify import Draw, block_of, launched
 
 Timer = Callable[[list[Callable[[], object]]], list[list[float]]]
 """Seconds of each of several calls, each several times, in turn."""
@@ -64,12 +66,13 @@ def measure(
     """Time every kernel of a model on rows of `shape`. Raises UserError `unknown-target`, `no-kernels`."""
     timer = timer or in_turn
     copied, multiplied = rates(device, dtype, timer)
-    for alone, told, ready in _parts(program, target, device, shape, dtype, lock):
+    for alone, told, kind in _parts(program, target, shape, dtype, lock):
+        draw = Draw(alone, kind, dtype, random.Random(0), device, shape)
         plain = replace(alone, program=replace(alone.program, target=TARGETS["cpu"], fused={}))
         eager = block_of(plain.name, emit_block(plain.name, plain.program, __version__))
-        runs: dict[str, Callable[[], object]] = {"ours": ready(), "eager": ready(eager)}
+        runs = {"ours": draw.ready(kind, dtype), "eager": draw.ready(eager, dtype)}
         if compiled:
-            runs["compiled"] = ready(eager, compiled=True)
+            runs["compiled"] = draw.ready(eager, dtype, compiled=True)
         times = dict(zip(runs, timer(list(runs.values())), strict=True))
         ours = statistics.median(times["ours"])
         row = _row(alone, told, shape, ours)
@@ -84,7 +87,7 @@ def estimate(
 ) -> Iterator[Measured]:
     """The time that every kernel of a model would take at a device's rates: a statement about the work alone."""
     peak = on.flops["fp32" if dtype == torch.float32 else "bf16"] * on.reached[0]
-    for alone, told, _ in _parts(program, target, torch.device("meta"), shape, dtype, lock):
+    for alone, told, _ in _parts(program, target, shape, dtype, lock):
         row = _row(alone, told, shape, 0.0)
         row.seconds = max(row.bytes / (on.memory_rate * on.reached[1]), row.flops / peak) + row.launches * on.launch_s
         row.estimated = True
@@ -92,8 +95,9 @@ def estimate(
 
 
 def _parts(
-    program: Program, target: str, device: torch.device, shape: tuple[int, int], dtype: torch.dtype, lock: Lock | None
-) -> Iterator[tuple[Alone, list[Launch], Callable[..., Callable[[], object]]]]:
+    program: Program, target: str, shape: tuple[int, int], dtype: torch.dtype, lock: Lock | None
+) -> Iterator[tuple[Alone, list[Launch], type[nn.Module]]]:
+    """Every kernel of a model: as a block by itself, what that launches, and its class."""
     aim = target_of(target)
     if not aim.kernels:
         raise UserError("no-kernels", f"target `{target}` has no kernels of its own")
@@ -102,15 +106,7 @@ def _parts(
         if not files.kernels:
             continue
         kind = block_of(alone.name, files)
-        hollow = Draw(alone, kind, dtype, random.Random(0), torch.device("meta"), shape)
-        with launches() as told:
-            hollow.run(kind, dtype)
-        draw = Draw(alone, kind, dtype, random.Random(0), device, shape)
-
-        def ready(of: Any = kind, compiled: bool = False, draw: Draw = draw) -> Callable[[], object]:
-            return draw.ready(of, dtype, compiled)
-
-        yield alone, told, ready
+        yield alone, launched(alone, kind, dtype, shape), kind
 
 
 def _row(alone: Alone, told: list[Launch], shape: tuple[int, int], seconds: float) -> Measured:
@@ -131,7 +127,7 @@ def rates(device: torch.device, dtype: torch.dtype, timer: Timer) -> tuple[float
 
 
 def in_turn(runs: list[Callable[[], object]], rounds: int = 5) -> list[list[float]]:
-    """Times on a GPU, one call after the other in each round; what the second-level cache holds is thrown out before."""
+    """Times on a GPU, one call after the other in each round; the second-level cache is emptied before each."""
     from triton.testing import do_bench
 
     found: list[list[float]] = [[] for _ in runs]
@@ -139,3 +135,10 @@ def in_turn(runs: list[Callable[[], object]], rounds: int = 5) -> list[list[floa
         for i, run in enumerate(runs):
             found[i].append(do_bench(run, warmup=5, rep=20, return_mode="median") * 1e-3)
     return found
+
+
+def bench_spec(program: Program, target: str, shape: tuple[int, int], on: str | None) -> list[Measured]:
+    """Kernels in bf16, timed on this GPU, or estimated for a device by its name. Raises UserError `unknown-device`."""
+    if on is None:
+        return list(measure(program, target, place("cuda"), shape, torch.bfloat16))
+    return list(estimate(program, target, device_named(on), shape, torch.bfloat16))

@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .ahead import Built
+    from .kernel_bench import Measured
     from .tune import Found
     from .verify import Verified
 
@@ -189,3 +190,23 @@ def print_tuned(found: Sequence[Found]) -> None:
         us = [f"{x:.1f}" if x is not None else "" for x in (t.untuned_us, t.us)]
         table.add_row(t.kernel, str(len(one.tried)), *us, ratio, cut.replace("[", "\\["))
     console.print(table)
+
+
+def print_measured(rows: Sequence[Measured]) -> None:
+    """The table of `heddle bench --target`: what each kernel took, or would take at a device's rates."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    peers = list(dict.fromkeys(name for row in rows for name in row.peers))
+    estimated = any(row.estimated for row in rows)
+    for title in ("kernel", "us, an estimate" if estimated else "us", "moves", "computes", "of copying", "of products"):
+        table.add_column(title, justify="left" if title == "kernel" else "right")
+    for name in peers:
+        table.add_column(f"{name} / ours", justify="right")
+    for row in rows:
+        shares = [f"{x:.0%}" if x is not None else "" for x in (row.copy_share, row.matmul_share)]
+        ratios = [f"{row.peers[name]:.2f}x" if name in row.peers else "" for name in peers]
+        time = f"{row.seconds * 1e6:.0f}"
+        table.add_row(", ".join(row.ops), time, size(row.bytes), f"{amount(row.flops)}FLOP", *shares, *ratios)
+    console.print(table)
+    if estimated:
+        console.print("no time was measured: what the work takes at the rates of the device, whatever the kernel")

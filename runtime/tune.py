@@ -33,8 +33,7 @@ from ..lowering.target import TARGETS, Target
 from .ahead import build
 from .compile import target_of
 from .errors import UserError
-from .lib.kernels import launches
-from .verify import DTYPES, Draw, block_of, share
+from .verify import DTYPES, Draw, block_of, launched, share
 
 Timer = Callable[[Callable[[], object]], float]
 """Microseconds that a call takes: a median."""
@@ -167,10 +166,7 @@ class _Tuning:
     def _built(self, candidate: dict[str, Any]) -> tuple[int, list[str]]:
         """Loads and stores of registers that did not fit, of all its launches; and why one is not sound."""
         kind = self._kind(candidate)
-        draw = Draw(self.alone, kind, self.dtype, random.Random(0), torch.device("meta"), self.shape)
-        with launches() as told:
-            draw.run(kind, self.dtype)
-        built = build(told, self.target)
+        built = build(launched(self.alone, kind, self.dtype, self.shape), self.target)
         asked = [b.resources for b in built if b.resources is not None]
         return sum(r.spill_loads + r.spill_stores for r in asked), [p for b in built for p in b.problems]
 

@@ -29,6 +29,9 @@ from .compile import module_class, target_of
 from .errors import UserError
 from .lib import STATELESS, At
 from .lib import kernels as lib_kernels
+from .lib.kernels import Launch
+from .plan.hollow import Hollow
+from .plan.uncompiled import uncompiled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = (1, 2, 3, 7, 13, 16, 17, 31, 33)
@@ -126,8 +129,6 @@ class Draw:
         scale = chance.choice((0.05, 1.0, 4.0))
 
         def values(shape: tuple[int, ...]) -> Tensor:
-            if device.type == "meta":
-                return torch.empty(shape, dtype=dtype, device=device)
             return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
 
         shapes = kind.shapes(self.at())
@@ -173,7 +174,8 @@ class Draw:
             results = results if isinstance(results, tuple) else (results,)
             if not slopes:
                 generator = torch.Generator().manual_seed(self.seed)
-                slopes.extend(self._slope(r, generator) for r in results)
+                drawn = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+                slopes.extend(d.to(self.dtype).to(self.device, r.dtype) for d, r in zip(drawn, results, strict=True))
             leaves = [*(x for x in inputs if x.requires_grad), *block.parameters()]
             grads = torch.autograd.grad(results, leaves, slopes, allow_unused=True)
             named = [f"input {i + 1}" for i, x in enumerate(inputs) if x.requires_grad]
@@ -182,12 +184,6 @@ class Draw:
             return found | {f"gradient of {n}": g for n, g in zip(named, grads, strict=True) if g is not None}
 
         return step
-
-    def _slope(self, result: Tensor, generator: torch.Generator) -> Tensor:
-        if result.is_meta:
-            return torch.empty_like(result)
-        drawn = torch.randn(result.shape, generator=generator, dtype=torch.float64)
-        return drawn.to(self.dtype).to(self.device, result.dtype)
 
     def _laid(self, x: Tensor) -> Tensor:
         if not self.wide or not x.dim():
@@ -205,6 +201,15 @@ def _places(alone: Alone, value: str) -> tuple[int, int]:
         sizes += [math.prod(alone.graph.size(d) or 1 for d in node.bound(f)) for f in op_of(node).index]
         low = min(low, -1 if node.results[0].type.kind == "loss" else 0)
     return low, max(sizes)
+
+
+def launched(alone: Alone, kind: Any, dtype: torch.dtype, shape: tuple[int, int]) -> list[Launch]:
+    """What a block launches on rows of `shape`, forward and backward, run without numbers and without a GPU."""
+    with uncompiled(), Hollow(1.0):
+        draw = Draw(alone, kind, dtype, random.Random(0), torch.device("cpu"), shape)
+        with lib_kernels.launches() as told:
+            draw.run(kind, dtype)
+    return told
 
 
 def share(found: Tensor, want: Tensor, eager: Tensor, dtype: torch.dtype, steps: int) -> tuple[float, float, float]:

@@ -45,8 +45,10 @@ def inputs(name, documents):
 
 def run(name, made, documents):
     """The losses' mean and logits, and every gradient."""
+    device = next(made.parameters()).device
     tokens, document = inputs(name, documents)
-    given = more(name, made, tokens, 11)
+    given = {n: x.to(device) for n, x in more(name, made, tokens, 11).items()}
+    tokens, document = tokens.to(device), None if document is None else document.to(device)
     logits = made(tokens, document, **given)
     losses = made.losses(tokens, document, **given)
     counts = made.counts(tokens, document, **given)
