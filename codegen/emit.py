@@ -327,14 +327,14 @@ class _ObjectiveWriter(Writer):
 
     owner = "self.beside"
 
-    def head_of(self, node: Node) -> tuple[str, str | None] | None:
+    def head_of(self, node: Node) -> tuple[str, str, str | None] | None:
         head = self.program.heads.get(self.graph.name)
         if head is None or head.loss != node.name:
             return None
         model = Writer(self.program.model, self.program, self.shared)
         weight, bias = (None if o is None else model.expression(o) for o in head.node.operands[1:])
         assert weight is not None
-        return weight, bias
+        return self.expression(node.operands[0] or ""), weight, bias  # what a run without the map gives
 
     def call(self, node: Node) -> str:
         if node.op == "call":

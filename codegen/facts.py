@@ -45,9 +45,10 @@ class Use:
         return f", kernel={name}" if name else ""
 
     @property
-    def head(self) -> tuple[str, str | None] | None:
-        """Weight and bias of the linear map whose result this use makes by itself, of what the map reads; else None."""
-        found: tuple[str, str | None] | None = self.writer.head_of(self.node)
+    def head(self) -> tuple[str, str, str | None] | None:
+        """What the linear map reads whose result this use makes by itself, its weight and bias; None where it is given
+        the result."""
+        found: tuple[str, str, str | None] | None = self.writer.head_of(self.node)
         return found
 
     def literal(self, name: str) -> str | None:

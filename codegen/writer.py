@@ -243,9 +243,19 @@ class Writer:
         heads = self.program.heads.values() if self.graph.name == self.program.program.root else ()
         return next((head.node for head in heads), None)
 
-    def head_of(self, node: Node) -> tuple[str, str | None] | None:
-        """Weight and bias of the map whose result a node makes by itself."""
-        return None
+    def head_of(self, node: Node) -> tuple[str, str, str | None] | None:
+        """What the map reads whose result a node makes by itself, its weight and its bias."""
+        head = self.program.heads.get(self.graph.name)
+        if head is None or head.loss != node.name:
+            return None
+        x, weight, bias = (None if o is None else self.expression(o) for o in head.node.operands)
+        assert x is not None and weight is not None
+        return x, weight, bias
+
+    def is_made_inside(self, node: Node) -> bool:
+        """Whether another node of this graph makes a node's result by itself."""
+        head = self.program.heads.get(self.graph.name)
+        return head is not None and head.node == node
 
     def call(self, node: Node) -> str:
         """The right side of a node's statement."""
@@ -310,6 +320,8 @@ class Writer:
                     lines.append(self._chain(fused))
                 continue
             if node.name in self.constants or node.op not in STRUCTURE and self.is_inlined(node):
+                continue
+            if self.is_made_inside(node):
                 continue
             targets = ", ".join(self._names[r.name] for r in node.results)
             spec = spec_line(node.spans)

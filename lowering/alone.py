@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..dsl.program import Node
+from ..dsl.program import Node, Type, Value
 from .graph import STRUCTURE, Graph, GraphProgram
 from .ops import has_part
+from .passes.join_heads import Head
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,45 @@ def kernels(program: GraphProgram) -> Iterator[Alone]:
     """Every use of an op or of several that may be a kernel for the program's target, callees first; those that do not
     differ once."""
     seen: set[object] = set()
+    for made in _each(program):
+        key = _meaning(made.graph)
+        if key not in seen:
+            seen.add(key)
+            yield made
+
+
+def _each(program: GraphProgram) -> Iterator[Alone]:
     for graph in program.callees_first():
         fused = program.fused.get(graph.name, ())
         inside = {name for f in fused for name in f.nodes}
         groups = [tuple(graph.producers[n] for n in f.nodes) for f in fused]
+        head = program.heads.get(graph.name)
         others = (n for n in graph.nodes if n.name not in inside and n.op not in STRUCTURE)
         groups += [(n,) for n in others if has_part(n.op, "triton")]
         for nodes in sorted(groups, key=lambda ns: graph.nodes.index(ns[-1])):
-            made = _alone(program, graph, nodes)
-            key = _meaning(made.graph)
-            if key not in seen:
-                seen.add(key)
-                yield made
+            if head is not None and nodes[-1].name == head.loss:
+                yield _with_head(program, head.node, nodes[-1], graph)
+            else:
+                yield _alone(program, graph, nodes)
+
+
+def _with_head(program: GraphProgram, maker: Node, loss: Node, objective: Graph) -> Alone:
+    """A loss beside the map of the model whose result it makes by itself, as one block."""
+    model = program.model
+    (made,), given = maker.results, {}
+    for operand in loss.operands[1:]:
+        value = objective.values[operand or ""]
+        dims = made.type.dims[: len(value.type.dims)]
+        given[operand] = Value(f"{loss.name}_{value.name}", Type(value.type.kind, dims))
+    result = Value(f"{loss.name}_of_{made.name}", loss.results[0].type)
+    bindings = tuple((formal, made.type.dims[-len(dims) :]) for formal, dims in loss.bindings)
+    operands = (made.name, *(given[o].name for o in loss.operands[1:]))
+    own = replace(loss, results=(result,), operands=operands, bindings=bindings)
+    body = replace(
+        model.body, inputs=(*model.body.inputs, *given.values()), nodes=(*model.nodes, own), outputs=(result.name,)
+    )
+    alone = _alone(program, Graph(body), (maker, own))
+    return replace(alone, program=replace(alone.program, heads={alone.name: Head(maker, own.name)}))
 
 
 def _alone(program: GraphProgram, graph: Graph, nodes: tuple[Node, ...]) -> Alone:
@@ -58,11 +86,9 @@ def _alone(program: GraphProgram, graph: Graph, nodes: tuple[Node, ...]) -> Alon
         emits=(), rules=(), asked=0,
     )  # fmt: skip
     fused = tuple(f for f in program.fused.get(graph.name, ()) if set(f.nodes) == {n.name for n in nodes})
-    return Alone(
-        name, graph.name, nodes, replace(
-            program, graphs={**program.graphs, name: Graph(body)}, fused={name: fused} if fused else {}, states={}
-        )
-    )  # fmt: skip
+    graphs = {**program.graphs, name: Graph(body)}
+    own = replace(program, graphs=graphs, fused={name: fused} if fused else {}, heads={}, states={})
+    return Alone(name, graph.name, nodes, own)
 
 
 def _meaning(graph: Graph) -> object:

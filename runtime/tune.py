@@ -105,7 +105,7 @@ def lock_of(found: list[Found], target: str, made: Mapping[str, Any]) -> Lock:
 def grid_of(alone: Alone, text: str) -> tuple[dict[str, tuple[Any, ...]], tuple[str, ...]]:
     """The values that each constant of a kernel may have, and those constants that make the numerics class."""
     last = alone.nodes[-1].op
-    if len(alone.nodes) == 1 and has_part(last, "triton"):
+    if not alone.program.fused and has_part(last, "triton"):
         room = part(last, "triton")
         return dict(getattr(room, "TUNED", {})), tuple(getattr(room, "NUMERICS", ()))
     return tuned_of_chain(constants_of(text)), numerics_of_chain(constants_of(text))
@@ -181,7 +181,7 @@ class _Tuning:
 
     def _wrong(self, candidate: dict[str, Any]) -> str:
         """Why a candidate does not compute what it should; "" where it does, by the rule of `verify`."""
-        plain = replace(self.alone, program=replace(self.alone.program, target=TARGETS["cpu"], fused={}))
+        plain = replace(self.alone, program=replace(self.alone.program, target=TARGETS["cpu"], fused={}, heads={}))
         torchs = block_of(plain.name, emit_block(plain.name, plain.program, __version__))
         mine, untuned = self._kind(candidate), self._kind({})
         same = self._is_same_class(candidate)

@@ -81,7 +81,7 @@ def verify(program: Program, target: str, examples: int, seed: int, device: torc
 
 
 def _verified(alone: Alone, examples: int, chance: random.Random, device: torch.device) -> Verified:
-    plain = replace(alone, program=replace(alone.program, target=TARGETS["cpu"], fused={}))
+    plain = replace(alone, program=replace(alone.program, target=TARGETS["cpu"], fused={}, heads={}))
     files = emit_block(alone.name, alone.program, __version__)
     result = Verified(alone.name, spec_line(alone.nodes[-1].spans), tuple(n.op for n in alone.nodes), launches=False)
     if not files.kernels:

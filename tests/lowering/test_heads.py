@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from heddle.codegen.emit import emit
+from heddle.codegen.emit import emit, emit_block
 from heddle.dsl.load import load_text, shipped_folder
+from heddle.lowering.alone import kernels
 from heddle.lowering.graph import GraphProgram
 from heddle.lowering.pipeline import lower
 from heddle.lowering.target import TARGETS
@@ -83,3 +86,17 @@ def test_logits_that_two_read_are_made_once() -> None:
 def test_a_target_without_kernels_and_who_looks_on_see_all_logits() -> None:
     assert not lowered(target="cpu").heads
     assert "head" not in emit(lowered(), "test", named=True).model
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_by_itself_the_loss_stands_beside_its_map(name: str) -> None:
+    """What `heddle verify` and `tune` run is the kernel that the model runs."""
+    made = lowered(HEADS[name][0])
+    (found,) = (a for a in kernels(made) if a.nodes[-1].op == "cross_entropy")
+    assert [n.op for n in found.nodes] == ["linear", "cross_entropy"]
+    files = emit_block(found.name, found.program, "test")
+    assert files.kernels == {"cross_entropy": emit(made, "test").kernels["cross_entropy"]}
+    assert "lib.linear_cross_entropy(" in files.model and "lib.linear(" not in files.model
+    plain = replace(found.program, target=TARGETS["cpu"], heads={})
+    text = emit_block(found.name, plain, "test").model
+    assert "lib.cross_entropy(logits, " in text and ("self.logits(" in text or "lib.linear(" in text)

@@ -14,9 +14,9 @@ def emit(use: Any) -> str:
         case "picked":
             return f"lib.{use.op}({', '.join(args)}, {use.start('V')})"
         case "cross_entropy" if use.head is not None:
-            weight, bias = use.head
+            x, weight, bias = use.head
             bias = "" if bias is None else f", {bias}"
-            return f"lib.linear_cross_entropy({args[0]}, {weight}, {args[1]}{bias}{use.kernel})"
+            return f"lib.linear_cross_entropy({x}, {weight}, {args[1]}{bias}{use.kernel})"
         case "cross_entropy":
             return f"lib.cross_entropy({', '.join(args)}{use.kernel})"
     return f"lib.{use.op}({', '.join(args)})"
