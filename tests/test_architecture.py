@@ -183,8 +183,8 @@ def twice_loaded(loaded: Mapping[str, str | None], tree: Path) -> list[str]:
     """Files of the tree that were loaded under two names: their classes and registries would exist twice."""
     names = defaultdict(set)
     for name, file in loaded.items():
-        # `.venv` lies in the tree too, and what others load twice is theirs.
-        if file and (path := Path(file).resolve()).is_relative_to(tree) and ".venv" not in path.parts:
+        # `.venv` lies in the tree too, and what others load twice is theirs. Generated text has a name, and is no file.
+        if file and (path := Path(file).resolve()).is_relative_to(tree) and ".venv" not in path.parts and path.is_file():
             names[path].add(name)
     return [f"{file} is {' and '.join(sorted(found))}" for file, found in sorted(names.items()) if len(found) > 1]
 
