@@ -25,10 +25,10 @@ SPLIT_M, SPLIT_N, SPLIT_WARPS, SPLIT_STAGES = 16, 64, 4, 3
 # So few rows have their keys read in parts of SPLIT_KEYS, side by side.
 SPLIT_ROWS, SPLIT_KEYS = 64, 512
 # By the bytes of an element: fp32 takes twice the room, and is not what is tuned.
-FORWARD = {2: (FORWARD_M, FORWARD_N, FORWARD_WARPS, FORWARD_STAGES), 4: (32, 32, 4, 2)}
+FORWARD = {2: (FORWARD_M, FORWARD_N, FORWARD_WARPS, FORWARD_STAGES), 4: (16, 32, 8, 2)}
 GRAD_Q = {2: (GRAD_Q_M, GRAD_Q_N, GRAD_Q_WARPS, GRAD_Q_STAGES), 4: (32, 32, 4, 2)}
 GRAD_KV = {2: (GRAD_KV_M, GRAD_KV_N, GRAD_KV_WARPS, GRAD_KV_STAGES), 4: (32, 32, 4, 2)}
-SPLIT = {2: (SPLIT_M, SPLIT_N, SPLIT_WARPS, SPLIT_STAGES), 4: (16, 32, 4, 2)}
+SPLIT = {2: (SPLIT_M, SPLIT_N, SPLIT_WARPS, SPLIT_STAGES), 4: (16, 32, 8, 2)}
 
 
 # --- rows and keys ------------------------------------------------------------------------------------
