@@ -95,8 +95,9 @@ def test_what_is_not_defined_is_refused(what: str, said: str) -> None:
 
 
 def test_an_instruction_that_is_not_known_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="vote"):
-        run("\tvote.sync.any.pred %p1, %p2, -1;\n")
+    for line in ("vote.sync.any.pred %p1, %p2, -1", "mul24.lo.s32 %r3, %r2, %r2", "add.sat.s32 %r3, %r2, %r2"):
+        with pytest.raises(NotImplementedError, match=line.split()[0]):
+            run(f"\t{line};\n")
 
 
 @given(st.floats(width=32, allow_nan=True, allow_infinity=True))
@@ -106,6 +107,25 @@ def test_rounding_is_that_of_torch(x: float) -> None:
             mine = _rounded(np.full(1, x, np.float32), kind).astype(np.uint16).view(np.int16)
         found, want = torch.from_numpy(mine).view(dtype), torch.tensor([x], dtype=torch.float32).to(dtype)
         assert torch.equal(found.isnan(), want.isnan()) and torch.equal(found.nan_to_num(0.0, 1.0, 2.0), want.nan_to_num(0.0, 1.0, 2.0))
+
+
+@given(
+    p=st.integers(0, 2**32 - 1), q=st.integers(0, 2**32 - 1),
+    op=st.sampled_from(("add.s32", "sub.s32", "mul.lo.s32", "mul.hi.u32", "mul.hi.s32", "div.s32", "rem.s32", "min.s32", "shr.s32", "shr.u32", "shl.b32", "and.b32")),
+)  # fmt: skip
+def test_whole_numbers_are_those_of_python(p: int, q: int, op: str) -> None:
+    """A kernel stores the result in shared memory, where it is read."""
+    name, signed = op.split(".")[0], op.endswith("s32")
+    q = q % 32 if name in ("shr", "shl") else q
+    x, y = (v - 2**32 if signed and v >= 2**31 else v for v in (p, q))
+    y = y if y or name not in ("div", "rem") else 1
+    towards_zero = int(abs(x) // max(abs(y), 1)) * (1 if (x < 0) == (y < 0) else -1)
+    want = {"add": x + y, "sub": x - y, "mul": x * y >> (32 if ".hi" in op else 0), "div": towards_zero,
+            "rem": x - towards_zero * y, "min": min(x, y), "shr": x >> (y & 31), "shl": x << (y & 31), "and": x & y}[name]  # fmt: skip
+    body = f"\tmov.b32 %r4, {x};\n\tmov.b32 %r5, {y};\n\t{op} %r6, %r4, %r5;\n\tst.shared.b32 [%r1], %r6;\n"
+    machine = Machine(parse(HEAD + body + "\tret;\n}\n"), {}, 1, 1, 0)
+    machine.run()
+    assert machine.ctas[0].shared.data.view(np.uint32)[BASE // 4] == want % 2**32
 
 
 @pytest.mark.parametrize("span", [32, 64, 128])

@@ -97,9 +97,15 @@ def _kind(ins: Instruction) -> str:
     return ins.words[-1]
 
 
+# What may stand between the name of an operation and its types: of what rounds as numpy does, or keeps the low bits.
+_PLAIN = {"rn", "ftz", "approx", "full", "lo", "wide", "hi", "bf16", "f16", "f32"}
+
+
 def _binary(do: Callable[..., Any]) -> Callable[[Instruction, Scope], Run]:
     def make(ins: Instruction, scope: Scope) -> Run:
         kind = _kind(ins)
+        if not set(ins.words[1:-1]) <= _PLAIN:
+            raise NotImplementedError(f"`{ins.op}` is not interpreted: {ins.line}")
         kinds = [kind] * (len(ins.operands) - 1)
         if ".f32.bf16" in ins.op or ".f32.f16" in ins.op:  # the first is narrow, the sum is not
             kinds = [kind, "f32"]
@@ -112,6 +118,13 @@ def _binary(do: Callable[..., Any]) -> Callable[[Instruction, Scope], Run]:
         return run
 
     return make
+
+
+def _high(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """The upper half of a product of 32-bit numbers; those without a sign may have a product beyond int64."""
+    if (p < 0).any() or (q < 0).any():
+        return (p * q) >> 32
+    return (p.astype(np.uint64) * q.astype(np.uint64)) >> np.uint64(32)
 
 
 def _divide(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -253,7 +266,7 @@ def _arith(name: str) -> Callable[..., Any]:
 _TABLE: dict[str, Callable[[Instruction, Scope], Run]] = {
     **{n: _binary(_arith(n)) for n in ("add", "sub", "mul", "fma", "mad", "min", "max", "neg", "abs", "and", "or", "xor", "not",
                                        "div", "rem", "ex2", "rcp")},
-    "shl": _shift, "shr": _shift, "setp": _setp, "selp": _selp, "mov": _mov, "cvt": _cvt, "bra": _bra, "ret": _ret,
+    "mul.hi": _binary(_high), "shl": _shift, "shr": _shift, "setp": _setp, "selp": _selp, "mov": _mov, "cvt": _cvt, "bra": _bra, "ret": _ret,
     "cvta": _mov, "shfl.sync.idx": _shfl, "elect.sync": _elect, "ld": moves.load, "st.shared": moves.store,
     "ldmatrix": moves.matrices, "stmatrix": moves.matrices, "fence": moves.fence, "prefetch": _nothing, "setmaxnreg": _nothing,
     "bar.warp.sync": _nothing, "mbarrier.init": moves.barrier_init, "mbarrier.arrive": moves.arrive, "mbarrier.try_wait": moves.try_wait,
