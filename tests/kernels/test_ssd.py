@@ -231,7 +231,7 @@ def test_tiles_change_no_bit_but_those_of_their_numerics_class() -> None:
     found = run(load(facts), case)
     free = replace(facts, heads_per_program=2, states_block_p=32, states_warps=8, chunks_stages=1, x_warps=8, step_block_p=32)
     assert all(equal(found, run(load(free), case)))
-    for other in (replace(facts, chunk=32, x_block_i=32), replace(facts, bc_block_n=64)):
+    for other in (replace(facts, chunk=64, x_block_i=32), replace(facts, bc_block_n=64)):
         again = case._replace(facts=other)
         assert not all(equal(found, run(load(other), again)))
         check(load(other), again)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from heddle.runtime.lib import kernels
 
-# Rows of a chunk, and of what `sums` adds at once.
+# Rows of a chunk (in fp32 half as many: tiles are twice as large), and of what `sums` adds at once.
 CHUNK, SUMS_BLOCK = 64, 1024
 # `states`, both ways: columns p of a program.
 STATES_BLOCK_P, STATES_WARPS, STATES_STAGES = 64, 4, 2
@@ -42,8 +42,8 @@ STEP_BLOCK_P, STEP_WARPS = 16, 4
 
 @triton.jit
 def dot(x, y):
-    """x y, summed in fp32; operands of fp32 are not rounded to tf32."""
-    return tl.dot(x, y, input_precision="ieee")
+    """x y, summed in fp32. Operands of fp32 are parts of tf32, large and small, three products in place of one."""
+    return tl.dot(x, y, input_precision="tf32x3")
 
 
 @triton.jit
@@ -262,9 +262,11 @@ def ssd_bwd_bc_kernel(
 def sum_before(lower, pairs):
     """sum_{j < t} pairs[j, i] for each t and i: a product with 0 and 1. In bf16 two parts hold 16 bits of it."""
     if lower.dtype == tl.float32:
-        return dot(lower, pairs)
-    high = pairs.to(tl.bfloat16)
-    return dot(lower, high) + dot(lower, (pairs - high.to(tl.float32)).to(tl.bfloat16))
+        before = dot(lower, pairs)
+    else:
+        high = pairs.to(tl.bfloat16)
+        before = dot(lower, high) + dot(lower, (pairs - high.to(tl.float32)).to(tl.bfloat16))
+    return before
 
 
 @triton.jit
@@ -388,22 +390,27 @@ def inner(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def chunk_of(u: Tensor) -> int:
+    """Rows of a chunk."""
+    return CHUNK if u.element_size() == 2 else max(16, CHUNK // 2)
+
+
 def walk(
     u: Tensor, dt: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, first: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d and ca, fp32[B, H, T]; states[B, chunk, H, P, N] that enter chunks, like u; the final one, fp32[B, H, P, N]."""
-    batch, rows, heads, _ = u.shape
+    (batch, rows, heads, _), chunk = u.shape, chunk_of(u)
     d, ca = (kernels.empty((batch, heads, rows), u, torch.float32) for _ in range(2))
     kernels.launch(
-        ssd_steps_kernel, (triton.cdiv(rows, CHUNK), heads, batch),
-        dt, *dt.stride(), A_log, dt_bias, first, d, ca, rows, heads, CHUNK=CHUNK,
+        ssd_steps_kernel, (triton.cdiv(rows, chunk), heads, batch),
+        dt, *dt.stride(), A_log, dt_bias, first, d, ca, rows, heads, CHUNK=chunk,
     )
-    states = kernels.empty((batch, triton.cdiv(rows, CHUNK), heads, 64, 128), u)
+    states = kernels.empty((batch, triton.cdiv(rows, chunk), heads, 64, 128), u)
     final = kernels.empty((batch, heads, 64, 128), u, torch.float32)
     kernels.launch(
         ssd_states_kernel, (heads, triton.cdiv(64, STATES_BLOCK_P), batch),
         u, *u.stride()[:3], d, ca, b, *b.stride()[:3], first, state, states, final, rows, heads,
-        PER_GROUP=16, P=64, N=128, CHUNK=CHUNK, BLOCK_P=STATES_BLOCK_P, BLOCK_N=128,
+        PER_GROUP=16, P=64, N=128, CHUNK=chunk, BLOCK_P=STATES_BLOCK_P, BLOCK_N=128,
         num_warps=STATES_WARPS, num_stages=STATES_STAGES,
     )
     return d, ca, states, final
@@ -416,13 +423,13 @@ def ssd_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y and the final state."""
     u, b, c = inner(u), inner(b), inner(c)
-    batch, rows, heads, _ = u.shape
+    (batch, rows, heads, _), chunk = u.shape, chunk_of(u)
     d, ca, states, final = walk(u, dt, b, A_log, dt_bias, first, state)
     y = kernels.empty(u.shape, u)
     kernels.launch(
         ssd_chunks_kernel, (states.shape[1], heads // HEADS, batch),
         u, *u.stride()[:3], d, ca, b, *b.stride()[:3], c, *c.stride()[:3], D, first, states, y, rows, heads,
-        PER_GROUP=16, HEADS=HEADS, P=64, N=128, CHUNK=CHUNK, BLOCK_P=64, BLOCK_N=128,
+        PER_GROUP=16, HEADS=HEADS, P=64, N=128, CHUNK=chunk, BLOCK_P=64, BLOCK_N=128,
         num_warps=CHUNKS_WARPS, num_stages=CHUNKS_STAGES,
     )
     return y, final
@@ -435,13 +442,13 @@ def ssd_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, b, c, of A_log, D and dt_bias as fp32[3, H], and of the given state."""
     u, b, c, g, d_final = inner(u), inner(b), inner(c), g.contiguous(), d_final.contiguous()
-    batch, rows, heads, _ = u.shape
+    (batch, rows, heads, _), chunk = u.shape, chunk_of(u)
     d, ca, states, _ = walk(u, dt, b, A_log, dt_bias, first, state)
     z, d_state = kernels.empty(states.shape, states), kernels.empty(d_final.shape, d_final)
     kernels.launch(
         ssd_bwd_states_kernel, (heads, triton.cdiv(64, STATES_BLOCK_P), batch),
         g, d, ca, c, *c.stride()[:3], first, d_final, z, d_state, rows, heads,
-        PER_GROUP=16, P=64, N=128, CHUNK=CHUNK, BLOCK_P=STATES_BLOCK_P, BLOCK_N=128,
+        PER_GROUP=16, P=64, N=128, CHUNK=chunk, BLOCK_P=STATES_BLOCK_P, BLOCK_N=128,
         num_warps=STATES_WARPS, num_stages=STATES_STAGES,
     )
     tiles = triton.cdiv(128, BC_BLOCK_N)
@@ -451,7 +458,7 @@ def ssd_bwd(
         ssd_bwd_bc_kernel, (states.shape[1], b.shape[2] * tiles, batch),
         u, *u.stride()[:3], g, d, ca, b, *b.stride()[:3], c, *c.stride()[:3], first, states, z,
         d_b, d_c, got, given, rows, heads,
-        PER_GROUP=16, TILES=tiles, P=64, N=128, CHUNK=CHUNK, BLOCK_P=64, BLOCK_N=BC_BLOCK_N,
+        PER_GROUP=16, TILES=tiles, P=64, N=128, CHUNK=chunk, BLOCK_P=64, BLOCK_N=BC_BLOCK_N,
         num_warps=BC_WARPS, num_stages=BC_STAGES,
     )
     d_u, d_dt = kernels.empty(u.shape, u), kernels.empty(dt.shape, dt)
@@ -460,7 +467,7 @@ def ssd_bwd(
         ssd_bwd_x_kernel, (states.shape[1] * heads, batch),
         u, *u.stride()[:3], g, dt, *dt.stride(), d, ca, b, *b.stride()[:3], c, *c.stride()[:3], A_log, D, dt_bias, first, z,
         got, given, d_u, d_dt, parts, rows, heads,
-        PER_GROUP=16, TILES=tiles, P=64, N=128, CHUNK=CHUNK, BLOCK_I=X_BLOCK_I,
+        PER_GROUP=16, TILES=tiles, P=64, N=128, CHUNK=chunk, BLOCK_I=min(X_BLOCK_I, chunk),
         BLOCK_P=64, BLOCK_N=128, num_warps=X_WARPS, num_stages=X_STAGES,
     )
     sums = kernels.empty((3, heads), u, torch.float32)
