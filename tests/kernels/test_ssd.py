@@ -18,6 +18,7 @@ from heddle.lowering.ops.ssd import reference
 from heddle.lowering.ops.ssd.triton import MAX_STATE, Facts, facts, kernel, why_not
 from heddle.lowering.target import TARGETS
 from heddle.runtime import lib
+from heddle.runtime.ahead import build
 from heddle.runtime.lib import kernels
 
 from . import harness
@@ -397,6 +398,23 @@ def test_its_ops_are_ops_of_torch() -> None:
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     ours, theirs = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_is_built_without_a_gpu(dtype: torch.dtype) -> None:
+    """Small tiles, which build quickly: what the interpreter takes and Triton's compiler does not is found."""
+    module = harness.load(text(FACTS[0]), interpret=False)
+    like = {"device": "meta", "dtype": dtype}
+    u, dt, b = (torch.empty(shape, **like) for shape in ((1, 40, 2, 3), (1, 40, 2), (1, 40, 2, 5)))
+    weights = [torch.empty(2, device="meta") for _ in range(3)]
+    first, state = torch.empty(1, 40, device="meta", dtype=torch.int32), torch.empty(1, 2, 3, 5, device="meta")
+    with kernels.launches() as told:
+        module.ssd_bwd._init_fn(u, state, u, dt, b, b, *weights, first, state)
+        module.ssd_fwd._init_fn(u, dt, b, b, *weights, first, state)
+        module.ssd_step._init_fn(u[:, :1], dt[:, :1], b[:, :1], b[:, :1], *weights, first[:, :1], state)
+    built = build(told, TARGETS["sm_90"])
+    assert len({b.kernel for b in built}) == 8
+    assert all(not b.problems and b.resources and not b.resources.spill_loads for b in built)
 
 
 def test_what_it_does_not_take_is_said() -> None:
