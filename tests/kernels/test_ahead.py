@@ -137,7 +137,7 @@ def test_what_was_built_is_kept_and_only_for_the_same(tmp_path: Path, monkeypatc
     assert len(calls) == 7
     for kept in tmp_path.glob("*.json"):
         kept.write_text("{")
-    assert scale() == first and len(calls) == 8
+    assert replace(scale(), key=first.key) == first and len(calls) == 8
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".json"]
 
 
