@@ -106,6 +106,7 @@ class Hollow(TorchDispatchMode):
         self._ways: dict[Any, _Way] = {}
         self._calls: dict[Any, _Call] = {}
         self._flops: dict[Any, int] = {}
+        self._beside: dict[Any, tuple[Shape, ...]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -206,10 +207,13 @@ class Hollow(TorchDispatchMode):
                 self._hollow.add(x.untyped_storage().data_ptr())
         key = (func, _key(args), _key(kwargs.get("out")))
         if key not in self._flops:
-            func(*_as_meta(args), **{k: _as_meta(v) for k, v in kwargs.items()})
+            out = func(*_as_meta(args), **{k: _as_meta(v) for k, v in kwargs.items()})
             self._flops[key] = _flops(func, args, kwargs, targets)
+            self._beside[key] = tuple(shape_of(x) for x in _tensors(out)) if way.is_beside else ()
         moved = sum(x.numel() * x.element_size() for x in inputs)
         self.ledger.work[Work(self.phase, self.block, self._flops[key], moved)] += 1
+        if way.is_beside:
+            targets = [self.tensor(shape) for shape in self._beside[key]]
         return None if not way.results else targets[0] if way.results == 1 else tuple(targets)
 
     def _known_call(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> _Call:
@@ -230,13 +234,15 @@ class Hollow(TorchDispatchMode):
 
 class _Way(NamedTuple):
     """What the schema of an op says: whether it gives a view, which arguments it writes to, how many results it has.
-    `is_whole`: it is made of others, and comes so where no gradients are kept account of (`torch.inference_mode`)."""
+    `is_whole`: it is made of others, and comes so where no gradients are kept account of (`torch.inference_mode`).
+    `is_beside`: what it gives is not what it writes to."""
 
     is_whole: bool
     is_view: bool
     written: tuple[int | str, ...]
     results: int
     takes_device: bool
+    is_beside: bool
 
 
 class _Call(NamedTuple):
@@ -267,8 +273,9 @@ def _way(func: Any) -> _Way:
     aliased = any(r.alias_info is not None for r in schema.returns) and not written
     is_view = aliased or func is aten._unsafe_view.default  # the one whose schema does not say so
     takes_device = any(a.name == "device" for a in schema.arguments)
+    is_beside = bool(written) and all(r.alias_info is None for r in schema.returns)
     is_whole = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    return _Way(is_whole, is_view, tuple(written), len(schema.returns), takes_device)
+    return _Way(is_whole, is_view, tuple(written), len(schema.returns), takes_device, is_beside)
 
 
 @dataclass

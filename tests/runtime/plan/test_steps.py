@@ -235,6 +235,28 @@ def test_nothing_is_touched_in_inference_mode_either():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # kB
 
 
+@torch.library.custom_op("heddle_tests::step", mutates_args=("state",))
+def step(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    state.add_(x.sum())
+    return x + 1
+
+
+@step.register_fake
+def _(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def test_what_is_written_to_is_not_what_is_given():
+    """As a kernel that replaces a state and gives rows."""
+    with Hollow() as mode:
+        x, state = torch.empty(4, 8), torch.empty(3)
+        before = mode.live
+        for _ in range(2):
+            y = step(x, state)
+            assert y.shape == x.shape and y.data_ptr() != x.data_ptr() and mode.live == before + y.numel() * 4
+        assert state.add_(1) is state
+
+
 def test_shapes_that_do_not_fit_are_errors_in_place_too():
     with Hollow():
         x, y = torch.empty(4, 8), torch.empty(4, 7)
