@@ -113,10 +113,10 @@ def is_fusible(graph: Graph, node: Node) -> bool:
     values = [graph.values[o].type for o in node.operands if o is not None] + [r.type for r in node.results]
     if not values or any(t.kind != "real" for t in values) or not any(t.dims for t in values):
         return False
-    shape = shape_of(graph, [node])
     # What has no rows of data is small, and some of it is computed but once a step.
-    varies = shape is not None and any(graph.size(d) is None for d in shape.dims)
-    return varies and part(node.op, "chain").holds(Part(graph, node))
+    if not any(graph.size(d) is None for r in node.results for d in r.type.dims):
+        return False
+    return part(node.op, "chain").holds(Part(graph, node)) and (is_alone(node) or shape_of(graph, [node]) is not None)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ...dsl.program import Node
 from ..graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..ops import has_part
-from .fused import Fused, Part, is_fusible, shape_of
+from .fused import Fused, Part, is_alone, is_fusible, shape_of
 
 
 def told(program: GraphProgram, graph: Graph) -> list[str]:
@@ -15,8 +15,7 @@ def told(program: GraphProgram, graph: Graph) -> list[str]:
     lines: list[str] = []
     for fused in program.fused.get(graph.name, ()):
         nodes = [graph.producers[n] for n in fused.nodes]
-        apart, joined = _moved(graph, nodes, fused)
-        saved = f": moves {joined} tiles in place of {apart}" if len(nodes) > 1 else ""
+        saved = ": moves {1} tiles in place of {0}".format(*_moved(graph, nodes, fused)) if len(nodes) > 1 else ""
         lines.append(
             f"one kernel: {', '.join(n.op for n in nodes)} of rows of {fused.chain.columns}; "
             f"{', '.join(fused.inputs)} -> {', '.join(fused.outputs)}{saved}"
@@ -62,6 +61,8 @@ def _reason(graph: Graph, node: Node, nodes: list[Node]) -> str:
     if not is_fusible(graph, node):
         return f"`{node.op}` is not of real numbers in rows of a known width"
     columns = Part(graph, node).columns
+    if is_alone(node) or is_alone(nodes[0]):
+        return f"`{node.op if is_alone(node) else nodes[0].op}` is a kernel of its own"
     if shape_of(graph, [*nodes, node]) is None:
         return f"`{node.op}` has rows of {columns}" if columns else f"`{node.op}` has other dims"
     return f"`{node.op}` waits for something outside the kernel"

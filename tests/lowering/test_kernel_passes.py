@@ -176,3 +176,18 @@ def decoder_with_rope():
         "    x = embed(tokens, vocab -> hidden)\n    x = rms_norm(x)\n"
         "    logits = linear(x, hidden -> vocab)\n    return logits\n"
     )
+
+
+def test_a_rotation_is_a_kernel_of_its_own():
+    """Of half as wide rows as its values have; what is around it does not join."""
+    graphs = for_kernels(
+        program(
+            "model made(vocab = 17, hidden = 16, heads = 2):\n    tokens[batch, seq]: token\n"
+            "    x = embed(tokens, vocab -> hidden)\n    x = x + attention(rms_norm(x), heads, heads, rotary = rope())\n"
+            "    logits = linear(x, hidden -> vocab)\n    return logits\n"
+        )
+    )
+    rotated = [f for fs in graphs.fused.values() for f in fs if f.chain.name == "rotate"]
+    assert len(rotated) == 2 and all(len(f.nodes) == 1 and f.chain.columns == 4 for f in rotated)
+    lines = [line for g in graphs.callees_first() for line in told(graphs, g)]
+    assert any("is a kernel of its own" in line or "works along more than a row" in line for line in lines)
