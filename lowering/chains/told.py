@@ -54,7 +54,7 @@ def _reason(graph: Graph, node: Node, nodes: list[Node]) -> str:
         return f"`{node.attr('instance')}` is a block of its own"
     if not has_part(node.op, "chain"):
         op = op_of(node)
-        why = "draws numbers" if op.random else "works along more than a row"
+        why = "draws numbers" if op.random and op.monoid is None else "works along more than a row"
         return f"`{node.op}` {why}"
     if node.attr("recompute"):
         return f"`{node.op}` is made again in the backward pass"
