@@ -6,7 +6,9 @@ import networkx as nx
 
 from ...dsl.program import Node
 from ..afterwards import parts
+from ..chains.expr import Chain, Unfit
 from ..chains.fused import Fused, expressed, groups
+from ..chains.plan import plan
 from ..constants import constants
 from ..graph import Graph, GraphProgram
 from . import lowering_pass
@@ -27,11 +29,20 @@ def fuse_chains(program: GraphProgram) -> GraphProgram:
     graphs, fused = {}, {}
     for name, graph in program.graphs.items():
         found = groups(graph, parts(graph, program.emitting), constants(graph, program))
-        made = tuple(expressed(graph, nodes, _lines(nodes)) for nodes in found)
+        made = tuple(f for nodes in found if _fits((f := expressed(graph, nodes, _lines(nodes))).chain))
         graphs[name] = _together(graph, made)
         if made:
             fused[name] = made
     return program.with_graphs(graphs, fused=fused)
+
+
+def _fits(chain: Chain) -> bool:
+    """Whether a kernel can be generated; where not, the nodes stay PyTorch's."""
+    try:
+        plan(chain)
+    except Unfit:
+        return False
+    return True
 
 
 def _lines(nodes: tuple[Node, ...]) -> tuple[str, ...]:
