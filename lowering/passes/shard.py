@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...dsl.program import Value
+from ...dsl.diagnostics import fail
+from ...dsl.program import TOKENS, Value
 from ..graph import Graph, GraphProgram
 from ..placement.assign import Assignment, assign
 from ..placement.laid import Laid, Stored
@@ -26,6 +27,7 @@ def shard(program: GraphProgram) -> GraphProgram:
     if program.layout is None:
         return program
     assignment = assign(program, program.layout)
+    _check_sequences(program, assignment)
     first = _Sharder(program, assignment, {})
     first.run()
     if unused := assignment.tried - first.moved:
@@ -34,6 +36,21 @@ def shard(program: GraphProgram) -> GraphProgram:
         first.run()
     second = _Sharder(program, assignment, first.decided())
     return second.run()
+
+
+def _check_sequences(program: GraphProgram, assignment: Assignment) -> None:
+    """Raises `not-built-yet` where a sequence is split of which a row of the batch has several: the coordinates of
+    ranks count the rows of one."""
+    assert program.layout is not None
+    for graph in program.graphs.values():
+        for dim in graph.dims.values():
+            if dim.clock == TOKENS and len(dim.lead) > 1 and assignment.atoms(graph.name, dim.name):
+                raise fail(
+                    "not-built-yet",
+                    f"splitting `{dim.name}`, of which each row of a batch has several, is not built yet",
+                    program.layout.span,
+                    f"it varies along [{', '.join(dim.lead)}]",
+                )
 
 
 class _Sharder:

@@ -190,3 +190,16 @@ def test_a_way_that_cannot_be_is_told_why(
     (found,) = errors(decoder(heads, kv, f"mesh {mesh}\nshard seq over context\n{split}{way}"))
     assert (found.code, found.message) == (code, message)
     assert found.primary.span.text.strip() and (help is None or found.help == help)
+
+
+def test_a_sequence_of_which_rows_have_several_is_not_split():
+    """Coordinates of ranks count the tokens of one sequence a row; it was an error of the ranks."""
+    loaded = load_text(
+        'use lra_pair from "lra/lra.spec"\n\n'
+        "model pair = lra_pair(vocab = 17, classes = 2, context = 16, hidden = 16, ffn = 16, heads = 2, span = 2, rank = 2)\n\n"
+        "layout split:\n    mesh context = 2\n    shard seq over context\n"
+    )
+    with pytest.raises(SpecError) as caught:
+        build(program_of(loaded), layout=layout_of(loaded))
+    assert caught.value.diagnostics[0].code == "not-built-yet"
+    assert "each row of a batch has several" in str(caught.value)
