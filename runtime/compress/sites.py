@@ -98,7 +98,7 @@ def _as_it_runs(place: Place, value: str) -> str:
     while value in made and made[value].op not in STRUCTURE:
         node = made[value]
         op, before = op_of(node), node.operands[0] if node.operands else None
-        if not op.draws(node) or op.linear != ((op.inputs[0].name,),) or before is None:
+        if not op.random or op.linear != ((op.inputs[0].name,),) or before is None:
             break
         value = before
     return value
