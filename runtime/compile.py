@@ -199,8 +199,10 @@ def compile(  # noqa: A001 (the public name is heddle.compile)
 
     `model` names one of the file's models (`path` may also be `FILE:MODEL`), `seed` fills its weights, `dtype` casts
     them (fp32, bf16, fp64 or a torch dtype). With `cache`, the source is kept there under the hash of its content.
-    Raises `SpecError`, `UserError`.
+    Raises `SpecError`, UserError `unknown-target`, `no-kernels`, `bad-lock`.
     """
+    if target_of(target).kernels and dtype in ("fp64", torch.float64):
+        raise UserError("no-kernels", "kernels compute fp32, bf16 and fp16, not fp64", help="target `cpu` does")
     file, model = split_entry(path, model)
     artifact = build(proved(load(file), model, overrides), target, lock=lock_of(Path(file), target))
     if cache is not None:

@@ -7,11 +7,13 @@ import functools
 import pytest
 import torch
 
+import heddle
 from heddle.dsl.load import load, shipped_folder
 from heddle.lowering.pipeline import lower
 from heddle.lowering.target import TARGETS
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build, instantiate
+from heddle.runtime.errors import UserError
 from heddle.runtime.lib import kernels
 from tests.kernels.harness import floor, worst
 from tests.specs.published import TWINS
@@ -108,3 +110,14 @@ def test_no_kernels_on_the_cpu():
     for name in TWINS:
         made = lower(program(name), target=TARGETS["cpu"])
         assert not made.fused and lower(program(name), "stream").graphs == made.graphs
+
+
+def test_kernels_do_not_compute_fp64():
+    path = shipped_folder() / "llama/tiny.spec"
+    for dtype in ("fp64", torch.float64):
+        with pytest.raises(UserError, match="not fp64") as caught:
+            heddle.compile(path, target="triton", dtype=dtype)
+        assert caught.value.code == "no-kernels"
+    made = heddle.compile(path, target="triton")
+    with pytest.raises(TypeError, match="float64"), torch.no_grad():
+        made.double()(torch.zeros(1, 3, dtype=torch.int64))
