@@ -45,7 +45,7 @@ def _graph_flops(program: GraphProgram, graph: Graph, length: int, known: dict[s
                 continue
             total += sum(each[i] for i in graph.schedule_of(node))
         elif _has_rows(graph, node.results[0].type.dims):
-            total += _node_flops(graph, node, length)
+            total += node_flops(graph, node, length)
     known[graph.name] = total
     return total
 
@@ -76,10 +76,6 @@ def _has_rows(graph: Graph, dims: tuple[str, ...]) -> bool:
 
 def node_flops(graph: Graph, node: Node, length: int) -> float:
     """Operations of one use of an op for each row of its sequence of `length`, forward."""
-    return _node_flops(graph, node, length)
-
-
-def _node_flops(graph: Graph, node: Node, length: int) -> float:
     op = op_of(node)
     if op.per_weight:
         weights = (o for o in node.operands[1:] if o is not None and graph.values[o].type.kind == "real")
