@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 from functools import cache
 from importlib.abc import InspectLoader
 from types import FunctionType, ModuleType
@@ -127,10 +128,19 @@ def repair() -> None:
 
     plain_run = interpreter.GridExecutor.__call__
 
+    # Ranks may be threads: the language is patched for a launch, and Python 3.11 makes syntax trees one at a time.
+    lock = threading.RLock()
+    plain_rewrite = interpreter.InterpretedFunction.rewrite
+
+    def rewrite(self: Any) -> Any:
+        with lock:
+            return plain_rewrite(self)
+
     def run(self: Any, *args: Any, **more: Any) -> Any:
-        with np.errstate(all="ignore"):  # infinities and NaN are values, to a GPU too
+        with lock, np.errstate(all="ignore"):  # infinities and NaN are values, to a GPU too
             return plain_run(self, *args, **more)
 
+    interpreter.InterpretedFunction.rewrite = rewrite
     interpreter.GridExecutor.__call__ = run
     jit.JITFunction.__call__ = call
     _patch_once(interpreter)

@@ -25,10 +25,12 @@ def join_heads(program: GraphProgram) -> GraphProgram:
     before:  z = linear(x, w)  # of the model;  loss = cross_entropy(z, t)  # of the objective: all of z is there
     after:   the same, and known: the objective may run the model without `z`, and give x and w to the loss
 
-    Why here: last, when nothing more changes what is read by whom. Identity for a target without kernels, and with a
-    layout: the parts of a vocabulary meet in steps of their own.
+    Why here: last, when nothing more changes what is read by whom. Identity for a target without kernels, and in a
+    pipeline, whose last stage gives what others score. Of a vocabulary in parts nothing is found: its parts meet in
+    steps of their own; nor of a weight in parts, which is brought together in the model.
     """
-    if not program.target.kernels or program.laid is not None or not program.program.objectives:
+    piped = program.laid is not None and program.laid.pipe is not None
+    if not program.target.kernels or piped or not program.program.objectives:
         return program
     made = {name: _head(program, program.graphs[name]) for name in program.program.objectives.values()}
     return program.with_graphs(program.graphs, heads={name: head for name, head in made.items() if head is not None})
@@ -48,6 +50,8 @@ def _head(program: GraphProgram, objective: Graph) -> Head | None:
         return None
     operands = zip(op_of(loss).signature.operands, loss.operands, strict=False)
     if [o.name for o, value in operands if value == scored.name] != [op_of(loss).absorbs[0]]:
+        return None
+    if not {o for o in last.operands[1:] if o is not None} <= {w.name for w in model.body.weights}:
         return None
     # What others read, or the model states beside its result, has to be there.
     stated = {value for _, _, value in model.body.emits}

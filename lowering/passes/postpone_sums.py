@@ -20,9 +20,11 @@ def postpone_sums(program: GraphProgram) -> GraphProgram:
     Why here: before kernels are found, of which the sum and the norm behind it become one: a value is written and read
     once less. The first iteration has nothing to add, and is a block of its own. Not where iterations are made again in
     the backward pass, which keep what they are given: two terms are more than a sum. Identity for a target without
-    kernels, and on a mesh, whose placement is proved of sums as they stand.
+    kernels, and in a pipeline, whose stages send one value to the next. On a mesh both terms lie as their sum does,
+    which is proved before.
     """
-    if not program.target.kernels or program.laid is not None:
+    piped = program.laid is not None and program.laid.pipe is not None
+    if not program.target.kernels or piped:
         return program
     for name in program.graphs:
         for node in program.graphs[name].nodes:

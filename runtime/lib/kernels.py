@@ -7,6 +7,7 @@ op, whose fake form is the same function without its launches: shapes are said o
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,10 +25,16 @@ class Launch(NamedTuple):
     how: dict[str, Any]
 
 
+class _Dry(threading.local):
+    """How many fake ops this thread is in: their launches are left out, those of other threads are not."""
+
+    depth = 0
+
+
 class _Watch:
     """What happens to launches besides: whether they are left out, and who is told of each."""
 
-    dry = 0
+    dry = _Dry()
     told: list[Launch] | None = None
 
 
@@ -40,11 +47,11 @@ def op(module: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]
 
     def register(body: Callable[..., Any]) -> Any:
         def fake(*args: Any, **more: Any) -> Any:
-            _Watch.dry += 1
+            _Watch.dry.depth += 1
             try:
                 return body(*args, **more)
             finally:
-                _Watch.dry -= 1
+                _Watch.dry.depth -= 1
 
         name = f"{re.sub(r'[^A-Za-z0-9_]', '_', module)}::{body.__name__}"
         made = torch.library.custom_op(name, body, mutates_args=tuple(mutates))
@@ -58,7 +65,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **how: Any) -> None:
     """Run a kernel on `grid` programs; nothing runs where there are none, or where tensors have shapes only."""
     if _Watch.told is not None:
         _Watch.told.append(Launch(kernel, grid, args, how))
-    if _Watch.dry or any(isinstance(a, Tensor) and a.is_meta for a in args) or not all(grid):
+    if _Watch.dry.depth or any(isinstance(a, Tensor) and a.is_meta for a in args) or not all(grid):
         return
     kernel[grid](*args, **how)
 

@@ -81,7 +81,7 @@ def poisoned() -> Iterator[None]:
 
     def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         usual = plain(shape, like, dtype)
-        if type(usual) is not Tensor or usual.device.type != "cpu" or kernels._Watch.dry:
+        if type(usual) is not Tensor or usual.device.type != "cpu" or kernels._Watch.dry.depth:
             return usual
         made.append(_Guarded(shape, usual.dtype))
         return made[-1].tensor

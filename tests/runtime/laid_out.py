@@ -11,7 +11,7 @@ from torch import Tensor
 from heddle.codegen.emit import digest
 from heddle.dsl.layout import Layout
 from heddle.dsl.program import Program
-from heddle.runtime.compile import build, instantiate, module_class
+from heddle.runtime.compile import build, class_of, instantiate, module_class
 from heddle.runtime.lib import Gathered
 from heddle.runtime.lib.laid import global_counts, gradient_norm, laid_parameters, part, sync_gradients, take_whole
 from heddle.runtime.lib.simulated import simulate
@@ -96,14 +96,17 @@ def logical_gradients(model: Any) -> dict[str, Tensor]:
 
 
 def on_mesh(program: Program, layout: Layout, state: dict[str, Tensor], batch: Batch, source: str | None = None,
-            steps: int = 1, chance: int | None = None) -> tuple[list[dict[str, float]], Any]:  # fmt: skip
-    """Every rank's largest differences from one device, given as a function; and the class of the module. With `chance`
-    random numbers are drawn, as in training."""
-    source = source or build(program, layout=layout).source
-    kind = module_class(source, f"laid-{digest(source)}/model.py")
+            steps: int = 1, chance: int | None = None, target: str = "cpu", dtype: torch.dtype = torch.float64,
+            ) -> tuple[list[Any], Any]:  # fmt: skip
+    """What each rank has after its steps, for `difference`, and the class of the module. With `chance` random numbers
+    are drawn, as in training."""
+    if source is None:
+        kind = class_of(build(program, target, layout))
+    else:
+        kind = module_class(source, f"laid-{digest(source)}/model.py")
 
     def rank(mesh: Any) -> Any:
-        model = kind().double().train(chance is not None)
+        model = kind().to(dtype).train(chance is not None)
         model.mesh, model.chance = mesh, chance
         take_whole(model, state)
         mine = batch.cut(model.rows, mesh)
