@@ -49,6 +49,7 @@ class _Numbers:
     _softplus = staticmethod(lambda x: torch.logaddexp(x, torch.zeros_like(x)))
     _at_least = staticmethod(lambda x, k: torch.where(x < k, k, x))
     _at_most = staticmethod(lambda x, k: torch.where(x > k, k, x))
+    _relu2 = staticmethod(lambda x: torch.relu(x) ** 2)
 
 
 _NUMBERS = _Numbers()
@@ -132,7 +133,9 @@ def _of(e: Expr, values: Mapping[Expr, Bound], given: Mapping[str, Bound], rows:
             continue
         # A function of hardware reduces its operand first, which rounds it: e^x is 2^(x log2 e).
         own = UNIT * a.value.abs() if op.binds == CALL and op.error else 0.0
-        error = error + (slope * (a.error + own)).nan_to_num(0.0).abs()
+        moved = (slope * (a.error + own)).nan_to_num(0.0).abs()
+        # No slope bounds a root near 0; the root of the change does.
+        error = error + (torch.minimum(moved, (a.error + own).sqrt()) if e.op == "sqrt" else moved)
     return Bound(y, error)
 
 

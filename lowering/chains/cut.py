@@ -59,11 +59,13 @@ def _cost(e: Expr, outputs: Mapping[Expr, Expr], columns: int) -> dict[str, int]
     """What having the value costs; nothing is said where it must not be saved.
 
     A tile has 2 bytes a column and a statistic 4 a row; what is written is read too. A tie between an input and an
-    output goes to the input, which is not rounded.
+    output goes to the input, which is not rounded, but where the output says as much.
     """
+    op = TABLE.get(e.op, TABLE["neg"])
     read = _TILE if "c" in e.dims else max(1, 2 * _TILE // columns)
     if e.op == "load":
         return {"capacity": read // e.view.divide if "r" in e.dims else 1}
-    if "r" not in e.dims or e.op == "kept" or TABLE.get(e.op, TABLE["neg"]).is_mask:
+    if "r" not in e.dims or e.op == "kept" or op.is_mask:
         return {}  # derived from weights alone, or a mask: it is computed again
-    return {"capacity": read + _TILE // 32 if e in outputs else 2 * read}
+    tie = -_TILE // 32 if op.by_result else _TILE // 32
+    return {"capacity": read + tie if e in outputs else 2 * read}

@@ -105,7 +105,7 @@ def union(args: Iterable[Expr]) -> str:
 
 
 def apply(op: str, *args: Expr, **attrs: Any) -> Expr:
-    """A pointwise op of the table, or one that is said in terms of those (silu, gelu, relu2, clip, pow, ...)."""
+    """A pointwise op of the table, or one that is said in terms of those (silu, gelu, clip, pow, ...)."""
     if op in DEFINED:
         return DEFINED[op](_PLAIN, *args, **attrs)
     if op not in TABLE:

@@ -67,6 +67,11 @@ class Part:
         found: int | None = part(self.op, "chain").columns(self)
         return found
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether PyTorch passes over it more than once, so that a kernel pays for it alone."""
+        return self.columns is not None or self.op in getattr(part(self.op, "chain"), "SLOW", ())
+
 
 def groups(graph: Graph, parts: Parts, apart: Container[str]) -> Iterator[tuple[Node, ...]]:
     """The nodes that go together, as many as can: a node joins the groups of what it reads, in the order of these.
@@ -97,7 +102,7 @@ def groups(graph: Graph, parts: Parts, apart: Container[str]) -> Iterator[tuple[
                 group = wider
     for names in dict.fromkeys(group.values()):
         nodes = tuple(n for n in graph.nodes if n.name in names)
-        if len(nodes) > 1 or Part(graph, nodes[0]).columns is not None:
+        if len(nodes) > 1 or Part(graph, nodes[0]).is_slow:
             yield nodes
 
 

@@ -25,7 +25,8 @@ class PointOp:
     slopes(a, y, g, *x): what y = op(*x) adds to the gradient of each operand where that of y is g; None: nothing.
     value(*x): of plain floats. error: its rounding in units of u |y|, `u` half the distance of numbers by 1: what
     hardware promises (CUDA C++ Programming Guide, mathematical functions; PTX ISA, div.full, ex2.approx). is_mask: it
-    is true or false. calls: the function that its text calls, which is printed above the kernels.
+    is true or false. by_result: its derivative follows from y as it is stored, which what reads y keeps anyway. calls:
+    the function that its text calls, which is printed above the kernels.
     """
 
     text: str
@@ -35,6 +36,7 @@ class PointOp:
     needs: tuple[int, ...] = (0,)
     error: float = 2.0
     is_mask: bool = False
+    by_result: bool = False
     calls: str | None = None
 
     @property
@@ -87,6 +89,9 @@ TABLE: dict[str, PointOp] = {
     "sigmoid": _call("sigmoid", lambda a, y, g, x: (a.mul(g, a.mul(y, a.sub(1.0, y))),), _sigmoid, 10.0),
     "relu": PointOp("tl.where({0} < 0, 0.0, {0})", lambda a, y, g, x: (a.where(a.gt(x, 0.0), g, 0.0),),
                     lambda x: max(x, 0.0), needs=(CALL,), error=0.0),
+    # max(x, 0) is the root of its square, to the last bit where the square is a normal number.
+    "relu2": PointOp("tl.where({0} < 0, 0.0, {0} * {0})", lambda a, y, g, x: (a.mul(g, a.mul(2.0, a.sqrt(y))),),
+                     lambda x: max(x, 0.0) ** 2, needs=(CALL,), error=1.0, by_result=True),
     "tanh": _call("tanh", lambda a, y, g, x: (a.mul(g, a.sub(1.0, a.mul(y, y))),), math.tanh, 8.0, calls=True),
     "softplus": _call("softplus", lambda a, y, g, x: (a.mul(g, a.sigmoid(x)),),
                       lambda x: max(x, 0.0) + math.log1p(math.exp(-abs(x))), 8.0, calls=True),
@@ -178,7 +183,6 @@ def _dropout(a: Any, x: Any, first: Any, key: Any, rate: float) -> Any:
 
 DEFINED: dict[str, Callable[..., Any]] = {
     "silu": lambda a, x: a.mul(x, a.sigmoid(x)),
-    "relu2": lambda a, x: a.mul(a.relu(x), a.relu(x)),
     "gelu": lambda a, x: a.mul(a.mul(0.5, x), a.add(1.0, a.erf(a.mul(math.sqrt(0.5), x)))),
     "gelu_tanh": _gelu_tanh,
     "log_sigmoid": lambda a, x: a.neg(a.softplus(a.neg(x))),

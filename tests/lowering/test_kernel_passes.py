@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from heddle.lowering.afterwards import parts
 from heddle.lowering.chains.fused import groups, shape_of, structure
+from heddle.lowering.chains.plan import plan
 from heddle.lowering.chains.told import told
 from heddle.lowering.constants import constants
 from heddle.lowering.pipeline import lower
@@ -84,6 +85,14 @@ def test_what_waits_for_something_outside_is_apart():
     assert not faults(as_torch(graphs))
 
 
+def test_alone_is_a_kernel_what_pytorch_passes_over_more_than_once():
+    _, graphs = fused_of("y = relu2(x)\nx = linear(y, hidden -> hidden)")
+    (fused,) = graphs.fused["made"]
+    # Its derivative is made of its result, which the product keeps.
+    assert plan(fused.chain).kept == fused.outputs
+    assert fused_of("x = silu(x)")[0] == []
+
+
 def test_rows_of_two_widths_are_two_kernels():
     nodes, _ = fused_of(
         "y = rms_norm(x)\nz = linear(y, hidden -> [heads, d = 4])\nw = rms_norm(z, over = [heads, d])\n"
@@ -119,7 +128,7 @@ def test_the_sum_of_an_iteration_moves_into_the_next():
     loops = [n for n in graphs.model.nodes if n.op == "loop"]
     assert [n.attr("part") for n in loops] == [(0, 1), (1, 3)]
     kernels = sorted(tuple(graphs.graphs[name].producers[n].op for n in f.nodes) for name, fs in graphs.fused.items() for f in fs)
-    assert kernels == [("add", "rms_norm"), ("add", "rms_norm"), ("rms_norm",)]
+    assert kernels == [("add", "rms_norm"), ("add", "rms_norm"), ("relu2",), ("rms_norm",)]
 
 
 @pytest.mark.parametrize("why", ["recompute", "one"])

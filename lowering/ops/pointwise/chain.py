@@ -7,6 +7,9 @@ from typing import Any
 from ...chains.expr import Expr, apply
 from ...chains.table import DEFINED, TABLE
 
+SLOW = ("relu2",)
+"""What PyTorch makes in more than one pass."""
+
 
 def holds(use: Any) -> bool:
     """Whether a kernel can compute it: real numbers only, place by place; a power where its exponent is a number."""
