@@ -5,17 +5,40 @@ Dims: b batch, t queries, n keys, H heads, V key heads, D, E widths. Queries and
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attend import _along, _spell
+from .intervals import askers, bounds, cuts
 from .joint import _BACKWARD, _KERNEL, _added, _repeated, _summed, fits
-from .sources import Source
+from .rows import Keys, Mask
+from .sources import Read, Source
 
 Above = tuple[Tensor, Tensor, Tensor]
+Kernel = Callable[..., Any]
+
+
+class Intervals(NamedTuple):
+    """What queries see of keys, as a kernel reads it: the fields of a `sources.Read` by these names."""
+
+    low: Tensor
+    high: Tensor
+    first: Tensor
+    last: Tensor
+    valid: Tensor | None
+
+
+def intervals(mask: Mask, queries: Keys, keys: Keys) -> Intervals:
+    """Of a mask that `intervals.cuts` has cuts of, between rows with these coordinates."""
+    found = cuts(mask)
+    assert found is not None
+    low, high = bounds(found, queries, keys)
+    return Intervals(low, high, *askers(low, high, keys.position.shape[1]), keys.valid)
 
 
 @dataclass
@@ -45,42 +68,56 @@ class Weighed:
         self.whole[:, :, rows] = both
 
 
-def lifted(q: Tensor, source: Source, part: Any, scale: float) -> tuple[Tensor, Tensor]:
+def lifted(q: Tensor, source: Source, part: Any, scale: float, kernel: Kernel | None) -> tuple[Tensor, Tensor]:
     """(out, whole) of one part. q [b, t, H, D]."""
+    if kernel is not None:
+        got, lse = kernel(q[:, part.queries], _as_read(source, part), scale=scale)
+        return got.transpose(1, 2), _by_heads(lse, q.shape[2])
     mine, k, v = _rows(q, source, part)
+    seen = part.seen()
     if _is_plain(source, part, mine, k, v):
-        got, whole = _KERNEL(mine, k, v, 0.0, part.seen == "causal" if isinstance(part.seen, str) else False,
-                             attn_mask=_mask(part.seen, mine), scale=scale)  # fmt: skip
-        if isinstance(part.seen, str):
+        got, whole = _KERNEL(mine, k, v, 0.0, seen == "causal" if isinstance(seen, str) else False,
+                             attn_mask=_mask(seen, mine), scale=scale)  # fmt: skip
+        if isinstance(seen, str):
             return got, whole
-        some = part.seen.any(-1)  # the kernel's sum of nothing differs between versions
+        some = seen.any(-1)  # the kernel's sum of nothing differs between versions
         return torch.where(some[..., None], got, 0), torch.where(some, whole, -torch.inf)
-    score = _score(mine, k, _bias(source, part), source, part, scale)
+    score = _score(mine, k, _bias(source, part), source, part, scale, seen)
     whole = score.logsumexp(-1)
     weight = (score - torch.where(whole.isinf(), 0, whole)[..., None]).exp()
     weight = weight if part.drop is None else part.drop(weight)  # of the sum, which is of all weights, nothing goes
     return weight @ v.to(weight.dtype), whole
 
 
-def pulled_back(q: Tensor, source: Source, part: Any, scale: float, above: Above, of_q: Tensor, found: Source) -> None:
+def pulled_back(
+    q: Tensor, source: Source, part: Any, scale: float, above: Above, of_q: Tensor, found: Source, kernel: Kernel | None
+) -> None:
     """Add the gradients of one part to `of_q` and to those of the source's tensors. above: the gradient and the result
     of the whole, [b, t, H, E], and its logarithms of sums [b, H, t]."""
+    whole = above[2][:, :, part.queries]
+    if kernel is not None:
+        rows = *(x[:, part.queries].contiguous() for x in above[:2]), _by_rows(whole, source.k.shape[2])
+        by_q, by_k, by_v = kernel(q[:, part.queries], _as_read(source, part), rows, scale=scale)
+        of_q[:, part.queries] += by_q
+        found.k[:, part.keys] += by_k
+        found.v[:, part.keys] += by_v
+        return
     mine, k, v = _rows(q, source, part)
     grad, out = (x[:, part.queries].transpose(1, 2) for x in above[:2])
-    whole = above[2][:, :, part.queries]
+    seen = part.seen()
     own = of_q if source.query is None else found.query
     assert own is not None
     if _is_plain(source, part, mine, k, v):
         got, by_k, by_v = _BACKWARD(
-            grad, mine, k, v, out, whole, 0.0, part.seen == "causal" if isinstance(part.seen, str) else False,
-            attn_mask=_mask(part.seen, mine), scale=scale,
+            grad, mine, k, v, out, whole, 0.0, seen == "causal" if isinstance(seen, str) else False,
+            attn_mask=_mask(seen, mine), scale=scale,
         )  # fmt: skip
         by_k, by_v = (_summed(x, source.k.shape[2]) for x in (by_k, by_v))
     else:
         bias = _bias(source, part)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (mine, k, v, *([] if bias is None else [bias]))]
-            score = _score(leaves[0], leaves[1], None if bias is None else leaves[3], source, part, scale)
+            score = _score(leaves[0], leaves[1], None if bias is None else leaves[3], source, part, scale, seen)
             weight = (score - whole[..., None]).exp()
             wide = grad.to(weight.dtype)
             by_weight = wide @ leaves[2].to(weight.dtype).mT
@@ -94,6 +131,24 @@ def pulled_back(q: Tensor, source: Source, part: Any, scale: float, above: Above
     own[:, part.queries] += got.transpose(1, 2)
     found.k[:, part.keys] += by_k.transpose(1, 2)
     found.v[:, part.keys] += by_v.transpose(1, 2)
+
+
+def _as_read(source: Source, part: Any) -> Read:
+    """A source's part as a kernel is given it."""
+    return Read(source.k[:, part.keys], source.v[:, part.keys], *part.intervals())
+
+
+def _by_heads(lse: Tensor, heads: int) -> Tensor:
+    """A kernel's sums, log2 [b, V, rows (t, g)] and infinity where nothing is seen, as ours: log [b, H, t]."""
+    b, groups, rows = lse.shape
+    whole = math.log(2) * lse.view(b, groups, -1, heads // groups).transpose(2, 3).reshape(b, heads, -1)
+    return torch.where(whole == torch.inf, -torch.inf, whole)
+
+
+def _by_rows(whole: Tensor, groups: int) -> Tensor:
+    """Ours, with infinity where nothing is seen, as a kernel's."""
+    b, heads, t = whole.shape
+    return (whole / math.log(2)).view(b, groups, heads // groups, t).transpose(2, 3).reshape(b, groups, -1)
 
 
 def _rows(q: Tensor, source: Source, part: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +171,9 @@ def _bias(source: Source, part: Any) -> Tensor | None:
     return None if source.bias is None else source.bias[:, part.queries]
 
 
-def _score(q: Tensor, k: Tensor, bias: Tensor | None, source: Source, part: Any, scale: float) -> Tensor:
+def _score(
+    q: Tensor, k: Tensor, bias: Tensor | None, source: Source, part: Any, scale: float, seen: Tensor | str
+) -> Tensor:
     """[b, H, t, n] in fp32, or fp64 where queries are; minus infinity where nothing is seen."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     score = scale * q.to(wide) @ k.to(wide).mT
@@ -125,4 +182,4 @@ def _score(q: Tensor, k: Tensor, bias: Tensor | None, source: Source, part: Any,
         far = source.distance(_along(queries, 2), _along(keys, 1))
         far = far.clamp(0, bias.shape[-1] - 1)[:, None].expand(*score.shape)
         score = score + bias.transpose(1, 2).to(wide).gather(-1, far)
-    return score.masked_fill(~_spell(part.seen, q.shape[2], k.shape[2], k), -torch.inf)
+    return score.masked_fill(~_spell(seen, q.shape[2], k.shape[2], k), -torch.inf)

@@ -21,31 +21,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocks import Above, Weighed, lifted, pulled_back
+from .blocks import Above, Intervals, Weighed, intervals, lifted, pulled_back
 from .dropping import Drop, Dropped
 from .mesh import Group
 from .product import autocast
 from .rows import At, Keys, Mask
-from .sources import SAME, Source
+from .sources import SAME, Source, remembered, suits
 
 Run = tuple[int, int]
 """Rows start .. end of the whole sequence."""
 
 
 class Part(NamedTuple):
-    """Some queries of this rank before some keys, rows of either counted where they are held: what is seen of them, the
-    coordinates of both, for biases of scores, and what drops some of their weights, if anything does."""
+    """Some queries of this rank before some keys, rows of either counted where they are held.
+
+    seen: "all" or "causal" where that is proved, else bool [b, 1, queries, keys]; intervals: the same for a kernel.
+    coordinates: of both, for biases of scores. drop: what drops some of their weights, if anything does.
+    """
 
     queries: slice
     keys: slice
-    seen: Tensor | str
+    seen: Callable[[], Tensor | str]
+    intervals: Callable[[], Intervals]
     coordinates: Callable[[], tuple[Keys, Keys]]
     drop: Callable[[Tensor], Tensor] | None
 
 
 def attend_ring(
     q: Tensor, *sources: tuple[Any, ...] | Source, at: At, group: Group, scale: float, order: str | None = None,
-    drop: Drop | None = None,
+    drop: Drop | None = None, kernel: Callable[..., Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """`attend` of this rank's queries to the keys of all ranks of a group, which share the rows of `at` evenly.
 
@@ -53,7 +57,8 @@ def attend_ring(
     the coordinates of the whole sequence. order "zigzag": while they attend, ranks have rows from both ends of the
     sequence, so that under a causal mask all have as much to do; it costs them an exchange of half their rows. drop as
     in `attend`: what is dropped follows from where queries and keys are in the whole, so it is made again in the
-    backward pass. Raises ValueError where rows do not divide.
+    backward pass. kernel(q, source as `sources.Read`, above, scale=scale) does what `blocks` does for a part, where
+    `sources.suits` says that it can. Raises ValueError where rows do not divide.
     """
     dropped = None if drop is None else drop.of(q)
     lead = q.shape[:-3]
@@ -70,9 +75,10 @@ def attend_ring(
                 for s in made]  # fmt: skip
     if halves == 2:
         q, made = _Mirror.apply(q, group), [_folded(s, group) for s in made]
-    ring = _Ring(rows, group, scale, halves, made, dropped)
     given = [x for s in made for x in (s.k, s.v, s.query, s.bias) if x is not None]
     q, *given = autocast(q, *given)
+    takes = kernel is not None and dropped is None and suits(q, _given(made, given), rows)
+    ring = _Ring(rows, group, scale, halves, made, dropped, kernel if takes else None)
     with torch.autocast(q.device.type, enabled=False):  # what is combined is as precise as it says
         o = _Attend.apply(q, ring, *given)
     return (_Mirror.apply(o, group) if halves == 2 else o).unflatten(0, lead)
@@ -91,8 +97,10 @@ class _Ring:
     """What a rank has to do: for each source the parts of its own rows, those of others by distance, and the rest."""
 
     def __init__(
-        self, at: At, group: Group, scale: float, halves: int, sources: Sequence[Source], drop: Dropped | None = None
-    ) -> None:
+        self, at: At, group: Group, scale: float, halves: int, sources: Sequence[Source], drop: Dropped | None = None,
+        kernel: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.kernel = kernel
         self.at, self.group, self.scale, self.halves, self.sources = at, group, scale, halves, list(sources)
         self.drop = drop
         self.own = [i for i, s in enumerate(self.sources) if s.rows is SAME]
@@ -110,8 +118,7 @@ class _Ring:
         return any(_reaches(self.sources[i].mask, a, b) for i in self.own for a in self.runs(rank) for b in theirs)
 
     def parts(self, i: int, other: int) -> Iterator[Part]:
-        """What this rank's queries see of the keys of another rank, or of its own. Masks are made when they are needed:
-        all of them would be as large as the keys that nobody has."""
+        """What this rank's queries see of the keys of another rank, or of its own."""
         mask = self.sources[i].mask
         for a, queries in enumerate(self.runs(self.group.rank)):
             for b, keys in enumerate(self.runs(other)):
@@ -119,8 +126,9 @@ class _Ring:
                     size = queries[1] - queries[0]
                     mine, theirs = slice(a * size, (a + 1) * size), slice(b * size, (b + 1) * size)
                     both = partial(self._both, queries, keys)
-                    dropping = self._dropping(i, queries, keys)
-                    yield Part(mine, theirs, self._seen(mask, queries, keys), both, dropping)
+                    seen, name = partial(self._seen, mask, queries, keys), (mask, queries, keys)
+                    intervals = partial(self._intervals, mask, both, name)
+                    yield Part(mine, theirs, seen, intervals, both, self._dropping(i, queries, keys))
 
     def whole(self, i: int) -> Iterator[Part]:
         """What this rank's queries see of keys that all ranks have."""
@@ -130,9 +138,10 @@ class _Ring:
         keys = here if where is not None else Keys(here.position, None, None)  # which are of every document
         for a, run in enumerate(self.runs(self.group.rank)) if n else ():
             mine, size = self.at.keys().part(slice(*run)), run[1] - run[0]
-            seen = source.mask.between(mine, keys)
+            both, name = partial(_pair, mine, keys), (source.mask, run, n if where is None else where)
+            seen, intervals = partial(source.mask.between, mine, keys), partial(self._intervals, source.mask, both, name)
             rows, dropping = slice(a * size, (a + 1) * size), self._dropping(i, run, (0, n))
-            yield Part(rows, slice(0, n), seen, partial(_pair, mine, keys), dropping)
+            yield Part(rows, slice(0, n), seen, intervals, both, dropping)
 
     def own_parts(self, i: int) -> Iterator[Part]:
         """What this rank's queries see of the keys that it has."""
@@ -148,8 +157,17 @@ class _Ring:
     def _both(self, queries: Run, keys: Run) -> tuple[Keys, Keys]:
         return self.at.keys().part(slice(*queries)), self.at.keys().part(slice(*keys))
 
+    def _intervals(self, mask: Mask, both: Callable[[], tuple[Keys, Keys]], name: Any) -> Intervals:
+        """Found once a call for all layers, for one batch row where all have the same coordinates."""
+
+        def found() -> Intervals:
+            mine, theirs = both()
+            alike = slice(1) if self.at.plain and theirs.valid is None else slice(None)
+            return intervals(mask, *(x.part(slice(None), alike) for x in (mine, theirs)))
+
+        return remembered(self.at, ("ring", *name), found)
+
     def _seen(self, mask: Mask, queries: Run, keys: Run) -> Tensor | str:
-        """ "all" or "causal" where that is proved, else bool [b, 1, queries, keys]."""
         at = self.at
         if at.plain and mask.interval and mask.ahead in (0, None) and mask.behind is None:
             return "causal" if mask.ahead == 0 and queries == keys else "all"
@@ -175,11 +193,11 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, ring: _Ring, *given: Tensor) -> Tensor:
-        sources = _given(ring, given)
+        sources = _given(ring.sources, given)
         state = Weighed.nothing(q.transpose(1, 2), sources[0].v.shape[-1])
         for i, source in enumerate(sources):
             for part in ring.own_parts(i):
-                state.add(part.queries, lifted(q, source, part, ring.scale))
+                state.add(part.queries, lifted(q, source, part, ring.scale, ring.kernel))
         for distance in ring.distances:
             _hear(state, q, ring, sources, distance)
         out = state.out.to(q.dtype).transpose(1, 2).contiguous()
@@ -192,11 +210,11 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, out, whole, *given = ctx.saved_tensors
         ring, of_q, grads = ctx.ring, torch.zeros_like(q), [torch.zeros_like(x) for x in given]
-        sources, found = _given(ring, given), _given(ring, grads)
+        sources, found = _given(ring.sources, given), _given(ring.sources, grads)
         above = (grad, out, torch.where(whole.isinf(), torch.inf, whole))  # a row that sees nothing weighs nothing
         for i, source in enumerate(sources):
             for part in ring.own_parts(i):
-                pulled_back(q, source, part, ring.scale, above, of_q, found[i])
+                pulled_back(q, source, part, ring.scale, above, of_q, found[i], ring.kernel)
         for distance in ring.distances:
             _answer(q, ring, sources, distance, above, of_q, found)
         return of_q, None, *grads
@@ -207,7 +225,7 @@ def _hear(state: Weighed, q: Tensor, ring: _Ring, sources: Sequence[Source], dis
     other, told = _told(ring, sources, distance)
     for i, source in told.items():
         for part in ring.parts(i, other):
-            state.add(part.queries, lifted(q, source, part, ring.scale))
+            state.add(part.queries, lifted(q, source, part, ring.scale, ring.kernel))
 
 
 def _answer(
@@ -230,15 +248,16 @@ def _found_out(
     for i, source in told.items():
         of_k, of_v = torch.zeros_like(source.k), torch.zeros_like(source.v)
         for part in ring.parts(i, other):
-            pulled_back(q, source, part, ring.scale, above, of_q, found[i]._replace(k=of_k, v=of_v))
+            into = found[i]._replace(k=of_k, v=of_v)
+            pulled_back(q, source, part, ring.scale, above, of_q, into, ring.kernel)
         theirs.append((of_k, of_v))
     return theirs
 
 
-def _given(ring: _Ring, given: Sequence[Tensor]) -> list[Source]:
+def _given(sources: Sequence[Source], given: Sequence[Tensor]) -> list[Source]:
     """The sources with the tensors that are given for theirs."""
     left, found = list(given), []
-    for source in ring.sources:
+    for source in sources:
         k, v = left.pop(0), left.pop(0)
         query, bias = (None if x is None else left.pop(0) for x in (source.query, source.bias))
         found.append(source._replace(k=k, v=v, query=query, bias=bias))

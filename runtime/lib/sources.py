@@ -74,7 +74,7 @@ def read(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any]) ->
     q, *tensors = autocast(q, *(x for s in sources for x in (s.k, s.v, s.query, s.bias)))
     sources = [s._replace(k=k, v=v, query=query, bias=bias)
                for s, k, v, query, bias in zip(sources, *(tensors[i::4] for i in range(4)), strict=True)]  # fmt: skip
-    if not q.numel() or not _suit(q, sources, at, caches):
+    if not q.numel() or not suits(q, sources, at, caches):
         return None
     grads = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, *(x for s in sources for x in s[:2] + s[4:6]))
@@ -82,11 +82,12 @@ def read(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any]) ->
     return q, [_read(source, at, cache, grads) for source, cache in zip(sources, caches, strict=True)]
 
 
-def _suit(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any]) -> bool:
+def suits(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any] | None = None) -> bool:
+    """Whether a kernel takes these; without caches there are none."""
     heads = sources[0].k.shape[2]
     if q.dtype not in FLOATS or not heads or q.shape[2] % heads:
         return False
-    for source, cache in zip(sources, caches, strict=True):
+    for source, cache in zip(sources, caches or [None] * len(sources), strict=True):
         given = (source.k, source.v, source.query, source.bias)
         if any(x is not None and x.dtype != q.dtype for x in given) or source.k.shape[2] != heads:
             return False
@@ -129,17 +130,17 @@ def _read(source: Source, at: At, cache: Any, grads: bool) -> Read:
     else:  # rows that are there as a whole are of every document
         count, name = k.shape[1], k.shape[1]
         keys = lambda: Keys(torch.arange(count, device=k.device)[None], None, None)  # noqa: E731
-    low, high = _remembered(at, ("bounds", source.mask, name), lambda: _bounds(source.mask, at, keys()))
+    low, high = remembered(at, ("bounds", source.mask, name), lambda: _bounds(source.mask, at, keys()))
     first = last = asks = holds = None
     if grads:
         number = k.shape[1]
-        first, last = _remembered(at, ("askers", source.mask, name), lambda: askers(low, high, number))
+        first, last = remembered(at, ("askers", source.mask, name), lambda: askers(low, high, number))
     if source.bias is not None:
-        asks, holds = _remembered(at, ("places", source.distance, name), lambda: _numbers(source, at, keys()))
+        asks, holds = remembered(at, ("places", source.distance, name), lambda: _numbers(source, at, keys()))
     return Read(k, v, low, high, first, last, valid, source.query, source.bias, asks, holds)
 
 
-def _remembered(at: At, name: Any, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def remembered(at: At, name: Any, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """What is made once a call for all layers."""
     if name not in at.memo:
         at.memo[name] = make()

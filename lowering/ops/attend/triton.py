@@ -70,7 +70,8 @@ class _Named:
 
 @dataclass(frozen=True)
 class Attend:
-    """Facts of one kernel: `group` query heads share a key head; widths of keys and of values."""
+    """Facts of one kernel: `group` query heads share a key head; widths of keys and of values. is_part: its keys are
+    some of those that queries see, and who calls it brings together what it gives."""
 
     group: int
     width: int
@@ -78,6 +79,7 @@ class Attend:
     sources: tuple[Source, ...]
     capability: int | None = None
     tiles: Tiles | None = None
+    is_part: bool = False
 
     def rendered(self) -> dict[str, Any]:
         """What the template prints."""
@@ -89,7 +91,7 @@ class Attend:
             gradients += [f"d_k{s}", f"d_v{s}"] + [f"d_query{s}"] * s.query + [f"d_bias{s}"] * bool(s.places)
         has_bias = any(s.places for s in sources)
         return {
-            "group": self.group, "width": self.width, "value_width": self.value_width,
+            "is_part": self.is_part, "group": self.group, "width": self.width, "value_width": self.value_width,
             "block_d": _block(self.width), "block_e": _block(self.value_width),
             "sources": sources, "shares_q": shares_q, "has_bias": has_bias, "gradients": gradients,
             "parts": [f"parts{s}" for s in sources], "given": [f"source{s}" for s in sources],
@@ -110,13 +112,16 @@ def kernel(use: Any, target: Target) -> Attend | None:
     for i, (mask, given) in enumerate(zip(use.attr("masks"), _given(use), strict=True)):
         (places,) = use.sizes(f"N{i + 1}" if i else "N") if given.get("bias") else (0,)
         sources.append(Source(print_expr(mask), given.get("query") is not None, places))
+    if use.op == "attend_ring":  # one kernel takes the keys of any source of any rank
+        what = "; ".join(dict.fromkeys(s.what for s in sources))
+        return Attend(heads // kv_heads, width, value_width, (Source(what),), target.capability, is_part=True)
     return Attend(heads // kv_heads, width, value_width, tuple(sources), target.capability)
 
 
 def why_not(use: Any) -> str | None:
     """Why a use of attention has no kernel and goes through torch; None where it has one."""
-    if use.op != "attend":
-        return "its keys are told from rank to rank"
+    if use.op == "attend_ring" and use.attr("options"):
+        return f"its keys are told from rank to rank, and have a {' and a '.join(use.attr('options'))} of their own"
     if use.attr("dropout"):
         return "dropout of weights needs them one by one"
     for formal, what in (("D", "keys"), ("E", "values")):

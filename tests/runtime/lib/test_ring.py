@@ -153,7 +153,7 @@ def test_zigzag_gives_all_ranks_as_much_to_do(ranks: int) -> None:
         x = torch.zeros(1, 8, 1, 1)
         ring = _Ring(at, group["context"], 1.0, halves, [lib.Source(x, x, CAUSAL)])
         parts = [p for other in range(ranks) for p in ring.parts(0, other)]
-        areas = [(p.queries.stop - p.queries.start, p.seen) for p in parts]
+        areas = [(p.queries.stop - p.queries.start, p.seen()) for p in parts]
         return sum(n * (n + 1) / 2 if seen == "causal" else n * n for n, seen in areas)
 
     plain, folded = ([pairs(rank, halves) for rank in range(ranks)] for halves in (1, 2))
