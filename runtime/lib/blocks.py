@@ -140,7 +140,7 @@ def _as_read(source: Source, part: Any) -> Read:
 
 def _by_heads(lse: Tensor, heads: int) -> Tensor:
     """A kernel's sums, log2 [b, V, rows (t, g)] and infinity where nothing is seen, as ours: log [b, H, t]."""
-    b, groups, rows = lse.shape
+    b, groups, _ = lse.shape
     whole = math.log(2) * lse.view(b, groups, -1, heads // groups).transpose(2, 3).reshape(b, heads, -1)
     return torch.where(whole == torch.inf, -torch.inf, whole)
 

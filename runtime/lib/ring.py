@@ -139,7 +139,8 @@ class _Ring:
         for a, run in enumerate(self.runs(self.group.rank)) if n else ():
             mine, size = self.at.keys().part(slice(*run)), run[1] - run[0]
             both, name = partial(_pair, mine, keys), (source.mask, run, n if where is None else where)
-            seen, intervals = partial(source.mask.between, mine, keys), partial(self._intervals, source.mask, both, name)
+            seen = partial(source.mask.between, mine, keys)
+            intervals = partial(self._intervals, source.mask, both, name)
             rows, dropping = slice(a * size, (a + 1) * size), self._dropping(i, run, (0, n))
             yield Part(rows, slice(0, n), seen, intervals, both, dropping)
 

@@ -6,7 +6,7 @@ Dims: b batch, t queries, k keys, H heads, V key heads, D, E widths, N places of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from .intervals import askers, bounds, cuts, places, rises
 from .kernels import FLOATS
 from .product import autocast
 from .rows import At, Coordinates, Keys, Mask
+
+T = TypeVar("T")
 
 
 class Same:
@@ -140,11 +142,12 @@ def _read(source: Source, at: At, cache: Any, grads: bool) -> Read:
     return Read(k, v, low, high, first, last, valid, source.query, source.bias, asks, holds)
 
 
-def remembered(at: At, name: Any, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def remembered(at: At, name: Any, make: Callable[[], T]) -> T:
     """What is made once a call for all layers."""
     if name not in at.memo:
         at.memo[name] = make()
-    return at.memo[name]
+    found: T = at.memo[name]
+    return found
 
 
 def _bounds(mask: Mask, at: At, keys: Keys) -> tuple[Tensor, Tensor]:

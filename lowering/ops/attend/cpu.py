@@ -36,7 +36,8 @@ def emit(use: Any) -> str:
     scale = use.sizes("D")[0] ** -0.5 if scale is None else scale
     if use.op == "attend_ring":
         order = f', order="{use.attr("order")}"' if use.attr("order") else ""
-        return f"lib.attend_ring({q}, {', '.join(sources)}, at=at, group={use.group()}, scale={scale!r}{order}{use.kernel}{drop})"
+        how = f"at=at, group={use.group()}, scale={scale!r}{order}{use.kernel}{drop}"
+        return f"lib.attend_ring({q}, {', '.join(sources)}, {how})"
     past = f", past={use.past}" if use.is_kept else ""
     return f"lib.attend({q}, {', '.join(sources)}, at={use.at(queries)}, scale={scale!r}{past}{use.kernel}{drop})"
 
