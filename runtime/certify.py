@@ -232,7 +232,7 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     for path, holder, view in model.named_logical_parameters():
         grad = torch.zeros_like(holder) if holder.grad is None else holder.grad
         offset = view.storage_offset() - holder.storage_offset()
-        found[path] = torch.as_strided(grad, view.size(), view.stride(), offset)
+        found[path] = grad.as_strided(view.size(), view.stride(), grad.storage_offset() + offset)
     return found
 
 

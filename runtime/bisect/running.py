@@ -123,10 +123,10 @@ class Run:
         values, of_holders = self.watch.gradients(arrives, unit.sources, holders)
         found: dict[Name, Tensor] = {name: grad for name, grad in values.items()}  # noqa: C416
         for holder in (h for h in holders if id(h) in of_holders):
-            grad = of_holders[id(holder)].contiguous()  # as the weight lies
+            grad = of_holders[id(holder)].contiguous()  # as the weight lies, maybe inside of something larger
             for path, view in self.paths[id(holder)]:
                 offset = view.storage_offset() - holder.storage_offset()
-                found[path] = torch.as_strided(grad, view.size(), view.stride(), offset)
+                found[path] = torch.as_strided(grad, view.size(), view.stride(), grad.storage_offset() + offset)
         return found
 
     def weights_of(self, keys: Iterable[Key], border: Border) -> frozenset[str]:

@@ -91,7 +91,7 @@ def logical_gradients(model: Any) -> dict[str, Tensor]:
             found[path] = torch.zeros_like(view)
             continue
         offset = view.storage_offset() - holder.storage_offset()
-        found[path] = torch.as_strided(holder.grad, view.size(), view.stride(), offset)
+        found[path] = holder.grad.as_strided(view.size(), view.stride(), holder.grad.storage_offset() + offset)
     return found
 
 

@@ -303,6 +303,11 @@ def test_kernels_are_compared_at_what_they_give() -> None:
     assert files.kernels and "use_chain" in files.model
 
 
+def test_gradients_that_are_parts_of_one_tensor_are_read_where_they_are() -> None:
+    """As the kernel of a scan gives those of its A_log, D and dt_bias."""
+    assert pair(HYBRID.replace("M*-", "M"), "cpu", "triton").found().equal
+
+
 KERNELS = {
     # what is wrong -> (kernel, old text, new text, where it is named, of which gradient)
     "eps": ("add_rms_norm", "rstd = tl.rsqrt(s1 / C + 1e-05)", "rstd = tl.rsqrt(s1 / C + 1e-03)", "layer.0.norm2", None),
