@@ -163,6 +163,13 @@ def _nearby(path: Path) -> str | None:
     return near_or_all(path.name, names, "a file", "the specs there are")
 
 
+def _shipped_as(name: str) -> str | None:
+    """Where a shipped file of this name is, for a `use` line without its folder."""
+    shipped = shipped_folder()
+    found = sorted(p.relative_to(shipped).as_posix() for p in shipped.glob("*/*.spec") if p.name == name)
+    return f"shipped: {listed(found[:3])}{', ...' * (len(found) > 3)}" if found else None
+
+
 def _specs_in(folder: Path) -> str | None:
     names = sorted(p.name for p in folder.glob("*.spec"))
     return f"specs in it: {listed(names[:3])}{', ...' * (len(names) > 3)}" if names else "it has no specs"
@@ -312,8 +319,8 @@ class _Loader:
             "no-such-file",
             f"there is no file `{use.path}`",
             use.path_span,
-            "not found beside this file, and not shipped",
-            help=_nearby(near),
+            "neither beside this file nor shipped under this path",
+            help=_shipped_as(given.name) or _nearby(near),
         )
 
     def _shown(self, file: File, path: Path) -> str:

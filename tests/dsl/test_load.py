@@ -37,6 +37,13 @@ def codes(path: Path, root: Path | None = None) -> list[str]:
 # --- what a name stands for ----------------------------------------------------------------------
 
 
+def test_a_shipped_file_without_its_folder_is_found_for_who_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.spec").write_text('use nemotron_h from "nemotron_h.spec"\n', encoding="utf-8")
+    with pytest.raises(SpecError) as error:
+        load(tmp_path / "a.spec")
+    assert error.value.diagnostics[0].help == "shipped: `nemotron_h/nemotron_h.spec`"
+
+
 def test_own_names_then_used_then_standard(tmp_path: Path) -> None:
     write(tmp_path, {"a.spec": 'use two from "b.spec"\n' + ONE.format(name="one"), "b.spec": ONE.format(name="two")})
     file = load(tmp_path / "a.spec")
