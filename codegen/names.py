@@ -17,7 +17,8 @@ GLOBAL = re.compile(r"CAUSAL|FULL|MASK_\d+|CLOCK_\d+|[FIPRS]|Model|True|False|No
 
 # What a module of PyTorch, the library's model and its state have of their own; weights under such a name are lost.
 _TAKEN = """
-INIT T_destination add_module after_step apply around artifact ask at beside bfloat16 buffers bytes call_super_init
+INIT T_destination add_module after_step apply around artifact ask at begin beside bfloat16 buffers bytes
+call_super_init
 cast children coming compile counts counts_of cpu cuda decode double dump_patches eval extra_repr float follows
 forward generate gives get_buffer get_extra_state get_parameter get_submodule half initialise inputs ipu keep_fp32
 late lend lent load_state_dict longest losses losses_of modules mtia named_buffers named_children
@@ -26,8 +27,8 @@ register_buffer
 register_forward_hook register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
 register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
 register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ run scored self set_extra_state
-set_submodule shape share_memory slots state_dict storage_dtype stream to to_empty train train_beside training type
-vocab xpu zero_grad axes before chance cuts device mesh partial pipe regathered result rows site stored tied
+set_submodule shape share_memory slots state_dict steps storage_dtype stream to to_empty train train_beside training
+type vocab xpu zero_grad axes before chance cuts device mesh partial pipe regathered result rows site stored tied
 """
 TAKEN = frozenset(_TAKEN.split())
 

@@ -381,6 +381,7 @@ def generate(
     ] = 0,
     device: Device = "auto",
     target: Target = "cpu",
+    graph: Annotated[bool, typer.Option(help="on a GPU, replay steps of one token from a CUDA graph")] = True,
     set: Set = None,  # noqa: A002
     format: Format = "text",  # noqa: A002
 ) -> None:
@@ -388,7 +389,7 @@ def generate(
     from .running import generate_text
 
     sampling = temperature, top_k, top_p, seed
-    generate_text(folder, prompt, max_new_tokens, *sampling, give, passages, overrides(set), device, target)
+    generate_text(folder, prompt, max_new_tokens, *sampling, give, passages, overrides(set), device, target, graph)
 
 
 @command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,11 +217,11 @@ def tokenizer_name(folder: Path) -> str:
 def generate_text(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
     seed: int | None, give: list[str] | None = None, passages: int = 0, settings: dict[str, Any] | None = None,
-    device: str = "auto", target: str = "cpu",
+    device: str = "auto", target: str = "cpu", graph: bool = True,
 ) -> str:  # fmt: skip
     """Continue a prompt, printing as it goes; gives the whole text. `passages` as in `Asked`, `settings` and `target`
-    as of `heddle.load`, `device` as in `place`. Raises `SpecError` `not-causal`, UserError `bad-prompt`,
-    `unknown-setting`."""
+    as of `heddle.load`, `device` as in `place`, `graph` as of `generate`. Raises `SpecError` `not-causal`, UserError
+    `bad-prompt`, `unknown-setting`."""
     where = place(device)
     model = load_folder(folder, settings=settings, target=target).to(where)
     if model.late:
@@ -239,11 +240,15 @@ def generate_text(
         ids, padding = asked.prompt, asked.padding
     shown = _Printer(words, ids[0, padding:].tolist())
     ids = ids.to(where)
+    sampling = temperature, top_k, top_p, seed
     try:
-        made = model.generate(ids, max_new_tokens, temperature, top_k, top_p, seed, on_token=shown, given=given)
+        with warnings.catch_warnings(record=True) as told:
+            made = model.generate(ids, max_new_tokens, *sampling, on_token=shown, given=given, graph=graph)
     except ValueError as error:
         raise UserError("bad-prompt", str(error)) from None
     shown.finish()
+    for one in told:
+        print(f"note: {one.message}", file=sys.stderr)
     text: str = words.decode(made[0, padding:].tolist())
     return text
 

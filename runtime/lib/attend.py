@@ -87,7 +87,9 @@ def _is_plain(sources: list[Source], at: At, caches: Sequence[Any]) -> bool:
     own = one.rows is SAME and one.query is None and one.bias is None
     if more or not own or _proved(at, one.mask) is None:
         return False
-    return not at.in_stream or (at.step.uniform == 0 and at.seq > 1 and caches[0].keep is None)
+    if not at.in_stream:
+        return True
+    return isinstance(at.step.uniform, int) and at.step.uniform == 0 and at.seq > 1 and caches[0].keep is None
 
 
 def _fused(q: Tensor, parts: list[_Part], scale: float) -> Tensor:

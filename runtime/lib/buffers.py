@@ -191,7 +191,12 @@ class Cache(Buffer):
             return both["k"], both["v"]
         tick, t = at.step.uniform, at.seq
         own_k, own_v = self.rows["k"], self.rows["v"]
-        if tick is not None:
+        if isinstance(tick, Tensor):
+            place = tick + self.stream.range(t)
+            own_k.index_copy_(2, place, k.to(own_k.dtype))
+            own_v.index_copy_(2, place, v.to(own_v.dtype))
+            end = self.stream.waste(self.clock, self.times)
+        elif tick is not None:
             own_k[:, :, tick : tick + t] = k
             own_v[:, :, tick : tick + t] = v
             end = tick + t
@@ -216,7 +221,7 @@ class Cache(Buffer):
 
     def _see(self, at: At, mask: Mask, count: int, queries: At) -> Tensor | str:
         tick, t = at.step.uniform, at.seq
-        if queries is at and tick is not None and mask.interval and mask.ahead in (0, None):
+        if queries is at and isinstance(tick, int) and mask.interval and mask.ahead in (0, None):
             first = 0 if self.keep is None else tick - self.keep
             if t == 1 and first >= 0 and (mask.behind is None or mask.behind >= tick - first):
                 return "all"

@@ -46,6 +46,11 @@ class Clock:
         last = tokens - 1 if self.begins else tokens
         return max(0, int(self.value(Token(last))) + self.begins) if tokens else 0
 
+    def came(self, tokens: Tensor) -> Tensor:
+        """`groups` of numbers that the device knows, int64 of any shape, each above 0."""
+        begins = int(self.begins)
+        return (self.of(tokens - begins) + begins).clamp_min(0)
+
     def most(self, tokens: int) -> int:
         """How many groups can come with this many tokens, whatever documents they are of."""
         return tokens if self.groups(1) else self.groups(tokens)
@@ -151,11 +156,12 @@ def _step(at: At, clock: Clock, times: int) -> Groups:
     """The groups whose rows come with the tokens of a step."""
     step = at.step
     if step.uniform is not None:
-        before, after = clock.groups(step.uniform), clock.groups(step.uniform + at.seq)
-        made = Groups((at.batch, (after - before) * times), at.device)
+        before = clock.groups(step.uniform) if isinstance(step.uniform, int) else clock.came(step.uniform)
+        come = step.stream.coming(clock, at.seq)
+        made = Groups((at.batch, come * times), at.device)
         made.times, made.tokens, made.gathered, made.first = times, at, at.gathered, before * times
         made._step = Step(step.stream, before * times, step.tick, step.high, step.tick)
-        made._find = lambda: _before(clock, at.row, *_coming(clock, at.row, None))
+        made._find = lambda: _before(clock, at.row, *_coming(clock, at.row, None, come))
         return made
     which, count = _coming(clock, at.position, at.valid)
     stored = step.stream.groups_before(clock, step.tick)
@@ -168,14 +174,17 @@ def _step(at: At, clock: Clock, times: int) -> Groups:
     return made
 
 
-def _coming(clock: Clock, position: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of the tokens at int64 positions [b, t] those with which rows come, in order: int64 [b, most]; how many [b]."""
+def _coming(
+    clock: Clock, position: Tensor, valid: Tensor | None, most: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of the tokens at int64 positions [b, t] those with which rows come, in order: int64 [b, most]; how many [b]. The
+    device is asked for `most` where it is not given."""
     come = clock.come(position)
     if valid is not None:
         come = come & valid
     count = come.sum(1)
     order = torch.sort((~come).to(torch.int8), dim=1, stable=True).indices
-    return order[:, : int(count.max())], count
+    return order[:, : int(count.max()) if most is None else most], count
 
 
 def _before(clock: Clock, position: Tensor, which: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .buffers import STATELESS, Slots
+from .capture import CAPTURES, Steps
 from .chance import name_sites
 from .clocks import Clock, on
 from .filled import Beside, Filled
@@ -26,6 +29,10 @@ from .stream import Stream
 
 # Prompts are fed in pieces, so that the logits of a long prompt never exist at once.
 PREFILL_ROWS = 512
+
+
+class NotCaptured(UserWarning):
+    """Steps of decoding run op by op on a GPU, where a CUDA graph could replay them."""
 
 
 class Model(Filled):
@@ -136,7 +143,7 @@ class Model(Filled):
         are not looked at: on a GPU that would wait for all that is under way."""
         if self.longest is None or not at.seq:
             return
-        if at.in_stream and at.step.uniform is not None:
+        if at.in_stream and isinstance(at.step.uniform, int):
             last = at.step.uniform + at.seq - 1
         elif (at.step.stream.max_length if at.in_stream else at.seq) <= self.longest:
             return
@@ -276,20 +283,38 @@ class Model(Filled):
         count int[batch]: how many tokens of each row are real; the rest change nothing and their logits mean nothing.
         start bool[batch, seq]: tokens that start a new document.
         """
-        if tokens.dim() != 2 or tokens.shape[0] != stream.batch or not tokens.shape[1]:
-            raise ValueError(f"stream: tokens are {list(tokens.shape)}, must be [{stream.batch}, at least 1]")
-        at = stream.begin(tokens.shape[1], count, start)
-        try:
-            self._check_length(at)
-            rest = self._more(more, at)
-        except ValueError:
-            stream.running = False  # nothing was stored yet
-            raise
+        at, rest = self.begin(tokens, stream, count, start, **more)
         if at.valid is not None:
             tokens = torch.where(at.valid, tokens, 0)
         logits = self.run(tokens, *rest, at, stream.state)
         stream.commit(at)
         return logits
+
+    def begin(
+        self,
+        tokens: Tensor,
+        stream: Stream,
+        count: Tensor | None = None,
+        start: Tensor | None = None,
+        **more: Tensor,
+    ) -> tuple[At, list[Tensor]]:
+        """Check what a step is given, arguments as of `prefill`; -> its coordinates, for the stream's `commit`, and the
+        inputs besides tokens."""
+        if tokens.dim() != 2 or tokens.shape[0] != stream.batch or not tokens.shape[1]:
+            raise ValueError(f"stream: tokens are {list(tokens.shape)}, must be [{stream.batch}, at least 1]")
+        at = stream.begin(tokens.shape[1], count, start)
+        try:
+            self._check_length(at)
+            return at, self._more(more, at)
+        except ValueError:
+            stream.running = False  # nothing was stored yet
+            raise
+
+    def steps(self, stream: Stream) -> Steps:
+        """What takes steps of a stream as `decode` does, and replays those of one token from a CUDA graph where the
+        model is on a GPU."""
+        make = CAPTURES.get(stream.device.type)
+        return Steps(self, stream, None if make is None else make(stream.device))
 
     def coming(
         self, stream: Stream, seq: int, count: Tensor | None = None, start: Tensor | None = None
@@ -314,12 +339,14 @@ class Model(Filled):
         seed: int | None = None,
         on_token: Callable[[Tensor], Any] | None = None,
         given: Mapping[str, Callable[[Tensor, range], Tensor]] | None = None,
+        graph: bool = True,
     ) -> Tensor:
         """Continue prompts int64[batch, seq]; -> int64[batch, seq + max_new_tokens].
 
         temperature 0 is greedy; a seed makes sampling repeatable. on_token is given each new column int64[batch];
         generation ends early where it returns True. given: for each input that follows the tokens what gives
         its rows [batch, groups, ..]: called with all tokens so far, int64 [batch, n], and the groups that come.
+        graph: on a GPU, steps of one token are replayed from a CUDA graph; warns (`NotCaptured`) of what cannot be.
         Raises ValueError for settings out of range, an empty prompt and tokens outside the vocabulary.
         """
         check_sampling(temperature, top_k, top_p)
@@ -338,7 +365,9 @@ class Model(Filled):
             return tokens.clone()
         stream = self.stream(len(tokens), tokens.shape[1] + max_new_tokens)
         for fed in range(0, tokens.shape[1], PREFILL_ROWS):
-            logits = self._feed(tokens[:, : fed + PREFILL_ROWS], fed, stream, given)
+            prefill = functools.partial(self.prefill, stream=stream)
+            logits = self._feed(tokens[:, : fed + PREFILL_ROWS], fed, given, prefill)
+        steps = self.steps(stream) if graph else Steps(self, stream, None)
         columns = [tokens]
         for left in reversed(range(max_new_tokens)):
             new = choose(logits[:, -1], temperature, top_k, top_p, source)
@@ -347,20 +376,24 @@ class Model(Filled):
                 break
             # Only what follows the tokens asks for all of them.
             so_far, fed = (torch.cat(columns, 1), -1) if self.follows else (new[:, None], 0)
-            logits = self._feed(so_far, fed, stream, given)
+            logits = self._feed(so_far, fed, given, steps)
+        if steps.why:
+            said = f"{type(self).__name__}: not every step is captured in a CUDA graph: {steps.why}"
+            warnings.warn(said, NotCaptured, stacklevel=2)
         return torch.cat(columns, 1)
 
     def _feed(
-        self, tokens: Tensor, fed: int, stream: Stream, given: Mapping[str, Callable[[Tensor, range], Tensor]] | None
-    ) -> Tensor:
-        """Feed tokens[:, fed:], with what comes with them."""
+        self, tokens: Tensor, fed: int, given: Mapping[str, Callable[[Tensor, range], Tensor]] | None,
+        step: Callable[..., Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Feed tokens[:, fed:] to a step, with what comes with them."""
         more = {}
         for name, clock in self.follows.items():
             if name not in (given or {}):
                 raise ValueError(f"generate: `{name}` is not given: a function of the tokens so far and of groups")
             groups = range(clock.groups(tokens[:, :fed].shape[1]), clock.groups(tokens.shape[1]))
             more[name] = (given or {})[name](tokens, groups)
-        return self.prefill(tokens[:, fed:], stream, **more)
+        return step(tokens[:, fed:], **more)
 
     def _check_prompt(self, tokens: Tensor, max_new_tokens: int) -> None:
         if tokens.dim() != 2 or tokens.is_floating_point():

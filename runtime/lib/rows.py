@@ -40,13 +40,14 @@ class Keys(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a stream. `uniform`: ticks before it when all rows agree and no rollback is kept, else None.
+    """One step of a stream. `uniform`: ticks before it when all rows agree and no rollback is kept, else None; int64
+    [1] on the device in a step that is captured, to be replayed at other places.
 
     tick, high, count: int64 [b]: rows stored before the step, the most ever stored, rows that arrive.
     """
 
     stream: Any
-    uniform: int | None
+    uniform: int | Tensor | None
     tick: Tensor
     high: Tensor
     count: Tensor
@@ -81,7 +82,7 @@ class At:
         self.batch, self.seq, self.device = batch, seq, device
         self.starts: Tensor | None = None
         self._step: Step | None = None
-        self.first = 0
+        self.first: int | Tensor = 0
         self.memo: dict[Any, Any] = {}
         self.gathered: Gathered | None = None
         self.mesh: Any = None
@@ -113,8 +114,9 @@ class At:
     @classmethod
     def uniform(cls, shape: tuple[int, int], device: torch.device, step: Step) -> At:
         """Rows of a stream whose batch rows all hold `step.uniform` rows of one document."""
+        assert step.uniform is not None
         at = cls(shape, device)
-        at._step, at.first = step, step.uniform or 0
+        at._step, at.first = step, step.uniform
         return at
 
     @classmethod
@@ -141,7 +143,7 @@ class At:
     @property
     def row(self) -> Tensor:
         """int64 [1, seq]: place in the call, or in the stream where batch rows agree."""
-        return torch.arange(self.first, self.first + self.seq, device=self.device)[None]
+        return (torch.arange(self.seq, device=self.device) + self.first)[None]
 
     @property
     def since(self) -> Tensor:
@@ -249,8 +251,8 @@ class Mask:
                 f" but behind = {behind}, ahead = {ahead} were given"
             )
 
-    def sees(self, query: Coordinates, key: Coordinates) -> Tensor:
-        """bool [b, t, k], or what broadcasts to it."""
+    def sees(self, query: Coordinates, key: Coordinates) -> Any:
+        """bool [b, t, k], or what broadcasts to it, one bool, too."""
         if self.predicate is None:
             return torch.ones((), dtype=torch.bool, device=query.position.device)
         return self.predicate(query, key)
@@ -265,7 +267,9 @@ class Mask:
         query = Coordinates(queries.position[:, :, None], document[:, :, None])
         theirs = keys.document if keys.document is not None else torch.zeros_like(keys.position)
         key = Coordinates(keys.position[:, None], theirs[:, None])
-        seen = torch.as_tensor(self.sees(query, key), device=keys.position.device)
+        seen = self.sees(query, key)
+        if not isinstance(seen, Tensor):  # filled on the device: a number of the host's would have to be sent there
+            seen = torch.full((), seen, dtype=torch.bool, device=keys.position.device)
         if keys.document is not None:
             seen = seen & (query.document == key.document)
         if keys.valid is not None:

@@ -49,6 +49,8 @@ class Stream:
         self.buffers: list[Buffer] = []
         self.uniform: int | None = 0 if rollback == 0 else None
         self.running = False
+        # The clocks that steps asked for groups of.
+        self.clocks: dict[Clock, None] = {}
         # `tick`: rows stored; `high`: the most ever stored; per place its position and document, one place for waste.
         self.own = {
             name: torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -120,6 +122,18 @@ class Stream:
             )
         return self._begin_ragged(seq, count, start)
 
+    def begin_anywhere(self, place: Tensor) -> At:
+        """Coordinates of one more row of each sequence, behind `place` int64 [1] others: what is done with them does
+        not depend on where they are, but for what `coming` says. They do not begin a step: `begin` does, and checks."""
+        own = self.own
+        return At.uniform((self.batch, 1), self.device, Step(self, place, own["tick"], own["high"], own["tick"]))
+
+    def coming(self, clock: Clock, seq: int) -> int:
+        """How many groups of a clock come with the next `seq` rows, where batch rows agree."""
+        assert self.uniform is not None
+        self.clocks[clock] = None
+        return clock.groups(self.uniform + seq) - clock.groups(self.uniform)
+
     def _begin_ragged(self, seq: int, count: Tensor | None, start: Tensor | None) -> At:
         if count is None:
             count = torch.full((self.batch,), seq, dtype=torch.int64, device=self.device)
@@ -152,7 +166,7 @@ class Stream:
 
     def commit(self, at: At) -> None:
         """The step is over: its rows are part of the past."""
-        if at.step.uniform is not None:
+        if isinstance(at.step.uniform, int):
             self.uniform = at.step.uniform + at.seq
         else:
             self.own["tick"] = at.step.tick + at.step.count
@@ -191,8 +205,12 @@ class Stream:
 
     def keys(self, at: At, keep: int | None, count: int, clock: Clock | None = None, times: int = 1) -> Keys:
         """Coordinates of the `count` keys of a cache: all places, or the newest before the step and then its rows."""
-        if at.step.uniform is not None:
-            first = 0 if keep is None else at.step.uniform - keep
+        tick = at.step.uniform
+        if isinstance(tick, Tensor):
+            position = (self.range(count) if keep is None else self.range(count) + (tick - keep))[None]
+            return Keys(position, torch.zeros_like(position), (position >= 0) & (position < tick + at.seq))
+        if tick is not None:
+            first = 0 if keep is None else tick - keep
             position = (self.range(count) + first)[None]
             return Keys(position, torch.zeros_like(position), None if first >= 0 else position >= 0)
         own = self._rows(at, clock, times) if clock is not None and isinstance(at, Groups) else self.own

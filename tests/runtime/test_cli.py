@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from heddle.dsl.load import shipped_folder
 from heddle.runtime.cli import app
+from heddle.runtime.lib import capture
+from tests.runtime.lib.recorder import Recorder
 
 GOOD = """
 model tiny(vocab = 256, hidden = 32, heads = 2, layers = 2):
@@ -285,11 +287,17 @@ def test_an_output_that_cannot_be_written(place):
 # --- train, generate -----------------------------------------------------------------------------
 
 
-def test_train_generate_resume(place):
+def test_train_generate_resume(place, monkeypatch):
     train()
     spoken = run("generate", "run", "--prompt", "the warp", "--max-new-tokens", 5)[0]
     assert spoken.startswith("the warp")
-    assert run("generate", "run", "--prompt", "the warp", "--max-new-tokens", 5)[0] == spoken
+    with monkeypatch.context() as patch:  # a device that captures steps, and finds a reason not to
+        patch.setitem(capture.CAPTURES, "cpu", lambda device: Recorder())
+        patch.setattr(capture.Watch, "_reason", lambda self, func, given, made: "is looked at")
+        ask = "generate", "run", "--prompt", "the warp", "--max-new-tokens", 5
+        text, said = run(*ask)
+        assert text == spoken and "note: Tiny: not every step is captured in a CUDA graph: good.spec:4  " in said
+        assert run(*ask, "--no-graph") == (spoken, "")
     sampled = [
         run("generate", "run", "--prompt", "a", "--temperature", 1, "--top-k", 9, "--seed", s)[0] for s in (1, 1, 2)
     ]
