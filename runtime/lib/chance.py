@@ -18,10 +18,16 @@ from .rows import At
 _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def named(name: str) -> int:
+    """The number of a name; torch.compile takes it as it is, and does not look into how it is made."""
+    return zlib.crc32(name.encode())
+
+
 def name_sites(model: nn.Module) -> None:
     """Give each module a number of its own, from its path in the spec: what it draws is its own."""
     for path, module in model.named_modules():
-        module.site = zlib.crc32(spec_path(model, path).encode()) if path else 0
+        module.site = named(spec_path(model, path)) if path else 0
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -71,6 +77,6 @@ def dropout(
         return x
     site = getattr(module, "site", 0)
     use = at.uses[site, name] = at.uses.get((site, name), -1) + 1  # a shared block draws anew each time it is called
-    key = (at.draw(), site, zlib.crc32(name.encode()), use)
+    key = (at.draw(), site, named(name), use)
     kept = uniform(key, places(x.shape, at, by_row, axes)) >= rate
     return torch.where(kept, x * (1 / (1 - rate)), 0)

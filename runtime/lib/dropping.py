@@ -8,14 +8,13 @@ is, which for a slower sequence packed documents of other rows decide, says noth
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .chance import _STEP, _mixed, state_of
+from .chance import _STEP, _mixed, named, state_of
 from .rows import At
 
 MOST = 1 << 22
@@ -67,7 +66,7 @@ def _key(module: nn.Module, name: str, at: At) -> tuple[int | Tensor, ...]:
     """Of one use: a shared block draws anew each time it is called."""
     site = getattr(module, "site", 0)
     use = at.uses[site, name] = at.uses.get((site, name), -1) + 1
-    return at.draw(), site, zlib.crc32(name.encode()), use
+    return at.draw(), site, named(name), use
 
 
 class Drop(NamedTuple):

@@ -126,7 +126,7 @@ class Model(Filled):
         if tokens.dim() != len(self.shape) or any(size not in (None, found) for size, found in wanted):
             sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
             raise ValueError(f"{type(self).__name__}: tokens are {list(tokens.shape)}, must be [{sizes}]")
-        if self.axes and self.mesh is None:
+        if len(self.axes) and self.mesh is None:  # torch.compile takes any mapping for true
             raise RuntimeError(f"{type(self).__name__} is one rank's part of a model: give it its `mesh` first")
         at = At(tokens.shape, tokens.device, *coordinates)
         self._check_length(at)

@@ -51,8 +51,13 @@ def autocast(*tensors: Tensor | None) -> list[Any]:
 
 
 @cache
+def _capabilities() -> dict[str, Any]:
+    return dict(torch.cpu.get_capabilities())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_tiles() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return bool(_capabilities().get("amx_bf16", False))
 
 
 def upcasts(x: Tensor) -> bool:
