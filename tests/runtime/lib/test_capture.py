@@ -11,8 +11,10 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from heddle.dsl.load import load, shipped_folder
+from heddle.dsl.load import load, load_text, shipped_folder
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build, instantiate
 from heddle.runtime.lib import buffers, capture
@@ -20,6 +22,7 @@ from heddle.runtime.lib.buffers import Cache, Tail
 from heddle.runtime.lib.capture import Steps, Watch
 from heddle.runtime.lib.model import NotCaptured
 from heddle.runtime.lib.stream import Stream
+from tests.lowering.test_masks import attending, everyday
 from tests.runtime.lib.recorder import Recorder
 from tests.specs.published import TWINS
 from tests.specs.test_specs import between, more, twin
@@ -125,6 +128,21 @@ def both(name, change=lambda stream, made: None, half=16, rows=2):
 def close(a, b):
     """fp64: sums over keys that are not seen, whose weights are 0, in another order."""
     return torch.allclose(a, b, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=6)
+@given(mask=everyday, seed=st.integers(0, 99))
+def test_any_causal_mask(mask, seed):
+    """What a full run gives, also of masks that are no interval and of queries that see nothing."""
+    text = attending(f"causal and ({mask[0]})")
+    made = instantiate(build(program_of(load_text(text, folder=shipped_folder()))), seed=seed, dtype=torch.float64)
+    tokens = torch.randint(0, 16, (2, 13), generator=torch.Generator().manual_seed(seed))
+    stream = made.stream(2, 13)
+    steps = Steps(made, stream, Recorder())
+    with torch.no_grad():
+        rows = [made.prefill(tokens[:, :4], stream), logits("", made, steps, tokens, 4, 13)]
+        assert close(torch.cat(rows, 1), made(tokens))
+    assert steps.capture.count == 1 and steps.why is None
 
 
 def restored(stream, made):
