@@ -2,7 +2,8 @@
 
 A stream has two forms. Uniform: every batch row holds the same number of rows of one document and no rollback is
 kept; places are numbers and buffers are written in place. General: everything is an index tensor [batch]. A uniform
-stream becomes general at the first event that needs it, and stays so.
+stream becomes general at the first event that needs it, and stays so. A step of a uniform stream can be captured
+(`capture.py`): then its place is one number of the device, and all rows that a buffer may ever hold are looked at.
 """
 
 from __future__ import annotations

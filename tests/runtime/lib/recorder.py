@@ -15,7 +15,7 @@ from heddle.runtime.lib.capture import Captured
 
 class Recorder:
     """Captures as `cuda_graphs` does: nothing that the host knew is asked again. What the step made for itself is NaN
-    before each replay, as another graph may have left it. Raises where a graph would end, or would be wrong."""
+    before each replay, as another graph may have left it. Raises RuntimeError where the host would wait for the device."""
 
     count = 0
     ops: frozenset[Any] = frozenset()
