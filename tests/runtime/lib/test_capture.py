@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heddle.dsl.load import load, load_text, shipped_folder
+from heddle.dsl.load import load_text, shipped_folder
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build, instantiate
 from heddle.runtime.lib import buffers, capture
@@ -22,6 +22,7 @@ from heddle.runtime.lib.buffers import Cache, Tail
 from heddle.runtime.lib.capture import Steps, Watch
 from heddle.runtime.lib.model import NotCaptured
 from heddle.runtime.lib.stream import Stream
+from tests.kernels.hybrid import hybrid
 from tests.lowering.test_masks import attending, everyday
 from tests.runtime.lib.recorder import Recorder
 from tests.specs.published import TWINS
@@ -60,7 +61,7 @@ def generated(name, made, rows, new, **how):
     given = {n: functools.partial(rows_of, n) for n in made.inputs[1:]}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        tokens = made.generate(drawn(rows, PROMPT).to(made.device), new, given=given, **how)
+        tokens = made.generate((drawn(rows, PROMPT) % made.vocab).to(made.device), new, given=given, **how)
     return tokens, [str(w.message) for w in told if w.category is NotCaptured]
 
 
@@ -95,8 +96,7 @@ def test_tokens_of_decoding_op_by_op(name, rows, sampling, monkeypatch):
 
 def test_tokens_of_decoding_op_by_op_with_kernels(monkeypatch):
     """A hybrid in Triton's interpreter: states are moved on in place by the kernels themselves."""
-    program = program_of(load(shipped_folder() / "nemotron_h/tiny.spec"), overrides={"pattern": "M*"})
-    made, recorder = instantiate(build(program, "triton"), seed=3), Recorder()
+    made, recorder = instantiate(hybrid(), seed=3), Recorder()
     wanted, _ = generated("", made, 1, 6, graph=False)
     monkeypatch.setitem(capture.CAPTURES, "cpu", lambda device: recorder)
     found, told = generated("", made, 1, 6)
