@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from ..dsl.diagnostics import fail
+from ..dsl.diagnostics import Diagnostic, fail
 from ..dsl.program import TOKENS, Node, Parameter
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, op_of
 from ..lowering.passes.stream import streaming_errors
@@ -34,19 +34,19 @@ def _template() -> jinja2.Template:
 @dataclass(frozen=True)
 class Files:
     """What is written of a model: the text of `model.py`, and of each file in `kernels/` by its name. `without`: the
-    uses of ops that PyTorch computes though their room has kernels, by the line of the spec, each with the reason;
-    `keys`: what a lock knows each kernel by."""
+    uses of ops that PyTorch computes though their room has kernels, a warning each; `keys`: what a lock knows each
+    kernel by."""
 
     model: str
     kernels: dict[str, str]
-    without: dict[str, str]
+    without: tuple[Diagnostic, ...]
     keys: dict[str, str]
 
 
 def emit(program: GraphProgram, version: str, named: bool = False, lock: Lock | None = None) -> Files:
     """The files of a model for its target: one class a distinct block, callees first. `named`: each use of an op goes
     through `spmd.use` (several in one kernel through `spmd.use_chain`), which is told what it is, for those who look on
-    while the module runs. `lock`: how kernels are cut, where not as untuned. Raises BadLock."""
+    while the module runs. `lock`: how kernels are cut, where not as untuned. Raises `SpecError` bad-lock."""
     shared = Shared(lock=lock)
     # Who looks on sees every value.
     program = replace(program, named=named, heads={} if named else program.heads)
@@ -96,7 +96,7 @@ def emit(program: GraphProgram, version: str, named: bool = False, lock: Lock | 
         result=_result(program),
         regathered=_regathered(program),
     )
-    return Files(text, shared.files, shared.without, shared.keys)
+    return Files(text, shared.files, tuple(shared.without), shared.keys)
 
 
 def emit_block(name: str, program: GraphProgram, version: str, lock: Lock | None = None) -> Files:
@@ -115,7 +115,7 @@ def emit_block(name: str, program: GraphProgram, version: str, lock: Lock | None
         masks=sorted(shared.masks.values()), kernels=bool(shared.kernels), beside=(), init_table=_init_table,
         keep_patterns=_keep_patterns, source=_source_name(program), used=_grouped, layout=layout,
     )  # fmt: skip
-    return Files(text, shared.files, shared.without, shared.keys)
+    return Files(text, shared.files, tuple(shared.without), shared.keys)
 
 
 def _stored(program: GraphProgram) -> list[tuple[str, str]]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .tiles import constants_of, with_constants
+from .tiles import Values, constants_of, with_constants
 
 VERSION = 1
 
@@ -39,12 +39,13 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Lock:
-    """The kernels of a target, by key. `made` says with what, for people: device, versions, sizes."""
+    """The kernels of a target, by key. `made` says with what, for people: device, versions, sizes; `path`: the file."""
 
     target: str
     triton: str
     kernels: Mapping[str, Tuned] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
+    path: str = field(default="", compare=False)
 
     def text(self) -> str:
         """The file: JSON, sorted, constants as Python writes them."""
@@ -58,16 +59,26 @@ class Lock:
         said = {"lock": VERSION, "target": self.target, "triton": self.triton, "made": dict(self.made)}
         return json.dumps({**said, "kernels": kernels}, indent=1) + "\n"
 
-    def applied(self, key: str, text: str) -> str:
-        """A kernel's file as the lock has it. Raises BadLock for constants that the file does not have."""
-        found = self.kernels.get(key)
-        if found is None:
-            return text
-        there = constants_of(text)
+    def applied(self, key: str, text: str, tuned: Values) -> str:
+        """The file of one of the lock's kernels, cut as it says.
+
+        Raises BadLock for what tuning does not change, and for a value that it does not try: another one may be no size
+        of a tile at all, and would fail inside Triton.
+        """
+        found, there = self.kernels[key], constants_of(text)
         for name, value in found.constants.items():
-            if name not in there or type(value) is not type(there[name]):
-                raise BadLock(f"`{name}` of `{found.kernel}` is no constant of its file", "tune it again")
+            what = f"`{name}` of `{found.kernel}` in the lock"
+            if name not in tuned or name not in there:
+                known = ", ".join(n for n in tuned if n in there)
+                raise BadLock(f"{what} is nothing that tuning changes", f"it changes {known}; tune it again")
+            values = sorted({there[name], *tuned[name]})
+            if type(value) is not type(there[name]) or value not in values:
+                raise BadLock(f"{what} is {value!r}, a size that it cannot have", f"it is one of {_listed(values)}")
         return with_constants(text, found.constants)
+
+    def unknown(self, keys: Iterable[str]) -> list[str]:
+        """The names of its kernels that are none of those with these keys."""
+        return sorted(t.kernel for key, t in self.kernels.items() if key not in set(keys))
 
 
 def read(path: Path, target: str, triton: str) -> Lock:
@@ -84,7 +95,7 @@ def read(path: Path, target: str, triton: str) -> Lock:
             )
             for key, t in data["kernels"].items()
         }
-        lock = Lock(data["target"], data["triton"], kernels, data["made"])
+        lock = Lock(data["target"], data["triton"], kernels, data["made"], str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise BadLock(f"cannot read `{path}`: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
@@ -99,6 +110,10 @@ def read(path: Path, target: str, triton: str) -> Lock:
             "tune it again, or remove it: untuned sizes work with every version",
         )
     return lock
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(repr, values))
 
 
 def _minor(version: str) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 NAME = "kernel"
+Values = Mapping[str, tuple[Any, ...]]
+"""The values that tuning may give to constants; all others stay as they are."""
 
 
 def constants_of(text: str) -> dict[str, Any]:

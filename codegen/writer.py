@@ -10,19 +10,21 @@ from ..dsl import syntax as sx
 from ..dsl.diagnostics import fail
 from ..dsl.format import print_expr
 from ..dsl.program import TOKENS, Clock, Instance, Node, Weight
-from ..dsl.source import Span
+from ..dsl.source import NOWHERE, Span
 from ..lowering.afterwards import parts
 from ..lowering.chains.fused import Fused, structure
+from ..lowering.chains.tiles import tuned
 from ..lowering.clocks import widest
 from ..lowering.constants import constants
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, State, op_of
 from ..lowering.masks import hull
-from ..lowering.ops import has_part, part
+from ..lowering.ops import has_part, part, room_of
 from . import names
 from .chains import inputs, source
 from .facts import Use, owner_of, slot_name
 from .kernels import render
 from .shared import Shared
+from .tiles import constants_of
 
 _COMMENT = re.compile(r'^((?:[^"#]|"[^"]*")*)#.*$')
 NAMED_MASKS = {"key.position <= query.position": "CAUSAL", "true": "FULL"}
@@ -221,10 +223,14 @@ class Writer:
             return None
         room = part(use.op, "triton")
         facts = room.kernel(use, self.program.target)
+        span = place_of(use.node.spans)
         if facts is None:
-            self.shared.without[spec_line(use.node.spans)] = f"`{use.op}`: {room.why_not(use)}"
+            callers = self.program.callers_of(self.graph.name)
+            self.shared.lacks_kernel(room_of(use.op), room.why_not(use), self.program.target.name, span, callers)
             return None
-        return self.shared.kernel(use.op, facts, lambda name: render(use.op, {"name": name, **facts.rendered()}))
+        return self.shared.kernel(
+            use.op, facts, lambda name: render(use.op, {"name": name, **facts.rendered()}), lambda _: room.TUNED, span
+        )
 
     # --- statements -------------------------------------------------------------------------------
 
@@ -335,8 +341,9 @@ class Writer:
         """The statement of a kernel that is several nodes, below the line of the last."""
         chain = fused.chain
         name = self.shared.kernel(
-            chain.name, structure(chain), lambda name: source(chain, self.program.target, name)
-        )
+            chain.name, structure(chain), lambda name: source(chain, self.program.target, name),
+            lambda text: tuned(constants_of(text)), place_of(self.graph.producers[fused.nodes[-1]].spans),
+        )  # fmt: skip
         targets = ", ".join(self._names[v] for v in fused.outputs)
         given = ", ".join(self.expression(fused.value_of[n]) for n in inputs(chain))
         nodes = [self.graph.producers[n] for n in fused.nodes]
@@ -634,12 +641,16 @@ def _of_token(expr: sx.Expr) -> sx.Expr:
     return expr
 
 
+def place_of(spans: tuple[Span, ...]) -> Span:
+    """What a user wrote that asked for a node."""
+    return next((s for s in spans if s.source.text), NOWHERE)
+
+
 def spec_line(spans: tuple[Span, ...]) -> str:
     """`model.spec:18  x = x + layer(rms_norm(x))`: the file's name without its folder, and the whole line."""
-    real = [s for s in spans if s.source.text]
-    if not real:
+    span = place_of(spans)
+    if span is NOWHERE:
         return ""
-    span = real[0]
     file = span.source.name.replace("\\", "/").rsplit("/", 1)[-1]
     text = _COMMENT.sub(r"\1", span.source.line(span.line)).strip()
     return f"{file}:{span.line}  {text}"

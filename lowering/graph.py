@@ -16,6 +16,7 @@ import networkx as nx
 from ..dsl.diagnostics import InternalError
 from ..dsl.layout import Layout
 from ..dsl.program import Body, Clock, Dim, Instance, Node, Program, Value
+from ..dsl.source import Span
 from .op import Op
 from .ops import table
 from .target import TARGETS, Target
@@ -202,6 +203,19 @@ class GraphProgram:
         place = {name: i for i, name in enumerate(self.graphs)}
         for name in nx.lexicographical_topological_sort(calls, key=place.__getitem__):
             yield self.graphs[name]
+
+    def callers_of(self, name: str) -> tuple[Span, ...]:
+        """The calls by which the model comes to a graph: those of it, then those of the graphs that they stand in."""
+        found: dict[Span, None] = {}
+        wanted, seen = [name], {name, self.program.root}  # what trains a model calls it, and says nothing of it
+        for callee in (n for n in wanted if n != self.program.root):
+            for graph in self.graphs.values():
+                nodes = [n for n in graph.nodes if n.op in STRUCTURE and callee in graph.bodies_of(n)]
+                found.update((span, None) for n in nodes if n.op == "call" for span in n.spans[:1] if span.source.text)
+                if nodes and graph.name not in seen:
+                    seen.add(graph.name)
+                    wanted.append(graph.name)
+        return tuple(found)
 
     def with_graphs(self, graphs: dict[str, Graph], **changes: Any) -> GraphProgram:
         return replace(self, graphs=graphs, **changes)

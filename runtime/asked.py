@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,13 +43,17 @@ def reported(form: str = "text") -> Iterator[None]:
     from .errors import UserError
 
     try:
-        yield
-    except SpecError as error:
-        if not _rank():  # what is wrong with a spec is wrong on every rank
-            _print_diagnostics(error, form)
+        with _warnings_as_errors_look():
+            yield
+    except (SpecError, UserError) as error:
+        _print(error, form)
         raise typer.Exit(2) from None
-    except UserError as error:
-        _print_user_error(error, form)
+    except (RuntimeError, MemoryError) as error:
+        from .exhausted import diagnosed, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _print(diagnosed(error), form)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
@@ -57,9 +62,36 @@ def reported(form: str = "text") -> Iterator[None]:
         raise typer.Exit(0) from None
 
 
+@contextmanager
+def _warnings_as_errors_look() -> Iterator[None]:
+    """Inside, warnings about a spec are printed as its errors are, once for all ranks."""
+    from ..dsl.render import render_all
+    from .errors import SpecWarning
+
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, *where: Any, **more: Any) -> None:
+            if not isinstance(message, SpecWarning):
+                usual(message, *where, **more)
+            elif not _rank():
+                typer.echo(render_all(message.diagnostics, color=sys.stderr.isatty()), err=True)
+
+        warnings.simplefilter("always", SpecWarning)
+        warnings.showwarning = show
+        yield
+
+
 def _rank() -> int:
     """Which of the processes that torchrun started this is; 0 for one alone."""
     return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
+
+
+def _print(error: Any, form: str) -> None:
+    if not isinstance(error, SpecError):
+        _print_user_error(error, form)
+    elif not _rank():  # what is wrong with a spec is wrong on every rank
+        _print_diagnostics(error, form)
 
 
 def _print_diagnostics(error: SpecError, form: str) -> None:

@@ -202,7 +202,7 @@ def compile(  # noqa: A001
     from ..dsl.layout import layout_of
     from ..dsl.load import load
     from .check import proved
-    from .compile import build, lock_of, write
+    from .compile import build, lock_of, tell, write
     from .paths import split_entry
 
     path, model = split_entry(spec)
@@ -211,6 +211,7 @@ def compile(  # noqa: A001
     laid = layout_of(file, layout) if layout is not None else None
     cut = lock_of(path, target, lock)
     made = build(program, target, laid, cut)
+    tell(made, cut)
     typer.echo(str(write(made, out) / "model.py"))
     if build_kernels:
         kernel_commands.build(made, target, is_tuned=cut is not None, cache=out / ".builds")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,16 @@ from .. import __version__
 from ..codegen.emit import Files, digest, emit
 from ..codegen.lock import BadLock, Lock
 from ..codegen.lock import read as read_lock
+from ..dsl.diagnostics import Diagnostic, Label
 from ..dsl.layout import Layout
 from ..dsl.load import load
 from ..dsl.program import Program
+from ..dsl.source import Source, Span
 from ..lowering.graph import GraphProgram
 from ..lowering.pipeline import lower
 from ..lowering.target import TARGETS, Target
 from .check import proved
-from .errors import UserError
+from .errors import SpecWarning, UserError
 from .interpreted import module_of, plain_module
 from .lib import Model
 from .lib.mesh import Mesh
@@ -60,9 +63,24 @@ def build(
     """Lower a program and write its source; with a layout, that of one rank of its mesh (all ranks run the same).
     `lock`: how kernels are cut (`lock_of`).
 
-    Raises UserError `unknown-target`, `bad-lock`; `SpecError` for a layout that cannot be.
+    Raises UserError `unknown-target`; `SpecError` `bad-lock`, and for a layout that cannot be.
     """
     return emitted(lower(program, layout=layout, target=target_of(target)), lock=lock)
+
+
+def tell(artifact: Artifact, lock: Lock | None = None) -> None:
+    """Warn, as `SpecWarning`, of what works in another way than was asked for: uses of ops that have no kernel, and a
+    lock of kernels that the model does not have."""
+    found = list(artifact.files.without)
+    strangers = lock.unknown(artifact.files.keys.values()) if lock is not None else []
+    if lock is not None and strangers:
+        model = artifact.program.name
+        said = f"{len(strangers)} of {len(lock.kernels)} kernels of this lock are not those of `{model}` as it is now"
+        place = Label(Span(Source(lock.path, ""), 0, 0), ", ".join(dict.fromkeys(strangers)))
+        help = "what the lock does not know is cut as untuned; `heddle tune` measures it again"
+        found.append(Diagnostic("stale-lock", said, place, help=help, severity="warning"))
+    if found:
+        warnings.warn(SpecWarning(found), stacklevel=3)
 
 
 def lock_of(file: Path, target: str, asked: Path | None = None) -> Lock | None:
@@ -90,10 +108,7 @@ def target_of(name: str) -> Target:
 
 def emitted(lowered: GraphProgram, **how: Any) -> Artifact:
     """The artifact of lowered graphs; `how` as of `emit`."""
-    try:
-        files = emit(lowered, __version__, **how)
-    except BadLock as error:
-        raise UserError("bad-lock", str(error), help=error.help or None) from None
+    files = emit(lowered, __version__, **how)
     return Artifact(f"{lowered.program.name}-{digest(files.model, *files.kernels.values())}", files, lowered)
 
 
@@ -199,12 +214,14 @@ def compile(  # noqa: A001 (the public name is heddle.compile)
 
     `model` names one of the file's models (`path` may also be `FILE:MODEL`), `seed` fills its weights, `dtype` casts
     them (fp32, bf16, fp64 or a torch dtype). With `cache`, the source is kept there under the hash of its content.
-    Raises `SpecError`, UserError `unknown-target`, `no-kernels`, `bad-lock`.
+    Raises `SpecError`, UserError `unknown-target`, `no-kernels`, `bad-lock`; warns as `tell` does.
     """
     if target_of(target).kernels and dtype in ("fp64", torch.float64):
         raise UserError("no-kernels", "kernels compute fp32, bf16 and fp16, not fp64", help="target `cpu` does")
     file, model = split_entry(path, model)
-    artifact = build(proved(load(file), model, overrides), target, lock=lock_of(Path(file), target))
+    lock = lock_of(Path(file), target)
+    artifact = build(proved(load(file), model, overrides), target, lock=lock)
+    tell(artifact, lock)
     if cache is not None:
         write(artifact, Path(cache))
     return instantiate(artifact, seed, DTYPES[dtype] if isinstance(dtype, str) else dtype)

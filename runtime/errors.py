@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ..dsl.diagnostics import Diagnostic
+from ..dsl.render import render_all
+
+
+class SpecWarning(UserWarning):
+    """What a user should know about a spec that works. The command line prints it as it prints errors."""
+
+    def __init__(self, diagnostics: Sequence[Diagnostic]):
+        super().__init__(render_all(diagnostics))
+        self.diagnostics = tuple(diagnostics)
+
 
 class UserError(Exception):
     """What the user can mend. `code` is stable and has a page (`heddle explain CODE`); the command line exits with 2.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..dsl.diagnostics import did_you_mean
 from ..dsl.layout import Layout
 from ..dsl.program import Program
-from .compile import target_of
+from .compile import emitted, target_of, tell
 from .errors import UserError
 
 
@@ -23,7 +23,8 @@ def explain_graphs(
     program: Program, after: str | None, layout: Layout | None = None, target: str = "cpu"
 ) -> str:  # fmt: skip
     """The graphs of a model in the notation of specs, behind a pass (the last if not named), and below them what is
-    one kernel. Raises `unknown-pass`, `unknown-target`."""
+    one kernel and what is none. Behind the last, warns of uses of ops that have none as `compile` does.
+    Raises `unknown-pass`, `unknown-target`."""
     from ..lowering.chains.told import told
     from ..lowering.notation import print_graphs
     from ..lowering.pipeline import PASSES, lower
@@ -36,6 +37,8 @@ def explain_graphs(
             help=did_you_mean(after, names, "a pass") or f"passes, in order: {', '.join(names)}",
         )
     graphs = lower(program, after, layout, target_of(target))
+    if graphs.target.kernels and after in (None, names[-1]):
+        tell(emitted(graphs))
     lines = [f"#   {line}" for g in graphs.callees_first() if (found := told(graphs, g))
              for line in (f"of `{g.name}`:", *(f"  {line}" for line in found))]  # fmt: skip
     return print_graphs(graphs) + ("\n# Kernels\n" + "\n".join(lines) + "\n" if lines else "")

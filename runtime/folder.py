@@ -15,7 +15,7 @@ from ..dsl.diagnostics import SpecError
 from ..dsl.load import File, shipped_folder
 from ..dsl.load import load as load_file
 from .check import program_of
-from .compile import build, instantiate
+from .compile import build, instantiate, tell
 from .errors import UserError
 from .lib import Model
 
@@ -109,7 +109,9 @@ def load(
     if not folder.is_dir():
         raise UserError("no-such-file", f"there is no folder `{folder}`")
     file, model, overrides = read_spec(folder)
-    made = instantiate(build(program_of(file, model, {**overrides, **(settings or {})}), target), seed=None)
+    artifact = build(program_of(file, model, {**overrides, **(settings or {})}), target)
+    tell(artifact)
+    made = instantiate(artifact, seed=None)
     take_weights(made, folder)
     if dtype is not None:
         made.cast(DTYPES[dtype] if isinstance(dtype, str) else dtype)

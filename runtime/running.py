@@ -18,7 +18,7 @@ from ..dsl.program import Program
 from ..lowering.passes.stream import require_causal
 from ..lowering.pipeline import lower
 from .check import program_of
-from .compile import Artifact, build, class_of, instantiate, lock_of
+from .compile import Artifact, build, class_of, instantiate, lock_of, tell
 from .data import Packed, open_corpus, open_tokenizer, split
 from .errors import UserError
 from .folder import lend as lend_folders
@@ -67,7 +67,9 @@ def train_model(
     words = open_tokenizer(tokenizer)
     corpus = open_corpus(data, words, vocab=_vocab(program))
     kept, held = split(corpus, held_out) if held_out > 0 else (corpus, None)
-    artifact = build(program, target, laid, lock_of(path, target))
+    lock = lock_of(path, target)
+    artifact = build(program, target, laid, lock)
+    tell(artifact, lock)
     plain = program_of(file, name, overrides) if objective != DEFAULT else program
     judged = build(plain, layout=laid) if plain is not program and plain.objectives else None
     rows = Packed(kept, config.seq, config.seed)

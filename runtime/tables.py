@@ -174,7 +174,8 @@ def print_verified(rows: Sequence[Verified]) -> None:
     console.print(table)
     for row in rows:
         if row.why_not:
-            console.print(f"PyTorch computes {row.why_not} ({row.line})", soft_wrap=True, markup=False)
+            said = f"PyTorch computes `{row.ops[-1]}`: {row.why_not} ({row.line})"
+            console.print(said, soft_wrap=True, markup=False)
 
 
 def print_tuned(found: Sequence[Found]) -> None:

@@ -85,7 +85,7 @@ def _verified(alone: Alone, examples: int, chance: random.Random, device: torch.
     files = emit_block(alone.name, alone.program, __version__)
     result = Verified(alone.name, spec_line(alone.nodes[-1].spans), tuple(n.op for n in alone.nodes), launches=False)
     if not files.kernels:
-        result.why_not = next(iter(files.without.values()), "nothing is saved by one")
+        result.why_not = files.without[0].primary.text if files.without else "nothing is saved by one"
         return result
     kinds = [block_of(alone.name, f) for f in (files, emit_block(plain.name, plain.program, __version__))]
     for i in range(examples):

@@ -1,4 +1,5 @@
-"""What was joined into kernels, by how much it saves, and why it ends where it does: comments below a graph."""
+"""What was joined into kernels, by how much it saves, and why it ends where it does, and what is left to PyTorch:
+comments below a graph."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from .fused import Fused, Part, is_alone, is_fusible, shape_of
 
 
 def told(program: GraphProgram, graph: Graph) -> list[str]:
-    """Lines on the kernels of rows of a graph."""
+    """Lines on the kernels of rows of a graph, and on what has no kernel."""
     lines: list[str] = []
     for fused in program.fused.get(graph.name, ()):
         nodes = [graph.producers[n] for n in fused.nodes]
@@ -21,7 +22,26 @@ def told(program: GraphProgram, graph: Graph) -> list[str]:
             f"{', '.join(fused.inputs)} -> {', '.join(fused.outputs)}{saved}"
         )
         lines += [f"  {line}" for line in dict.fromkeys(_ends(graph, nodes, fused))]
-    return lines
+    return lines + (_left(program, graph) if program.target.kernels else [])
+
+
+def _left(program: GraphProgram, graph: Graph) -> list[str]:
+    """What PyTorch computes and why: ops of rows that are in no kernel, and ops for which none are written. The rooms
+    that write kernels say by themselves which uses have none (`Files.without`)."""
+    joined = {name for f in program.fused.get(graph.name, ()) for name in f.nodes}
+    found: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if node.name not in joined and node.op not in STRUCTURE and not has_part(node.op, "triton"):
+            found.setdefault(_not_fused(graph, node), []).append(f"`{node.op}`")
+    return [f"PyTorch computes {', '.join(dict.fromkeys(ops))}: {why}" for why, ops in found.items()]
+
+
+def _not_fused(graph: Graph, node: Node) -> str:
+    if not has_part(node.op, "chain"):
+        return "no kernels are written for it"
+    if node.attr("recompute"):
+        return "it is made again in the backward pass"
+    return "nothing is saved by one" if is_fusible(graph, node) else "not of real numbers in rows of a known width"
 
 
 def _moved(graph: Graph, nodes: list[Node], fused: Fused) -> tuple[int, int]:

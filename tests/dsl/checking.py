@@ -132,8 +132,8 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def session(text: str) -> str:
-    """Commands as a user types them, each behind `$ `, and what the last one says if it fails; others must succeed.
-    `heddle` runs in this process, anything else in a shell."""
+    """Commands as a user types them, each behind `$ `, and what the last one says if it fails or warns; others must
+    succeed. `heddle` runs in this process, anything else in a shell."""
     from typer.testing import CliRunner
 
     from heddle.runtime.cli import app
@@ -153,6 +153,8 @@ def session(text: str) -> str:
             assert (code, i) == (2, len(commands) - 1), f"`{command}` ends with {code}: {said}"
             said = said[max(said.find("error["), 0) :]
             return "\n".join([*(f"$ {c}" for c in commands), said.rstrip("\n")])
+    if said.startswith("warning["):
+        return "\n".join([*(f"$ {c}" for c in commands), said.rstrip("\n")])
     return "\n".join(f"$ {c}" for c in commands)
 
 

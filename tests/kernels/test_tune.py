@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from heddle.codegen.lock import BadLock, Lock, Tuned, read
 from heddle.codegen.tiles import class_of, constants_of, key_of, with_constants
+from heddle.dsl.diagnostics import SpecError
 from heddle.dsl.load import load_text
 from heddle.lowering.chains import tiles
 from heddle.runtime import tune as tuning
@@ -101,17 +102,49 @@ def test_another_lock_is_refused(tmp_path, change, says):
 def test_a_lock_changes_constants_of_its_kernels_and_no_other_text():
     plain = build(program(), "sm_90").files
     name = next(n for n in plain.kernels if n.endswith("rms_norm"))
-    held = lock(kernels={plain.keys[name]: Tuned(name, {"FWD_BLOCK_R": 2})})
+    held = lock(kernels={plain.keys[name]: Tuned(name, {"FWD_BLOCK_R": 8})})
     files = build(program(), "sm_90", lock=held).files
-    assert files.kernels[name] == with_constants(plain.kernels[name], {"FWD_BLOCK_R": 2}) != plain.kernels[name]
+    assert files.kernels[name] == with_constants(plain.kernels[name], {"FWD_BLOCK_R": 8}) != plain.kernels[name]
     assert files.model == plain.model
     assert all(files.kernels[n] == plain.kernels[n] for n in plain.kernels if n != name)
 
 
 def test_a_kernel_whose_text_has_changed_is_not_in_a_lock_any_more():
     plain = build(program(), "sm_90").files
-    held = lock(kernels={key_of("an older text"): Tuned("rms_norm", {"FWD_BLOCK_R": 2})})
+    held = lock(kernels={key_of("an older text"): Tuned("rms_norm", {"FWD_BLOCK_R": 8})})
     assert build(program(), "sm_90", lock=held).files == plain
+
+
+@pytest.mark.parametrize(
+    ("constants", "says"),
+    [({"C": 8}, "nothing that tuning changes"), ({"FWD_BLOCK_R": 3}, "a size that it cannot have"),
+     ({"FWD_WARPS": 0}, "a size"), ({"FWD_WARPS": "4"}, "a size"), ({"NONE": 1}, "nothing that tuning changes")],
+)  # fmt: skip
+def test_a_lock_that_was_edited_is_refused_with_the_line_of_its_kernel(constants, says):
+    """What it says would be another kernel, or fail inside Triton."""
+    plain = build(program(), "sm_90").files
+    name = next(n for n in plain.kernels if n.endswith("rms_norm"))
+    with pytest.raises(SpecError) as found:
+        build(program(), "sm_90", lock=lock(kernels={plain.keys[name]: Tuned(name, constants)}))
+    (said,) = found.value.diagnostics
+    assert said.code == "bad-lock" and says in said.message and name in said.message
+    assert said.primary.span.text.startswith("rms_norm(") and said.help
+
+
+def test_a_lock_of_another_model_is_told_of(tmp_path):
+    path = tmp_path / "my.spec"
+    path.write_text(SPEC)
+    files = build(program(), "sm_90").files
+    held = {key: Tuned(name, {}) for name, key in files.keys.items()}
+    mine = tmp_path / "my.sm_90.lock"
+    mine.write_text(lock(kernels=held).text())
+    words = ["compile", str(path), "--target", "sm_90", "-o", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, words).stderr == ""
+    said = CliRunner().invoke(app, [*words, "--set", "hidden=24"])
+    changed = {n for n, k in files.keys.items() if k not in build(program_of(load_text(SPEC), overrides={"hidden": 24}), "sm_90").files.keys.values()}
+    assert said.exit_code == 0 and changed
+    assert f"warning[stale-lock]: {len(changed)} of {len(held)} kernels" in said.stderr
+    assert all(name in said.stderr for name in changed)
 
 
 def test_a_lock_beside_the_spec_is_read(tmp_path):
@@ -119,13 +152,13 @@ def test_a_lock_beside_the_spec_is_read(tmp_path):
     path.write_text(SPEC)
     plain = build(program(), "sm_90").files
     name = next(n for n in plain.kernels if n.endswith("rms_norm"))
-    (tmp_path / "my.sm_90.lock").write_text(lock(kernels={plain.keys[name]: Tuned(name, {"FWD_BLOCK_R": 2})}).text())
+    (tmp_path / "my.sm_90.lock").write_text(lock(kernels={plain.keys[name]: Tuned(name, {"FWD_BLOCK_R": 8})}).text())
     outs = [
         CliRunner().invoke(app, ["compile", str(path), "--target", t, "-o", str(tmp_path / "out")]) for t in ("sm_90", "sm_80")
     ]
     texts = [(tmp_path / "out" / o.stdout.strip().split("out/")[1]).parent / "kernels" / f"{name}.py" for o in outs]
-    assert re.search(r"^FWD_BLOCK_R = 2$", texts[0].read_text(), re.M)
-    assert not re.search(r"^FWD_BLOCK_R = 2$", texts[1].read_text(), re.M)
+    assert re.search(r"^FWD_BLOCK_R = 8$", texts[0].read_text(), re.M)
+    assert not re.search(r"^FWD_BLOCK_R = 8$", texts[1].read_text(), re.M)
 
 
 # --- tuning ---------------------------------------------------------------------------------------
