@@ -25,6 +25,7 @@ from ..codegen.tiles import class_of, constants_of, with_constants
 from ..dsl.diagnostics import InternalError
 from ..dsl.program import Program
 from ..lowering.alone import Alone, kernels
+from ..lowering.chains.plan import plan
 from ..lowering.chains.tiles import numerics as numerics_of_chain
 from ..lowering.chains.tiles import tuned as tuned_of_chain
 from ..lowering.ops import has_part, part
@@ -108,7 +109,10 @@ def grid_of(alone: Alone, text: str) -> tuple[dict[str, tuple[Any, ...]], tuple[
     if not alone.program.fused and has_part(last, "triton"):
         room = part(last, "triton")
         return dict(getattr(room, "TUNED", {})), tuple(getattr(room, "NUMERICS", ()))
-    return tuned_of_chain(constants_of(text)), numerics_of_chain(constants_of(text))
+    ((fused,),) = alone.program.fused.values()
+    made = plan(fused.chain)
+    summing = [k.name for k in (made.forward, *made.backward) if k.is_summing]
+    return tuned_of_chain(constants_of(text)), numerics_of_chain(constants_of(text), summing)
 
 
 class _Tuning:

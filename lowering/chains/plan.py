@@ -61,6 +61,11 @@ class Kernel:
         return [s.value for s in self.stores] + [s.value for s in self.sums]
 
     @property
+    def is_summing(self) -> bool:
+        """Whether its results depend on how it is cut: it sums along rows, or over them."""
+        return bool(self.sums) or self.tiles.mode != TILE
+
+    @property
     def dims(self) -> list[str]:
         """Of what it gives."""
         return [s.dims for s in self.stores] + [s.dims for s in self.sums]

@@ -1,11 +1,12 @@
 """How a chain's kernels are cut: whole rows, rows in walks, or tiles; how large, by how many warps and programs.
 
-All of it but what is free (see `Tiles`) changes the order in which sums are made: it belongs to the numerics class.
+Where a kernel sums anything, all of it changes the order: it belongs to the numerics class. How many rows a tile has
+decides how its columns are shared out among threads, so the sum of a row depends on that, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,7 @@ _ELEMENTS = 512  # of a tile, for each warp: 16 a thread, which are two loads of
 
 @dataclass(frozen=True)
 class Tiles:
-    """One kernel's cut. In the numerics class: block_c, warps, programs, block_r where `programs` (a part of a gradient
-    has a row of its block as its own sum). Free: block_r elsewhere."""
+    """One kernel's cut. `programs`: how many share the rows, where each sums its part of a gradient; else 0."""
 
     mode: str
     block_r: int
@@ -70,12 +70,11 @@ def tuned(constants: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def numerics(constants: Mapping[str, Any]) -> tuple[str, ...]:
-    """Those of which results depend to the bit: warps sum a row together, and programs the gradient of a weight."""
-    summed = {name.removesuffix("PROGRAMS") for name in constants if name.endswith("_PROGRAMS")}
-    return tuple(
-        name
-        for name in constants
-        if name.endswith(("_WARPS", "_PROGRAMS", "_BLOCK_C"))
-        or name.endswith("_BLOCK_R") and name.removesuffix("BLOCK_R") in summed
-    )
+def numerics(constants: Mapping[str, Any], summing: Iterable[str]) -> tuple[str, ...]:
+    """Those of which results depend to the bit: of the kernels that sum along a row, or over rows, by name."""
+    first = tuple(f"{name.upper()}_" for name in summing)
+    return tuple(name for name in constants if name.removesuffix(_size_of(name)) in first)
+
+
+def _size_of(name: str) -> str:
+    return next((end for end in ("BLOCK_R", "BLOCK_C", "WARPS", "PROGRAMS") if name.endswith(f"_{end}")), "")

@@ -184,18 +184,6 @@ def one(
     return Case(facts, x, weight, bias, since, before, dy)
 
 
-@pytest.mark.parametrize("facts", FACTS[:2])
-def test_tiles_change_no_bit_but_those_of_their_numerics_class(facts: Facts) -> None:
-    case = one(facts, 5, (2, 1, 2))
-    y, grads = run_kernel(load(facts), case)
-    for other in (replace(facts, rows=4, block_c=16, warps=2, stages=1), replace(facts, back_rows=2)):
-        again, grads_again = run_kernel(load(other), case)
-        assert torch.equal(y, again) and torch.equal(grads[0], grads_again[0])
-        same = all(torch.equal(a, b) for a, b in zip(grads, grads_again))
-        assert same == (other.back_rows == facts.back_rows)
-        check(load(other), case)
-
-
 @settings(max_examples=2)
 @given(cut=st.integers(1, 4), first=st.booleans())
 def test_another_document_and_a_batch_row_change_no_bit(cut: int, first: bool) -> None:

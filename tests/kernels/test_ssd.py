@@ -226,18 +226,6 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor], names: tuple[str, ...] = (
     return [torch.equal(a[name], b[name]) for name in names if name in a]
 
 
-def test_tiles_change_no_bit_but_those_of_their_numerics_class() -> None:
-    facts = replace(FACTS[3], head_dim=17, state=17, sums_block=64)
-    case = one(facts, 17, first_of((3, 14), True))
-    found = run(load(facts), case)
-    free = replace(facts, heads_per_program=2, states_block_p=32, states_warps=8, chunks_stages=1, x_warps=8, step_block_p=32)
-    assert all(equal(found, run(load(free), case)))
-    for other in (replace(facts, chunk=64, x_block_i=32), replace(facts, bc_block_n=64)):
-        again = case._replace(facts=other)
-        assert not all(equal(found, run(load(other), again)))
-        check(load(other), again)
-
-
 def changed(case: Case, rows: slice) -> Case:
     """The case with other values in some rows."""
     more = {}

@@ -253,5 +253,5 @@ def test_each_constant_has_values_that_its_kernel_may_have():
     grid = tiles.tuned(constants_of(text))
     assert {n.split("_", 1)[1] for n in grid} == {"BLOCK_R", "WARPS", "PROGRAMS"}
     assert all(v & (v - 1) == 0 and v != constants_of(text)[n] for n, values in grid.items() for v in values)
-    assert set(tiles.numerics(constants_of(text))) >= {"FWD_WARPS", "BWD_PROGRAMS", "BWD_BLOCK_R"}
-    assert "FWD_BLOCK_R" not in tiles.numerics(constants_of(text))
+    assert tiles.numerics(constants_of(text), ["bwd"]) == ("BWD_BLOCK_R", "BWD_BLOCK_C", "BWD_WARPS", "BWD_PROGRAMS")
+    assert set(tiles.numerics(constants_of(text), ["fwd", "bwd"])) == {n for n in constants_of(text) if "WD_" in n}

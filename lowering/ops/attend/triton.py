@@ -12,11 +12,11 @@ from ...target import Target
 
 MOST_WIDTH = 256
 """Of keys and of values: a tile holds a row of them."""
-# Constants of the file that change the order of a sum, and so its bits: tiles along what is summed, and what spreads a
-# row's weights over warps.
+# Constants of the file that change the order of a sum, and so its bits: tiles along what is summed, what spreads a row's
+# weights over warps, and what decides by which instructions of tensor cores a product is summed.
 NUMERICS = (
-    "FORWARD_M", "FORWARD_N", "FORWARD_WARPS", "GRAD_Q_M", "GRAD_Q_N", "GRAD_Q_WARPS", "GRAD_KV_M",
-    "SPLIT_M", "SPLIT_N", "SPLIT_WARPS", "SPLIT_ROWS", "SPLIT_KEYS",
+    "FORWARD_M", "FORWARD_N", "FORWARD_WARPS", "GRAD_Q_M", "GRAD_Q_N", "GRAD_Q_WARPS", "GRAD_KV_M", "GRAD_KV_N",
+    "GRAD_KV_WARPS", "SPLIT_M", "SPLIT_N", "SPLIT_WARPS", "SPLIT_ROWS", "SPLIT_KEYS",
 )  # fmt: skip
 TUNED = {
     "FORWARD_M": (64, 128), "FORWARD_N": (32, 64, 128), "FORWARD_WARPS": (4, 8), "FORWARD_STAGES": (2, 3, 4),

@@ -11,9 +11,11 @@ MAX_HEAD_DIM, MAX_STATE = 128, 256
 MIN_CHUNK, MAX_CHUNK = 16, 64
 
 
-# Constants of the file that change the order of a sum, and so its bits. All others change only the time it takes.
+# Constants of the file that change the order of a sum, and so its bits: also tiles and warps that decide by which
+# instructions of tensor cores a product is summed. All others change only the time it takes.
 NUMERICS = (
-    "CHUNK", "SUMS_BLOCK", "BC_BLOCK_N", "BC_WARPS", "X_BLOCK_I", "X_WARPS", "STEP_BLOCK_P", "STEP_WARPS",
+    "CHUNK", "SUMS_BLOCK", "STATES_BLOCK_P", "STATES_WARPS", "CHUNKS_WARPS", "BC_BLOCK_N", "BC_WARPS", "X_BLOCK_I",
+    "X_WARPS", "STEP_BLOCK_P", "STEP_WARPS",
 )  # fmt: skip
 TUNED = {
     "CHUNK": (32, 64, 128), "STATES_BLOCK_P": (16, 32, 64), "STATES_WARPS": (4, 8), "STATES_STAGES": (1, 2, 3),
