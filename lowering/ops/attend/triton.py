@@ -12,8 +12,8 @@ from ...target import Target
 
 MOST_WIDTH = 256
 """Of keys and of values: a tile holds a row of them."""
-# Constants of the file that change the order of a sum, and so its bits: tiles along what is summed, what spreads a row's
-# weights over warps, and what decides by which instructions of tensor cores a product is summed.
+# Constants of the file that change the order of a sum, and so its bits: tiles along what is summed, what spreads a
+# row's weights over warps, and what decides by which instructions of tensor cores a product is summed.
 NUMERICS = (
     "FORWARD_M", "FORWARD_N", "FORWARD_WARPS", "GRAD_Q_M", "GRAD_Q_N", "GRAD_Q_WARPS", "GRAD_KV_M", "GRAD_KV_N",
     "GRAD_KV_WARPS", "SPLIT_M", "SPLIT_N", "SPLIT_WARPS", "SPLIT_ROWS", "SPLIT_KEYS",
