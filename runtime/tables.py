@@ -158,20 +158,20 @@ def print_builds(built: Sequence[Built]) -> None:
 
 
 def print_verified(rows: Sequence[Verified]) -> None:
-    """The table of `heddle verify`: the worst draw of each kernel, its error, that of eager PyTorch, and the line."""
+    """What `heddle verify` found: of each kernel the error of its worst draw, that of eager PyTorch, the ratio of both,
+    and the share of the error allowed; below it the draw."""
     console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for title in ("kernel", "draws", "worst of", "error", "eager's", "allowed", ""):
-        table.add_column(title, justify="left" if title in ("kernel", "worst of", "") else "right", overflow="fold")
-    for row in (r for r in rows if not r.why_not):
-        verdict = "holds" if row.holds else "FAILS"
-        if not row.launches:
-            verdict += ", no kernel ran"
-        table.add_row(
-            ", ".join(row.ops), str(row.draws), f"{row.where}: {row.shapes}".replace("[", "\\["), f"{row.error:.1e}",
-            f"{row.eager:.1e}", f"{row.worst:.2f}", verdict,
-        )  # fmt: skip
-    console.print(table)
+    tested = [row for row in rows if not row.why_not]
+    if tested:
+        longest = max(len("kernel"), *(len(", ".join(row.ops)) for row in tested))
+        console.print(f"{'kernel':{longest}}  draws    error  eager's  ratio  of allowed", markup=False)
+    for row in tested:
+        verdict = ("holds" if row.holds else "FAILS") + ("" if row.launches else ", no kernel ran")
+        ratio = f"{row.error / row.eager:.2f}" if row.eager else "-"
+        figures = f"{row.draws:5}  {row.error:7.1e}  {row.eager:7.1e}  {ratio:>5}  {row.worst:10.2f}"
+        console.print(f"{', '.join(row.ops):{longest}}  {figures}  {verdict}", soft_wrap=True, markup=False)
+        where = f"{row.where}, {row.shapes}" if row.where else "exact in every draw"
+        console.print(f"  {where} ({row.line})", soft_wrap=True, markup=False)
     for row in rows:
         if row.why_not:
             said = f"PyTorch computes `{row.ops[-1]}`: {row.why_not} ({row.line})"

@@ -34,7 +34,7 @@ from ..lowering.target import TARGETS, Target
 from .ahead import build
 from .compile import target_of
 from .errors import UserError
-from .verify import DTYPES, Draw, block_of, launched, share
+from .verify import DTYPES, Draw, Expected, block_of, launched
 
 Timer = Callable[[Callable[[], object]], float]
 """Microseconds that a call takes: a median."""
@@ -191,12 +191,11 @@ class _Tuning:
         same = self._is_same_class(candidate)
         for seed in range(3):
             draw = Draw(self.alone, mine, self.dtype, random.Random(seed), self.device)
-            exact, eager, found = (draw.run(k, d) for k, d in (
-                (torchs, torch.float64), (torchs, self.dtype), (mine, self.dtype)))  # fmt: skip
+            found = draw.run(mine, self.dtype)
             if same and any(not torch.equal(found[n], x) for n, x in draw.run(untuned, self.dtype).items()):
                 return "other bits in the same numerics class"
-            for name, want in exact.items():
-                if not share(found[name], want, eager[name], self.dtype, draw.steps)[0] <= 1:
+            for name, one in Expected.of(draw, torchs).judged(found).items():
+                if not one.worst <= 1:
                     return f"{name} is wrong: {draw.shapes}"
         return ""
 

@@ -1,8 +1,8 @@
 """`heddle verify`: the kernels that a spec needs, each against its meaning, on the machine that it is run on.
 
 Each kernel is a block by itself: once as the target has it, once as PyTorch in the same numbers (eager), and once as
-PyTorch in fp64. Its inputs are drawn. Its error may be twice that of eager, and what rounding alone explains; all
-memory that it is given to write to holds NaN before.
+PyTorch in fp64. Its inputs are drawn. Its error is judged by the rule of `judging`, with what roundings in fp32 are
+measured to do to the run in fp64; all memory that it is given to write to holds NaN before.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..lowering.pipeline import lower
 from ..lowering.target import TARGETS
 from .compile import module_class, target_of
 from .errors import UserError
+from .judging import Judged, floor, judged, moved
 from .lib import STATELESS, At
 from .lib import kernels as lib_kernels
 from .lib.kernels import Launch
@@ -91,17 +92,41 @@ def _verified(alone: Alone, examples: int, chance: random.Random, device: torch.
     for i in range(examples):
         name, dtype = list(DTYPES.items())[i % len(DTYPES)]
         draw = Draw(alone, kinds[0], dtype, chance, device)
-        exact, eager = draw.run(kinds[1], torch.float64), draw.run(kinds[1], dtype)
+        expected = Expected.of(draw, kinds[1])
         with lib_kernels.launches() as told, _poisoned():
             found = draw.run(kinds[0], dtype)
         result.launches |= bool(told)
         result.draws += 1
-        for what, want in exact.items():
-            part, error, theirs = share(found[what], want, eager[what], dtype, draw.steps)
-            if not part <= result.worst:
-                result.worst, result.error, result.eager = part, error, theirs
+        for what, one in expected.judged(found).items():
+            if not one.worst <= result.worst:
+                result.worst, result.error, result.eager = one.worst, one.error, one.eager
                 result.where, result.shapes = what, f"{name} {draw.shapes}"
     return result
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a kernel should give for a draw: in fp64, as PyTorch has it in the same numbers, and how far roundings may
+    move it, by the name of a result or gradient."""
+
+    exact: dict[str, Tensor]
+    eager: dict[str, Tensor]
+    moved: dict[str, float]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, draw: Draw, torchs: type[nn.Module]) -> Expected:
+        """By the block `torchs`, which PyTorch computes."""
+        step = draw.ready(torchs, torch.float64)
+        exact = step()
+        return cls(exact, draw.run(torchs, draw.dtype), moved(step, exact), draw.dtype)
+
+    def judged(self, found: dict[str, Tensor]) -> dict[str, Judged]:
+        """What a kernel gave, by the rule of error."""
+        return {
+            name: judged(found[name], want, self.eager[name], floor(want, self.dtype, 0, self.moved[name]))
+            for name, want in self.exact.items()
+        }
 
 
 def block_of(name: str, files: Files) -> type[nn.Module]:
@@ -148,7 +173,6 @@ class Draw:
         named = zip(alone.graph.body.inputs, shapes, strict=True)
         self.shapes = ", ".join(f"{v.name}{list(shape)}" for v, shape in named)
         self.shapes += ", documents" * (document is not None)
-        self.steps = seq + sum(shape[-1] for shape in shapes if shape)
 
     def run(self, kind: type[nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:
         """Results and gradients, of the same numbers in a type."""
@@ -177,11 +201,15 @@ class Draw:
                 drawn = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
                 slopes.extend(d.to(self.dtype).to(self.device, r.dtype) for d, r in zip(drawn, results, strict=True))
             leaves = [*(x for x in inputs if x.requires_grad), *block.parameters()]
-            grads = torch.autograd.grad(results, leaves, slopes, allow_unused=True)
+            # Rows that see nothing may come of no weight and no input.
+            live = [i for i, r in enumerate(results) if r.requires_grad]
+            told = [results[i] for i in live], leaves, [slopes[i] for i in live]
+            grads = torch.autograd.grad(*told, allow_unused=True) if live else [None] * len(leaves)
             named = [f"input {i + 1}" for i, x in enumerate(inputs) if x.requires_grad]
             named += [n for n, _ in block.named_parameters()]
             found = {f"result {i + 1}": r.detach() for i, r in enumerate(results)}
-            return found | {f"gradient of {n}": g for n, g in zip(named, grads, strict=True) if g is not None}
+            given = zip(named, leaves, grads, strict=True)
+            return found | {f"gradient of {n}": torch.zeros_like(x) if g is None else g for n, x, g in given}
 
         return step
 
@@ -210,18 +238,6 @@ def launched(alone: Alone, kind: Any, dtype: torch.dtype, shape: tuple[int, int]
         with lib_kernels.launches() as told:
             draw.run(kind, dtype)
     return told
-
-
-def share(found: Tensor, want: Tensor, eager: Tensor, dtype: torch.dtype, steps: int) -> tuple[float, float, float]:
-    """The error as a share of what is allowed, the error, and eager's; NaN where the result is not finite."""
-    if not want.numel():
-        return 0.0, 0.0, 0.0
-    error = (found.double() - want).abs().max().item()
-    theirs = (eager.double() - want).abs().max().item()
-    size, kind = want.abs().max().item(), torch.finfo(dtype)
-    floor = kind.eps / 2 * size + torch.finfo(torch.float32).eps / 2 * steps * (1 + size)
-    floor += kind.smallest_normal * kind.eps
-    return error / ((2 * theirs if math.isfinite(theirs) else 0.0) + floor), error, theirs
 
 
 @contextmanager

@@ -141,7 +141,7 @@ class MonteCarlo(TorchDispatchMode):
 
     def _signs(self, x: Tensor) -> Tensor:
         """1 or -1 at each place: as far as one rounding goes."""
-        return torch.randint(0, 2, x.shape, generator=self.source, dtype=WIDE) * 2 - 1
+        return (torch.randint(0, 2, x.shape, generator=self.source, dtype=WIDE) * 2 - 1).to(x.device)
 
 
 def _tensors(args: Iterable[Any]) -> list[Tensor]:

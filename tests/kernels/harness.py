@@ -21,6 +21,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from heddle.runtime import judging
 from heddle.runtime.interpreted import module_of
 from heddle.runtime.lib import kernels
 
@@ -98,25 +99,7 @@ def poisoned() -> Iterator[None]:
 
 # --- the rule of error ------------------------------------------------------------------------------------------------
 
-
-def roundoff(dtype: torch.dtype) -> float:
-    """Half the distance of 1 to the next number: what one rounding to this type may lose, relative to the value."""
-    return torch.finfo(dtype).eps / 2
-
-
-def floor(want: Tensor, dtype: torch.dtype, steps: int, own: float | Tensor = 0.0, each: bool = False) -> Tensor:
-    """What the rounding of a result may cost where a room has no error analysis of its own: a tensor like `want`, fp64.
-
-    The store in `dtype`, `u_out max|want|`; `steps` additions in fp32 one after another, `u steps (1 + max|want|)`;
-    what the room says of its own math, `own`; and the smallest subnormal of `dtype`. `each`: by the size of each
-    element instead of the largest, for results that span decades.
-    """
-    want = want.double()
-    finite = torch.where(want.isfinite(), want.abs(), torch.zeros_like(want))
-    size = finite if each or not want.numel() else torch.full_like(want, finite.max().item())
-    single = roundoff(torch.float32)
-    stored = torch.finfo(dtype)
-    return roundoff(dtype) * size + single * steps * (1.0 + size) + own + stored.smallest_normal * stored.eps
+floor, roundoff = judging.floor, judging.roundoff
 
 
 def worst(
@@ -129,21 +112,10 @@ def worst(
     Raises: AssertionError with the worst place. NaN and infinities have to be those of `want`.
     """
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
-    want, found = want.double(), got.detach().double()
-    strange = ~((found.isfinite() == want.isfinite()) & (want.isfinite() | (found == want) | (found.isnan() & want.isnan())))
-    if strange.any():
-        raise AssertionError(f"{what} {_at(strange.double(), found, want)}")
-    if not got.numel():
-        return 0.0
-    allowed = torch.zeros_like(want) + floor
-    if eager is not None and bool((eager.isfinite() | ~want.isfinite()).all()):
-        lost = torch.where(want.isfinite(), (eager.detach().double() - want).abs(), torch.zeros_like(want))
-        allowed = allowed + 2 * (lost if each else lost.max())
-    error = torch.where(want.isfinite(), (found - want).abs(), torch.zeros_like(want))
-    share = torch.where(error == 0, torch.zeros_like(error), error / allowed)
-    if share.max() > 1:
-        raise AssertionError(f"{what} {_at(share, found, want)}: {share.max():.3g} times the error allowed")
-    return share.max().item()
+    found = judging.judged(got, want, eager, floor, each)
+    if not found.worst <= 1:
+        raise AssertionError(f"{what} {_at(found.share, got.detach(), want)}: {found.worst:.3g} times the error allowed")
+    return found.worst
 
 
 def _at(share: Tensor, found: Tensor, want: Tensor) -> str:

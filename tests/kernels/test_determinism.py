@@ -26,7 +26,7 @@ from heddle.lowering.target import TARGETS
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build
 from heddle.runtime.tune import grid_of
-from heddle.runtime.verify import Draw, block_of, share
+from heddle.runtime.verify import Draw, Expected, block_of
 from tests.kernels import harness
 
 # Every template, chains with sums along rows and over rows, one with neither.
@@ -126,12 +126,12 @@ def test_a_constant_that_was_forgotten_would_be_found():
 
 
 def run(name, changed, seed, dtype):
-    """Results and gradients of a kernel cut in another way, beside fp64 and PyTorch."""
-    one, files, plain = kernels()[name]
+    """Results and gradients of a kernel cut in another way, and its draw."""
+    one, files, _ = kernels()[name]
     ((kernel, text),) = files.kernels.items()
     kind = block_of(one.name, replace(files, kernels={kernel: with_constants(text, changed)}))
     draw = Draw(one, kind, dtype, random.Random(seed), torch.device("cpu"), (2, 11))
-    return draw.run(kind, dtype), draw.run(plain, torch.float64), draw.run(plain, dtype), draw.steps
+    return draw.run(kind, dtype), draw
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,14 +144,14 @@ def test_one_class_has_the_same_bits_and_another_is_within_rounding(name, seed):
     there, chance = constants_of(text), random.Random(seed)
     free, other = ({n: chance.choice((*v, there[n])) for n, v in grid.items() if (n in numerics) == classed} for classed in (0, 1))
     assert class_of({**there, **free}, numerics) == class_of(there, numerics)
-    usual, exact, eager, steps = run(name, {}, seed, torch.bfloat16)
+    usual, draw = run(name, {}, seed, torch.bfloat16)
     if free:
         again = run(name, free, seed, torch.bfloat16)[0]
         assert all(torch.equal(again[n], x) for n, x in usual.items()), free
     if other:
         differs = run(name, other, seed, torch.bfloat16)[0]
-        for n, want in exact.items():
-            assert share(differs[n], want, eager[n], torch.bfloat16, steps)[0] <= 1, (other, n)
+        for n, found in Expected.of(draw, kernels()[name][2]).judged(differs).items():
+            assert found.worst <= 1, (other, n)
 
 
 def test_the_gradient_of_a_weight_does_not_depend_on_how_many_rows_add_nothing():

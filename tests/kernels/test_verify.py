@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from heddle.dsl.load import load_text
+from heddle.codegen.emit import emit_block
+from heddle.dsl.load import load, load_text, shipped_folder
+from heddle.lowering import alone as parts
+from heddle.lowering.pipeline import lower
+from heddle.lowering.target import TARGETS
 from heddle.runtime import verify as verifying
 from heddle.runtime.check import program_of
 from heddle.runtime.cli import app
-from heddle.runtime.verify import verify
+from heddle.runtime.verify import Draw, Expected, block_of, verify
 
 SPEC = """
 model made(vocab = 37, hidden = 16, heads = 2):
@@ -23,6 +29,17 @@ model made(vocab = 37, hidden = 16, heads = 2):
     q = linear(y, hidden -> [heads, head_dim = 8])
     o = attend(q, (q, q, window(3)))
     x = x + linear(o, [heads, head_dim] -> hidden)
+    logits = linear(rms_norm(x), hidden -> vocab)
+    return logits
+"""
+
+
+SCAN = """
+model made(vocab = 37, hidden = 16):
+    tokens[batch, seq]: token
+    x = embed(tokens, vocab -> hidden)
+    y = rms_norm(x)
+    x = x + mamba2(y, heads = 2, head_dim = 8, state = 8, groups = 1, chunk = 32)
     logits = linear(rms_norm(x), hidden -> vocab)
     return logits
 """
@@ -100,3 +117,40 @@ def test_the_command_prints_a_table_and_ends_with_what_it_found(tmp_path, plant)
 def test_the_same_draws_give_the_same_numbers():
     assert [r.plain() for r in found(2, seed=3)] == [r.plain() for r in found(2, seed=3)]
     assert [r.worst for r in found(2, seed=3)] != [r.worst for r in found(2, seed=4)]
+
+
+def decaying(old="", new=""):
+    """The worst share of a scan, with a fault in its kernel, whose states decay by e^-128 at some rows, hardly at others:
+    the exponents of a chunk add up to thousands, and rounding them is most of the error."""
+    lowered = lower(program_of(load_text(SCAN)), target=TARGETS["triton"])
+    alone = next(a for a in parts.kernels(lowered) if a.nodes[-1].op == "ssd")
+    files = emit_block(alone.name, alone.program, "0")
+    assert all(old in text for text in files.kernels.values())
+    kind = block_of(alone.name, replace(files, kernels={n: t.replace(old, new) if old else t for n, t in files.kernels.items()}))
+    plain = replace(alone.program, target=TARGETS["cpu"], fused={}, heads={})
+    torchs, worst = block_of(alone.name, emit_block(alone.name, plain, "0")), []
+    for dtype in (torch.bfloat16, torch.float32):
+        draw = Draw(alone, kind, dtype, random.Random(0), torch.device("cpu"), (1, 33))
+        draw.weights["y.A_log"].fill_(math.log(16.0))
+        draw.weights["y.dt_bias"].zero_()
+        large = torch.rand(draw.inputs[1].shape, generator=torch.Generator().manual_seed(0)) < 0.3
+        draw.inputs[1] = torch.where(large, 8.0, -5.0).to(dtype)
+        worst += [one.worst for one in Expected.of(draw, torchs).judged(draw.run(kind, dtype)).values()]
+    return max(worst)
+
+
+def test_strong_decays_are_no_fault_and_hide_none():
+    assert decaying() <= 1
+    assert decaying("tl.minimum(ca[:, None] - ca[None, :], 0.0)", "tl.minimum(ca[:, None] - ca[None, :], -1.0)") > 1
+
+
+def test_rows_that_see_nothing_have_no_gradient_and_are_no_error(monkeypatch):
+    """Attention to chunks that have not begun gives 0 of no input, in a kernel and in PyTorch."""
+    monkeypatch.setattr(verifying, "SIZES", (1, 2))
+    lowered = lower(program_of(load(shipped_folder() / "retro/tiny.spec")), target=TARGETS["triton"])
+    rows = [
+        verifying._verified(a, 2, random.Random(1), torch.device("cpu"))
+        for a in parts.kernels(lowered) if a.nodes[-1].op == "attend"
+    ]  # fmt: skip
+    assert all(row.holds and row.draws == 2 for row in rows)
+    assert any(not row.error for row in rows)
