@@ -70,7 +70,8 @@ def summary(models: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[di
         read = [one.resources for one in found if one.resources]
         cores = sorted({kind for r in read for kind, _ in r.tensor_cores})
         rows.append({
-            "kernel": kernel, "target": target, "builds": len(found), "dots": max(one.dots for one in found),
+            "kernel": kernel, "target": target, "builds": len(found),
+            "products": sorted({kind for one in found for kind, _ in one.products}),
             "registers": max((r.registers for r in read), default=None), "spills": max(map(_spills, found)),
             "shared": max(one.shared for one in found), "limit": found[0].limit, "tensor_cores": cores,
             "wide_loads": min((f"{r.wide_loads}/{r.loads}" for r in read if r.loads), key=_share, default=None),

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -28,9 +27,10 @@ from ..lowering.target import Target
 from .interpreted import module_of
 from .lib.kernels import Launch
 from .machine_code import Resources, resources
+from .products import expected, lost, products
 
 # Of what is kept of a build: a new number where its meaning changes.
-_VERSION = 1
+_VERSION = 2
 # What no build of a kernel that does something is below: a stub that keeps its name only.
 _SMALLEST_BYTES = 2048
 # Columns of tensor memory that one program may have. Source: PTX ISA, tcgen05.alloc.
@@ -42,8 +42,8 @@ class Built:
     """One kernel, built for one target.
 
     `shapes`: its tensors and their sizes, `constants`: what it was specialised by, `options`: warps and stages, each in
-    the order of the kernel's arguments. `shared` and `limit` are bytes of shared memory of one program. `dots` counts
-    the products written in it that tensor cores are for. `seconds` is the time that the build took, when it was made.
+    the order of the kernel's arguments. `shared` and `limit` are bytes of shared memory of one program. `products` counts
+    those written in it that tensor cores are for, by the instruction set that is to compute them. `seconds` is the time that the build took, when it was made.
     `problems` say why it cannot be used: none, and it is sound. Of one `key` there is one build.
     """
 
@@ -56,7 +56,7 @@ class Built:
     seconds: float
     shared: int = 0
     limit: int = 0
-    dots: int = 0
+    products: tuple[tuple[str, int], ...] = ()
     code_bytes: int = 0
     resources: Resources | None = None
     problems: tuple[str, ...] = ()
@@ -165,7 +165,8 @@ def _read(kept: Path) -> dict[str, Any] | None:
         if found is not None:
             cores = tuple((kind, count) for kind, count in found.pop("tensor_cores"))
             figures["resources"] = Resources(**found, tensor_cores=cores)
-        return {**figures, "problems": tuple(figures["problems"])}
+        wanted = tuple((kind, count) for kind, count in figures["products"])
+        return {**figures, "products": wanted, "problems": tuple(figures["problems"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -201,31 +202,26 @@ def _figures(made: _Specialised, target: Target) -> dict[str, Any]:
         }  # fmt: skip
     seconds = time.perf_counter() - begun
     read = resources(binary.kernel)
-    dots = sum(_for_tensor_cores(line) for line in binary.asm["ttir"].splitlines() if "tt.dot" in line)
+    wanted = expected(products(binary.asm["ttir"]), target.capability or 0, made.options.num_warps)
     return {
-        "seconds": round(seconds, 2), "shared": binary.metadata.shared, "dots": dots, "code_bytes": len(binary.kernel),
-        "resources": read,
-        "problems": tuple(_problems(binary.metadata, read, dots, len(binary.kernel), target)),
+        "seconds": round(seconds, 2), "shared": binary.metadata.shared, "products": wanted,
+        "code_bytes": len(binary.kernel), "resources": read,
+        "problems": tuple(_problems(binary.metadata, read, wanted, len(binary.kernel), target)),
     }  # fmt: skip
 
 
-def _problems(metadata: Any, read: Resources, dots: int, code_bytes: int, target: Target) -> Iterator[str]:
+def _problems(
+    metadata: Any, read: Resources, wanted: tuple[tuple[str, int], ...], code_bytes: int, target: Target
+) -> Iterator[str]:
     """Why a build that Triton gave cannot be used."""
     if metadata.shared > target.shared:
         yield f"{metadata.shared:,} bytes of shared memory, and a program on {target.name} has {target.shared:,}"
     columns = getattr(metadata, "tmem_size", None) or 0
     if columns > _TENSOR_MEMORY:
         yield f"{columns} columns of tensor memory, and a program on {target.name} has {_TENSOR_MEMORY}"
-    if dots and not read.tensor_cores:
-        yield f"{dots} products and no instruction of tensor cores"
+    yield from lost(read.tensor_cores, wanted)
     if code_bytes < _SMALLEST_BYTES:
         yield f"{code_bytes} bytes of code: nothing is left of it"
-
-
-def _for_tensor_cores(line: str) -> bool:
-    """Whether a product is one that tensor cores compute: of what is narrower than fp32, or in tf32."""
-    operand = re.search(r"tensor<[0-9x]*x(\w+)>", line)
-    return operand is not None and (operand[1] not in ("f32", "f64") or "tf32" in line)
 
 
 def _first_line(error: Exception, said: list[str]) -> str:

@@ -12,12 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
+from heddle.codegen.tiles import with_constants
 from heddle.lowering.target import TARGETS
 from heddle.runtime import ahead
 from heddle.runtime.ahead import Built, build
 from heddle.runtime.lib import kernels
 from heddle.runtime.lib.kernels import Launch
 from heddle.runtime.machine_code import Resources
+from heddle.runtime.products import Product, expected, lost
 from heddle.runtime.tables import print_builds
 
 from . import harness
@@ -29,7 +31,7 @@ EXPECTED = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 
 
 FIGURES = {
-    "seconds": 0.5, "shared": 16, "dots": 1, "code_bytes": 9000, "problems": ("none",),
+    "seconds": 0.5, "shared": 16, "products": (("mma", 1),), "code_bytes": 9000, "problems": ("none",),
     "resources": Resources(32, 0, 1, 2, (("mma", 4),), 5, 6),
 }  # fmt: skip
 
@@ -65,11 +67,12 @@ def test_a_kernel_with_products_uses_the_tensor_cores_of_its_target(target: Any,
     assert (first.kernel, second.kernel) == ("product_kernel", "row_sum_kernel")
     assert first.problems == second.problems == () and first.target == target.name
     read = first.resources
-    assert read and [kind for kind, _ in read.tensor_cores] == [EXPECTED[target.name]] and first.dots == 1
+    assert read and [kind for kind, _ in read.tensor_cores] == [EXPECTED[target.name]]
+    assert first.products == ((EXPECTED[target.name], 1),)
     assert 32 < read.registers <= 255 and read.spill_loads == read.spill_stores == read.stack_bytes == 0
     assert 0 < first.shared <= first.limit == target.shared and first.code_bytes > 10_000
     assert read.loads == read.wide_loads > 0, "rows of 512 bf16 are loaded 16 bytes at a time"
-    assert second.resources and not second.resources.tensor_cores and second.dots == 0
+    assert second.resources and not second.resources.tensor_cores and second.products == ()
     assert first.shapes == ("a bf16[1024, 512]", "b bf16[512, 512]", "c bf16[1024, 512]")
     assert first.constants == (("BLOCK_M", "64"), ("BLOCK_N", "64"), ("BLOCK_K", "64"))
     assert first.options == (("num_warps", 4), ("num_stages", 3))
@@ -153,18 +156,41 @@ def test_products_outside_of_tensor_cores_are_told(cache: Path) -> None:
     exact = harness.plant(PRODUCT, "tl.trans(b), acc)", 'tl.trans(b), acc, input_precision="ieee")')
     exact = harness.plant(exact, "BLOCK_M = 64\nBLOCK_N = 64\nBLOCK_K = 64", "BLOCK_M = 16\nBLOCK_N = 16\nBLOCK_K = 16")
     first = build(product(exact, torch.float32), TARGETS["sm_90"], cache)[0]
-    assert first.dots == 0 and not first.problems and first.resources and not first.resources.tensor_cores
+    assert first.products == () and not first.problems and first.resources and not first.resources.tensor_cores
     in_tf32 = exact.replace('"ieee"', '"tf32"')
     second = build(product(in_tf32, torch.float32), TARGETS["sm_90"], cache)[0]
-    assert second.dots == 1 and not second.problems and second.resources and second.resources.tensor_cores
+    assert second.products == (("mma", 1),) and not second.problems and second.resources and second.resources.tensor_cores
     sound = SimpleNamespace(shared=0)
-    (problem,) = ahead._problems(sound, first.resources, 1, first.code_bytes, TARGETS["sm_90"])
-    assert problem == "1 products and no instruction of tensor cores"
-    assert not [*ahead._problems(sound, first.resources, 0, first.code_bytes, TARGETS["sm_90"])]
-    (problem,) = ahead._problems(SimpleNamespace(shared=0, tmem_size=1024), second.resources, 1, 9000, TARGETS["sm_100"])
+    (problem,) = ahead._problems(sound, first.resources, (("mma", 1),), first.code_bytes, TARGETS["sm_90"])
+    assert problem == "products for mma: 1, and its instructions: 0"
+    assert not [*ahead._problems(sound, first.resources, (), first.code_bytes, TARGETS["sm_90"])]
+    large = SimpleNamespace(shared=0, tmem_size=1024)
+    (problem,) = ahead._problems(large, second.resources, (("mma", 1),), 9000, TARGETS["sm_100"])
     assert problem == "1024 columns of tensor memory, and a program on sm_100 has 512"
-    (problem,) = ahead._problems(sound, first.resources, 0, 500, TARGETS["sm_90"])
+    (problem,) = ahead._problems(sound, first.resources, (), 500, TARGETS["sm_90"])
     assert problem == "500 bytes of code: nothing is left of it"
+
+
+@pytest.mark.parametrize(("target", "rows", "warps", "wanted"), [
+    ("sm_100", 128, 8, "tcgen05"), ("sm_90", 32, 4, "mma"), ("sm_100", 32, 4, "mma"), ("sm_90", 64, 2, "mma"),
+    ("sm_100", 64, 16, "mma"),
+])  # fmt: skip
+def test_the_shape_of_a_product_says_what_computes_it(target: str, rows: int, warps: int, wanted: str, cache: Path) -> None:
+    """As Triton chooses: what it is to become is worked out from its shape, and is what it becomes."""
+    of = with_constants(PRODUCT, {"BLOCK_M": rows, "WARPS": warps})
+    first = build(product(of), TARGETS[target], cache)[0]
+    assert first.products == ((wanted, 1),) and not first.problems
+    assert first.resources and [kind for kind, _ in first.resources.tensor_cores] == [wanted]
+
+
+def test_products_that_came_down_to_single_warps_are_a_problem() -> None:
+    """`wgmma` is lost where Triton takes `mma` although the product is large enough; `mma` beside it does not hide that."""
+    large, small, exact = (Product(m, 64, 64, bits, bits == 32) for m, bits in ((64, 16), (16, 16), (64, 32)))
+    wanted = expected([large, small, exact], 90, 4)
+    assert wanted == (("mma", 1), ("wgmma", 1)) and expected([exact], 90, 4) == ()
+    assert lost((("mma", 8), ("wgmma", 2)), wanted) == []
+    assert lost((("mma", 16),), wanted) == ["products for wgmma: 1, and its instructions: 0"]
+    assert expected([large._replace(k=8)], 90, 4) == expected([large._replace(n=4)], 100, 4) == (("mma", 1),)
 
 
 def test_spills_are_counted(cache: Path) -> None:

@@ -96,7 +96,7 @@ def compiled(folder: Path, *words: str) -> Result:
 
 
 def figures(*problems: str) -> dict[str, object]:
-    return {"seconds": 0.5, "shared": 16, "dots": 0, "code_bytes": 9000, "resources": None, "problems": problems}
+    return {"seconds": 0.5, "shared": 16, "products": (), "code_bytes": 9000, "resources": None, "problems": problems}
 
 
 @pytest.fixture

@@ -25,6 +25,10 @@ TUNED = {
 }  # fmt: skip
 
 
+Shape = tuple[int, int, int]
+"""A tile's side, warps, stages."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What one file is made of: heads of a group, head_dim, state; then the tiles, warps and stages of its kernels.
@@ -32,6 +36,7 @@ class Facts:
     chunk: rows that are one product; heads_per_program: of a group, with one product of c and b
     bc_block_n, x_block_i: columns of a state and receiving rows of a program, in the backward pass
     states_block_p, step_block_p: columns of a head_dim of a program; sums_block: rows summed at once
+    full_states, full_bc, full_x: of fp32, the tile, warps and stages of a kernel, where they are not those of two bytes
     """
 
     per_group: int
@@ -53,6 +58,9 @@ class Facts:
     x_stages: int = 2
     step_block_p: int = 16
     step_warps: int = 4
+    full_states: Shape | None = None
+    full_bc: Shape | None = None
+    full_x: Shape | None = None
 
     @property
     def block_p(self) -> int:
@@ -66,7 +74,12 @@ class Facts:
 
     def rendered(self) -> dict[str, Any]:
         """What the template reads."""
-        return {**asdict(self), "block_p": self.block_p, "block_n": self.block_n}
+        full = {
+            "full_states": self.full_states or (self.states_block_p, self.states_warps, self.states_stages),
+            "full_bc": self.full_bc or (self.bc_block_n, self.bc_warps, self.bc_stages),
+            "full_x": self.full_x or (self.x_block_i, self.x_warps, self.x_stages),
+        }  # fmt: skip
+        return {**asdict(self), **full, "block_p": self.block_p, "block_n": self.block_n}
 
 
 def block(size: int) -> int:
@@ -93,7 +106,15 @@ def facts(per_group: int, head_dim: int, state: int, chunk: int, target: Any) ->
     tiles["x_block_i"] = min(tiles["x_block_i"], rows)
     tiles["states_block_p"] = min(64, block(head_dim))
     tiles["states_warps"] = 8 if long else 4
-    return Facts(per_group, head_dim, state, rows, heads_per_program=heads, **tiles)
+    # In fp32 each operand is two, of which a thread holds the parts. What warps share out is least where there are 8.
+    # Of the sm_90's 5 kernels with products, three spill: 64 loads of `bwd_bc`, 58 of `bwd_x`, 116 of `chunks`. Chunks
+    # of 16 rows would spill nothing, and write and read twice as many states, which takes longer than spilling does.
+    states_p = tiles["states_block_p"] if recent else min(32, block(head_dim))
+    full = {
+        "full_states": (states_p, tiles["states_warps"], 2), "full_bc": (min(64, block(state)), 8, 2),
+        "full_x": (min(16, rows), 8, 2),
+    }  # fmt: skip
+    return Facts(per_group, head_dim, state, rows, heads_per_program=heads, **tiles, **full)
 
 
 def kernel(use: Any, target: Any) -> Facts | None:
