@@ -26,7 +26,7 @@ SPLIT_M, SPLIT_N, SPLIT_WARPS, SPLIT_STAGES = 16, 64, 4, 3
 SPLIT_ROWS, SPLIT_KEYS = 64, 512
 # By the bytes of an element: fp32 takes twice the room, and is not what is tuned.
 FORWARD = {2: (FORWARD_M, FORWARD_N, FORWARD_WARPS, FORWARD_STAGES), 4: (16, 32, 8, 2)}
-GRAD_Q = {2: (GRAD_Q_M, GRAD_Q_N, GRAD_Q_WARPS, GRAD_Q_STAGES), 4: (32, 32, 4, 2)}
+GRAD_Q = {2: (GRAD_Q_M, GRAD_Q_N, GRAD_Q_WARPS, GRAD_Q_STAGES), 4: (32, 32, 8, 2)}
 GRAD_KV = {2: (GRAD_KV_M, GRAD_KV_N, GRAD_KV_WARPS, GRAD_KV_STAGES), 4: (32, 32, 4, 2)}
 SPLIT = {2: (SPLIT_M, SPLIT_N, SPLIT_WARPS, SPLIT_STAGES), 4: (16, 32, 8, 2)}
 
@@ -657,6 +657,7 @@ attend_forward.register_autograd(_pull_back, setup_context=_save)
 def attend(q, *sources, scale):
     """q [b, t, heads, 128], each source a `sources.Read` -> o [b, t, heads, 128].
 
+    fp32 is multiplied as IEEE 754 says, without tensor cores, also where torch may use TF32.
     Raises TypeError for other dtypes than fp32, bf16 and fp16 (all tensors share one), ValueError for other sizes.
     """
     kernels.floats(q)

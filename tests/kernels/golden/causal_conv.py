@@ -16,7 +16,7 @@ from heddle.runtime.lib import kernels
 
 # Channels of a program; its rows, forward and backward. Gradients of weights are first summed over BACK_ROWS.
 BLOCK_C, ROWS, BACK_ROWS = 512, 64, 128
-WARPS, STAGES = 4, 4
+WARPS, STAGES = 2, 4
 WIDTHS = (8192, 1024, 1024)
 BLOCKS = sum(triton.cdiv(width, BLOCK_C) for width in WIDTHS)
 

@@ -35,6 +35,12 @@ HEADS, CHUNKS_WARPS, CHUNKS_STAGES = 8, 8, 2
 BC_BLOCK_N, BC_WARPS, BC_STAGES = 64, 8, 2
 X_BLOCK_I, X_WARPS, X_STAGES = 32, 4, 2
 STEP_BLOCK_P, STEP_WARPS = 16, 4
+# By the bytes of an element: fp32 takes twice the room, and is not what is tuned.
+STATES = {2: (STATES_BLOCK_P, STATES_WARPS, STATES_STAGES), 4: (64, 4, 2)}
+BC = {2: (BC_BLOCK_N, BC_WARPS, BC_STAGES), 4: (64, 8, 2)}
+X = {2: (X_BLOCK_I, X_WARPS, X_STAGES), 4: (16, 8, 2)}
+# Registers of a thread: fp32 needs all. Left free, the assembler may take 32 and keep the rest in memory.
+REGISTERS = {2: None, 4: 255}
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -407,11 +413,12 @@ def walk(
     )
     states = kernels.empty((batch, triton.cdiv(rows, chunk), heads, 64, 128), u)
     final = kernels.empty((batch, heads, 64, 128), u, torch.float32)
+    block_p, warps, stages = STATES[u.element_size()]
     kernels.launch(
-        ssd_states_kernel, (heads, triton.cdiv(64, STATES_BLOCK_P), batch),
+        ssd_states_kernel, (heads, triton.cdiv(64, block_p), batch),
         u, *u.stride()[:3], d, ca, b, *b.stride()[:3], first, state, states, final, rows, heads,
-        PER_GROUP=16, P=64, N=128, CHUNK=chunk, BLOCK_P=STATES_BLOCK_P, BLOCK_N=128,
-        num_warps=STATES_WARPS, num_stages=STATES_STAGES,
+        PER_GROUP=16, P=64, N=128, CHUNK=chunk, BLOCK_P=block_p, BLOCK_N=128,
+        num_warps=warps, num_stages=stages, maxnreg=REGISTERS[u.element_size()],
     )
     return d, ca, states, final
 
@@ -430,7 +437,7 @@ def ssd_fwd(
         ssd_chunks_kernel, (states.shape[1], heads // HEADS, batch),
         u, *u.stride()[:3], d, ca, b, *b.stride()[:3], c, *c.stride()[:3], D, first, states, y, rows, heads,
         PER_GROUP=16, HEADS=HEADS, P=64, N=128, CHUNK=chunk, BLOCK_P=64, BLOCK_N=128,
-        num_warps=CHUNKS_WARPS, num_stages=CHUNKS_STAGES,
+        num_warps=CHUNKS_WARPS, num_stages=CHUNKS_STAGES, maxnreg=REGISTERS[u.element_size()],
     )
     return y, final
 
@@ -445,30 +452,33 @@ def ssd_bwd(
     (batch, rows, heads, _), chunk = u.shape, chunk_of(u)
     d, ca, states, _ = walk(u, dt, b, A_log, dt_bias, first, state)
     z, d_state = kernels.empty(states.shape, states), kernels.empty(d_final.shape, d_final)
+    block_p, warps, stages = STATES[u.element_size()]
     kernels.launch(
-        ssd_bwd_states_kernel, (heads, triton.cdiv(64, STATES_BLOCK_P), batch),
+        ssd_bwd_states_kernel, (heads, triton.cdiv(64, block_p), batch),
         g, d, ca, c, *c.stride()[:3], first, d_final, z, d_state, rows, heads,
-        PER_GROUP=16, P=64, N=128, CHUNK=chunk, BLOCK_P=STATES_BLOCK_P, BLOCK_N=128,
-        num_warps=STATES_WARPS, num_stages=STATES_STAGES,
+        PER_GROUP=16, P=64, N=128, CHUNK=chunk, BLOCK_P=block_p, BLOCK_N=128,
+        num_warps=warps, num_stages=stages, maxnreg=REGISTERS[u.element_size()],
     )
-    tiles = triton.cdiv(128, BC_BLOCK_N)
+    block_n, warps, stages = BC[u.element_size()]
+    tiles = triton.cdiv(128, block_n)
     d_b, d_c = kernels.empty(b.shape, b), kernels.empty(c.shape, c)
     got, given = (kernels.empty((tiles, batch, heads, rows), u, torch.float32) for _ in range(2))
     kernels.launch(
         ssd_bwd_bc_kernel, (states.shape[1], b.shape[2] * tiles, batch),
         u, *u.stride()[:3], g, d, ca, b, *b.stride()[:3], c, *c.stride()[:3], first, states, z,
         d_b, d_c, got, given, rows, heads,
-        PER_GROUP=16, TILES=tiles, P=64, N=128, CHUNK=chunk, BLOCK_P=64, BLOCK_N=BC_BLOCK_N,
-        num_warps=BC_WARPS, num_stages=BC_STAGES,
+        PER_GROUP=16, TILES=tiles, P=64, N=128, CHUNK=chunk, BLOCK_P=64, BLOCK_N=block_n,
+        num_warps=warps, num_stages=stages, maxnreg=REGISTERS[u.element_size()],
     )
     d_u, d_dt = kernels.empty(u.shape, u), kernels.empty(dt.shape, dt)
     parts = kernels.empty((3, batch, heads, rows), u, torch.float32)
+    block_i, warps, stages = X[u.element_size()]
     kernels.launch(
         ssd_bwd_x_kernel, (states.shape[1] * heads, batch),
         u, *u.stride()[:3], g, dt, *dt.stride(), d, ca, b, *b.stride()[:3], c, *c.stride()[:3], A_log, D, dt_bias, first, z,
         got, given, d_u, d_dt, parts, rows, heads,
-        PER_GROUP=16, TILES=tiles, P=64, N=128, CHUNK=chunk, BLOCK_I=min(X_BLOCK_I, chunk),
-        BLOCK_P=64, BLOCK_N=128, num_warps=X_WARPS, num_stages=X_STAGES,
+        PER_GROUP=16, TILES=tiles, P=64, N=128, CHUNK=chunk, BLOCK_I=min(block_i, chunk),
+        BLOCK_P=64, BLOCK_N=128, num_warps=warps, num_stages=stages, maxnreg=REGISTERS[u.element_size()],
     )
     sums = kernels.empty((3, heads), u, torch.float32)
     kernels.launch(ssd_bwd_sums_kernel, (heads, 3), parts, sums, batch, rows, heads, SUMS_BLOCK=SUMS_BLOCK)
