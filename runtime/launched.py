@@ -26,8 +26,8 @@ from .shorter import shorten
 
 def launched(artifact: Artifact, feed: Feed | None = None, precision: str = "bf16") -> list[Launch]:
     """The launches of the losses and gradients of one micro-batch, then of a prompt and of one token more, those of two
-    of all blocks that are alike; what is launched twice alike may be there once. What the model has not is left out: an
-    objective, or decoding.
+    of all blocks that are alike; what is launched twice alike may be there once. A model without an objective has the
+    gradients of its result, and one that does not decode has no prompt.
 
     Sizes that `feed` says are arguments of kernels: that they are multiples of 16, or 1, is all that a build knows.
     Raises ValueError for a pipeline, and `InternalError` where what is launched depends on numbers of a real run.
@@ -40,8 +40,8 @@ def launched(artifact: Artifact, feed: Feed | None = None, precision: str = "bf1
         if artifact.program.objectives:
             losses = model.losses(tokens, document, gathered=Gathered(), **given)
             torch.stack(list(losses.values())).sum().backward()
-        else:
-            model(tokens, document, **given)
+        else:  # what trains it stands outside of the spec
+            model(tokens, document, **given).sum().backward()
         if model.late is None and tokens.dim() == 2:
             _decode(model.eval(), artifact, feed)
     return told
