@@ -44,7 +44,8 @@ class Built:
     `shapes`: its tensors and their sizes, `constants`: what it was specialised by, `options`: warps and stages, each in
     the order of the kernel's arguments. `shared` and `limit` are bytes of shared memory of one program. `products` are
     those written in it that tensor cores are for, counted by the instruction set that is to compute them. `seconds` is
-    the time that the build took, when it was made. `problems` say why it cannot be used: none, and it is sound. Of one `key` there is one build.
+    the time that the build took, when it was made. `problems` say why it cannot be used: none, and it is sound. Of one
+    `key` there is one build.
     """
 
     kernel: str

@@ -175,9 +175,9 @@ _WITH_BIAS = {
     100: ((128, 64, 8, 3), (64, 32, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
 }
 _WIDE_WITH_BIAS = ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2))
-# fp32 is multiplied as IEEE 754 says, without tensor cores, whatever torch is allowed (`allow_tf32`): what a kernel gives
-# is a fact of its file. No registers are spilled to 128 wide, but 11 loads of q's gradient where scores have biases;
-# to 256 forward 8, q's gradient 198.
+# fp32 is multiplied as IEEE 754 says, without tensor cores, whatever torch is allowed (`allow_tf32`): what a kernel
+# gives is a fact of its file. To 128 wide at most 2 registers are spilled, or 11 of q's gradient where scores have
+# biases; to 256, on sm_90, none forward and 198 of q's gradient.
 _FULL = {
     128: ((16, 32, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2), (16, 32, 8, 2)),
     256: ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # What one program holds whole: a head_dim and a state. Beyond them a tile of the state no longer fits.
@@ -106,15 +106,16 @@ def facts(per_group: int, head_dim: int, state: int, chunk: int, target: Any) ->
     tiles["x_block_i"] = min(tiles["x_block_i"], rows)
     tiles["states_block_p"] = min(64, block(head_dim))
     tiles["states_warps"] = 8 if long else 4
-    # In fp32 each operand is two, of which a thread holds the parts. What warps share out is least where there are 8.
-    # Of the sm_90's 5 kernels with products, three spill: 64 loads of `bwd_bc`, 58 of `bwd_x`, 116 of `chunks`. Chunks
-    # of 16 rows would spill nothing, and write and read twice as many states, which takes longer than spilling does.
+    # In fp32 each operand is two, of which a thread holds parts; warps share them, so there are 8. Some are spilled all
+    # the same, on sm_90 by head_dims of 64 and states of 128: 64 loads of `bwd_bc`, 58 of `bwd_x`, 116 of `chunks`; by
+    # larger ones more. Chunks of 16 rows would spill none, and write and read twice as many states, which is slower.
     states_p = tiles["states_block_p"] if recent else min(32, block(head_dim))
-    full = {
-        "full_states": (states_p, tiles["states_warps"], 2), "full_bc": (min(64, block(state)), 8, 2),
-        "full_x": (min(16, rows), 8, 2),
-    }  # fmt: skip
-    return Facts(per_group, head_dim, state, rows, heads_per_program=heads, **tiles, **full)
+    return replace(
+        Facts(per_group, head_dim, state, rows, heads_per_program=heads),
+        **tiles,
+        full_states=(states_p, tiles["states_warps"], 2), full_bc=(min(64, block(state)), 8, 2),
+        full_x=(min(16, rows), 8, 2),
+    )  # fmt: skip
 
 
 def kernel(use: Any, target: Any) -> Facts | None:
