@@ -10,7 +10,7 @@ TESTS ?= tests
 ROUNDS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu soak soak-layouts check bench bench-gpu bench-programs bench-layouts build-all clean
+.PHONY: help env demo test test-gpu soak soak-layouts check bench bench-gpu bench-gpu-programs bench-programs bench-layouts build-all clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; \
@@ -42,8 +42,10 @@ check: $(READY)  ## what needs no running: ruff and mypy
 bench: $(READY)  ## time Heddle and transformers on this CPU, the same weights
 	$(BIN)/python benchmarks/cpu.py
 
-bench-gpu: $(READY)  ## the same on this GPU; its kernels one by one; long sequences and retrieval there, which train longer
-	$(BIN)/python -m heddle.benchmarks.kernels --json benchmarks/results/kernels.json
+bench-gpu: $(READY)  ## on this GPU: kernels and whole models, line by line, against peers; ARGS="--minutes 10" for a part
+	$(BIN)/python -m heddle.benchmarks.gpu $(ARGS)
+
+bench-gpu-programs: $(READY)  ## on this GPU: what `make bench` runs; long sequences and retrieval, which train longer there
 	$(BIN)/python benchmarks/cpu.py --device cuda --json benchmarks/results/gpu.json
 	$(BIN)/python -m heddle.benchmarks.long_context --device cuda --no-loss --scores 16384 \
 		--json benchmarks/results/long_context_gpu.json

@@ -4,7 +4,7 @@ A 17 M hybrid (hidden 512, eight layers) runs forward, a training step (fp32, an
 greedy decoding on both sides (bf16 compute is autocast on theirs). Ratios are transformers' time over ours, pair by
 pair; printed are median, minimum and maximum. On a GPU theirs runs without the kernels of mamba-ssm, as it does where
 these are not installed.
-Run by `make bench`, on a GPU by `make bench-gpu`; `--json FILE` also writes the numbers.
+Run by `make bench`, on a GPU by `make bench-gpu-programs`; `--json FILE` also writes the numbers.
 """
 
 from __future__ import annotations

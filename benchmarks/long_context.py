@@ -7,7 +7,7 @@ that live at once, as torch's allocator tells them, beyond weights: of that pass
 the allocator has not given back. Full attention is run by the library's kernel, which keeps no scores, and up to
 `--scores` tokens also in the form that keeps them, as the paper's peer did. The state of decoding is what the compiled
 model keeps.
-Run by `make bench-programs`, on a GPU by `make bench-gpu`; `--json FILE` also writes the numbers.
+Run by `make bench-programs`, on a GPU by `make bench-gpu-programs`; `--json FILE` also writes the numbers.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ held out, and look up neighbours in the same index. The side without is the same
 decoder alone. Same bytes, steps and seeds on both sides; the gain is told seed by seed.
 Coverage says how much there is to gain: of the 8-byte runs of what follows a chunk of the held-out files, how many
 stand in its neighbours and not in its own row before, against as many chunks taken at random.
-Run by `make bench-programs`, on a GPU by `make bench-gpu`; `--json FILE` also writes the numbers.
+Run by `make bench-programs`, on a GPU by `make bench-gpu-programs`; `--json FILE` also writes the numbers.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,14 +140,14 @@ class Draw:
 
     def __init__(
         self, alone: Alone, kind: Any, dtype: torch.dtype, chance: random.Random, device: torch.device,
-        shape: tuple[int, int] | None = None,
+        shape: tuple[int, int] | None = None, document: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """`shape`: the rows of a batch and their tokens, where these are not drawn, and are one document each."""
+        """`shape`: the rows of a batch and their tokens, where these are not drawn; `document` numbers the documents of
+        each, int64 of that shape, None where it is one."""
         self.dtype, self.device = dtype, device
         generator = torch.Generator().manual_seed(chance.getrandbits(40))
         rows, seq = chance.choice((1, 2, 3)), chance.choice(SIZES + MORE_SIZES * (device.type == "cuda"))
         rows, seq = shape or (rows, seq)
-        document = None
         if chance.random() < 0.5 and shape is None:
             document = torch.randint(0, 4, (rows, seq), generator=generator).sort(1).values
         self.at = lambda: At((rows, seq), device, document=None if document is None else document.to(device))
@@ -178,9 +178,7 @@ class Draw:
         """Results and gradients, of the same numbers in a type."""
         return self.ready(kind, dtype)()
 
-    def ready(
-        self, kind: type[nn.Module], dtype: torch.dtype, compiled: bool = False
-    ) -> Callable[[], dict[str, Tensor]]:
+    def ready(self, kind: type[nn.Module], dtype: torch.dtype, compiled: bool = False) -> Step:
         """A forward and backward pass, with all that it needs made before; `compiled`: by `torch.compile`."""
         block: Any = kind().to(self.device)
         with torch.no_grad():
@@ -189,29 +187,7 @@ class Draw:
         inputs = [
             self._laid(x.to(dtype)).requires_grad_() if x.is_floating_point() else x.clone() for x in self.inputs
         ]
-        at = self.at()
-        forward = torch.compile(block) if compiled else block
-        slopes: list[Tensor] = []
-
-        def step() -> dict[str, Tensor]:
-            results = forward(*inputs, at, STATELESS)
-            results = results if isinstance(results, tuple) else (results,)
-            if not slopes:
-                generator = torch.Generator().manual_seed(self.seed)
-                drawn = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
-                slopes.extend(d.to(self.dtype).to(self.device, r.dtype) for d, r in zip(drawn, results, strict=True))
-            leaves = [*(x for x in inputs if x.requires_grad), *block.parameters()]
-            # Rows that see nothing may come of no weight and no input.
-            live = [i for i, r in enumerate(results) if r.requires_grad]
-            told = [results[i] for i in live], leaves, [slopes[i] for i in live]
-            grads = torch.autograd.grad(*told, allow_unused=True) if live else [None] * len(leaves)
-            named = [f"input {i + 1}" for i, x in enumerate(inputs) if x.requires_grad]
-            named += [n for n, _ in block.named_parameters()]
-            found = {f"result {i + 1}": r.detach() for i, r in enumerate(results)}
-            given = zip(named, leaves, grads, strict=True)
-            return found | {f"gradient of {n}": torch.zeros_like(x) if g is None else g for n, x, g in given}
-
-        return step
+        return Step(self, block, inputs, torch.compile(block) if compiled else block)
 
     def _laid(self, x: Tensor) -> Tensor:
         if not self.wide or not x.dim():
@@ -219,6 +195,40 @@ class Draw:
         wider = torch.zeros(*x.shape[:-1], x.shape[-1] + 8, dtype=x.dtype, device=x.device)
         wider[..., : x.shape[-1]] = x
         return wider[..., : x.shape[-1]].detach()
+
+
+class Step:
+    """A forward and backward pass of a block; `slopes` are the cotangents, drawn by the first backward pass."""
+
+    def __init__(self, draw: Draw, block: nn.Module, inputs: list[Tensor], forward: Any) -> None:
+        self.draw, self.block, self.inputs, self.at = draw, block, inputs, draw.at()
+        self._forward = forward
+        self.slopes: list[Tensor] = []
+
+    def __call__(self) -> dict[str, Tensor]:
+        """Results and gradients by name."""
+        return self.backward(self.forward())
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """The results."""
+        results = self._forward(*self.inputs, self.at, STATELESS)
+        return results if isinstance(results, tuple) else (results,)
+
+    def backward(self, results: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The results by name, and the gradients of all that has one."""
+        if not self.slopes:
+            generator, draw = torch.Generator().manual_seed(self.draw.seed), self.draw
+            drawn = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+            self.slopes = [d.to(draw.dtype).to(draw.device, r.dtype) for d, r in zip(drawn, results, strict=True)]
+        leaves = {f"input {i + 1}": x for i, x in enumerate(self.inputs) if x.requires_grad}
+        leaves |= dict(self.block.named_parameters())
+        # Rows that see nothing may come of no weight and no input.
+        live = [i for i, r in enumerate(results) if r.requires_grad]
+        told = [results[i] for i in live], list(leaves.values()), [self.slopes[i] for i in live]
+        grads = torch.autograd.grad(*told, allow_unused=True) if live else [None] * len(leaves)
+        found = {f"result {i + 1}": r.detach() for i, r in enumerate(results)}
+        given = zip(leaves.items(), grads, strict=True)
+        return found | {f"gradient of {n}": torch.zeros_like(x) if g is None else g for (n, x), g in given}
 
 
 def _places(alone: Alone, value: str) -> tuple[int, int]:
@@ -231,10 +241,12 @@ def _places(alone: Alone, value: str) -> tuple[int, int]:
     return low, max(sizes)
 
 
-def launched(alone: Alone, kind: Any, dtype: torch.dtype, shape: tuple[int, int]) -> list[Launch]:
+def launched(
+    alone: Alone, kind: Any, dtype: torch.dtype, shape: tuple[int, int], document: Tensor | None = None
+) -> list[Launch]:
     """What a block launches on rows of `shape`, forward and backward, run without numbers and without a GPU."""
     with uncompiled(), Hollow(1.0):
-        draw = Draw(alone, kind, dtype, random.Random(0), torch.device("cpu"), shape)
+        draw = Draw(alone, kind, dtype, random.Random(0), torch.device("cpu"), shape, document)
         with lib_kernels.launches() as told:
             draw.run(kind, dtype)
     return told

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +32,12 @@ class _Dry(threading.local):
 
 
 class _Watch:
-    """What happens to launches besides: whether they are left out, and who is told of each."""
+    """What happens to launches besides: whether they are left out, and who is told of each; and the bodies of ops by
+    their names in torch."""
 
     dry = _Dry()
     told: list[Launch] | None = None
+    bodies: ClassVar[dict[str, Callable[..., Any]]] = {}
 
 
 def op(module: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -47,18 +49,31 @@ def op(module: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]
 
     def register(body: Callable[..., Any]) -> Any:
         def fake(*args: Any, **more: Any) -> Any:
-            _Watch.dry.depth += 1
-            try:
+            with unlaunched():
                 return body(*args, **more)
-            finally:
-                _Watch.dry.depth -= 1
 
         name = f"{re.sub(r'[^A-Za-z0-9_]', '_', module)}::{body.__name__}"
         made = torch.library.custom_op(name, body, mutates_args=tuple(mutates))
         made.register_fake(fake)
+        _Watch.bodies[name] = body
         return made
 
     return register
+
+
+def body_of(name: str) -> Callable[..., Any] | None:
+    """The function that an op of torch was made of by `op`, by the op's name there; None for all others."""
+    return _Watch.bodies.get(name)
+
+
+@contextmanager
+def unlaunched() -> Iterator[None]:
+    """Nothing that this thread launches inside runs."""
+    _Watch.dry.depth += 1
+    try:
+        yield
+    finally:
+        _Watch.dry.depth -= 1
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **how: Any) -> None:
