@@ -22,17 +22,20 @@ def written(told: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, row: Mapping[str, Any]) -> str:
-    shares = ["" if row[key] is None else f"{row[key]:.0%}" for key in ("copy_share", "matmul_share")]
+    # What an op counts is an upper bound where a mask is of groups, so that a share may be of more than there is.
+    shares = ["" if x is None or x > 1.1 else f"{x:.0%}" for x in (row["copy_share"], row["matmul_share"])]
     peers = ", ".join(f"{peer} {ratio:.2f}x" for peer, ratio in row["peers"].items())
     spread = "" if row["low"] is None else f" ({row['low'] * 1e6:.0f} - {row['high'] * 1e6:.0f})"
-    wanted = "; ".join(map(_wanted, row["wanted"]))
+    wanted = "; ".join(_wanted(one, row["estimated"]) for one in row["wanted"])
     return f"| {name} | {row['seconds'] * 1e6:.0f}{spread} | {' | '.join(shares)} | {peers} | {wanted} |"
 
 
-def _wanted(one: Mapping[str, Any]) -> str:
+def _wanted(one: Mapping[str, Any], estimated: bool) -> str:
     is_share = one["what"].endswith("share")
     least, found = (
-        "not known" if x is None else f"{x:.0%}" if is_share else f"{x:.2f}x" for x in (one["least"], one["found"])
+        "" if x is None else f"{x:.0%}" if is_share else f"{x:.2f}x" for x in (one["least"], one["found"])
     )
-    verdict = {True: "holds", False: "does not hold", None: "not known"}[one["holds"]]
-    return f"{one['what']} >= {least}: {found if one['found'] is not None else ''} {verdict}".replace("  ", " ")
+    if one["holds"] is None:
+        return f"{one['what']} >= {least}: not known"
+    verdicts = ("would hold", "would not") if estimated else ("holds", "does not hold")
+    return f"{one['what']} >= {least}: {found} {verdicts[not one['holds']]}"

@@ -65,6 +65,8 @@ class Watched(Hollow):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = kernels.body_of(func._schema.name)
         if body is None:
+            if func is aten.equal.default:
+                return False  # numbers that are not there are not those that somebody looks for
             if func in _UNTOUCHED:
                 with self.section("", ""):
                     return super().__torch_dispatch__(func, types, args, kwargs)

@@ -114,13 +114,15 @@ class Case:
 @dataclass(frozen=True)
 class Work:
     """What a forward and backward pass does: what it launches, each in one form or several, and torch's own ops beside
-    that; the bytes of what comes in and goes out, each tensor once a pass, and those of all that is given to launches.
+    that; the bytes of what comes in and goes out, each tensor once a pass, and those of all that is given to launches;
+    the most memory beside what is there before it.
     """
 
     launches: tuple[tuple[Launch, ...], ...]
     beside: Ledger
     necessary: int
     given: int
+    peak: int
 
 
 def cases(
@@ -221,7 +223,7 @@ def work(case: Case, kind: Any) -> Work:
     if not told:  # all of it is torch's: what comes in is read twice, what goes out is written, cotangents are read
         necessary = 2 * _once(given) + _once(ends)
     given_bytes = sum(_once(_tensors(one)) for one in told)
-    return Work((*((one,) for one in told), *map(tuple, others)), section.ledger, necessary, given_bytes)
+    return Work((*((one,) for one in told), *map(tuple, others)), section.ledger, necessary, given_bytes, section.peak)
 
 
 def forward(case: Case, kind: Any) -> object:

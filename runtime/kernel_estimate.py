@@ -4,6 +4,7 @@ Of each launch a few programs run in the interpreter (`counted.py`), of PyTorch'
 those that their shapes say. Each then takes what its bytes take at the rate of the device's memory, or its products at
 that of its tensor cores, whichever is more, and at least as long as a kernel does. What that leaves out makes real
 times longer: caches that are asked too much, too few programs for all processors, waiting, arithmetic beside products.
+A package that takes another way on a CPU (more ops of PyTorch, one program in place of one a processor) is counted so.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def done(case: Case) -> Done:
     ours = work(case, case.kind)
     row = row_of(case, ours)
     row.estimated = True
+    row.memory["ours"] = ours.peak
     sides = {"ours": _counts(ours)}
     for offer in case.offers():
         row.notes[offer.name] = offer.version or offer.why_not
@@ -78,7 +80,8 @@ def done(case: Case) -> Done:
             continue
         try:
             if offer.peer.counts is None:
-                sides[offer.name] = _counts(work(case, offer.kind))
+                theirs = work(case, offer.kind)
+                sides[offer.name], row.memory[offer.name] = _counts(theirs), theirs.peak
             else:
                 told = offer.peer.counts(case.plain, partial(forward, case))
                 sides[offer.name] = Counts([[one] for one in told], Ledger())
@@ -97,6 +100,8 @@ def estimated(one: Done, device: Device) -> Estimated:
     """What that takes on a device."""
     row, sides = replace(one.row), {name: side_of(counts, device) for name, counts in one.sides.items()}
     row.seconds = sides["ours"].seconds
+    if not row.launches:  # one of the library's own kernels, whose products are not counted: it is what peers are
+        row.seconds, sides = max(row.seconds, row.flops / (device.flops["bf16"] * device.reached[0])), {}
     row.copy_share = row.bytes / row.seconds / (device.memory_rate * device.reached[1])
     row.matmul_share = row.flops / row.seconds / (device.flops["bf16"] * device.reached[0])
     row.peers = {name: side.seconds / row.seconds for name, side in sides.items() if name != "ours"}

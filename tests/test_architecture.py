@@ -28,6 +28,7 @@ FAMILIES = (
 # (file, family) -> why a family's name stands in the compiler. Nearly always it belongs into a spec instead.
 NAMED = {
     ("dsl/elaborate/expressions.py", "megatron"): "whose notation the `|` in a pattern string is",
+    ("runtime/peers/rows.py", "llama"): "how another package calls the rounding of its norms",
     ("runtime/cli.py", "megatron"): "a data format that `heddle train` reads",
     ("runtime/data/indexed.py", "megatron"): "the data format that this reads",
     ("runtime/data/sources.py", "megatron"): "the same format, in the list of formats",

@@ -14,6 +14,9 @@ from ...lowering.alone import Alone
 from ..lib import ParallelConv
 from .seam import NotServed, Peer, Plain, calling, computing, setting, without_parent
 
+# Of Liger's norms, behind eps: nothing is added to the weight, only 1 / rms is fp32, gradients get memory of their own.
+_ROUNDED = (0.0, "llama", False)
+
 
 class _Norm(NamedTuple):
     """An RMS norm of a use: its weight's path, what it is over, its groups, and its operand's name."""
@@ -51,7 +54,7 @@ def _liger_added(alone: Alone, plain: Plain) -> Any:
 
     def forward(block: Any, given: dict[str, Tensor], at: Any) -> dict[str, Tensor]:
         x, residual = (norm.flat(given[o or ""]) for o in add.operands)
-        y, total = apply(x, residual, block.get_parameter(norm.weight).flatten(), norm.eps, 0.0, "llama", False)
+        y, total = apply(x, residual, block.get_parameter(norm.weight).flatten(), norm.eps, *_ROUNDED)
         like = given[add.operands[0] or ""]
         return {add.results[0].name: total.view_as(like), node.results[0].name: y.view_as(like)}
 
@@ -67,7 +70,7 @@ def _liger_norm(alone: Alone, plain: Plain) -> Any:
 
     def forward(block: Any, given: dict[str, Tensor], at: Any) -> dict[str, Tensor]:
         x = given[norm.given]
-        y = apply(norm.flat(x), block.get_parameter(norm.weight).flatten(), norm.eps, 0.0, "llama", False)
+        y = apply(norm.flat(x), block.get_parameter(norm.weight).flatten(), norm.eps, *_ROUNDED)
         return {node.results[0].name: y.view_as(x)}
 
     return computing(plain(), alone, forward)
