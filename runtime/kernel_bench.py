@@ -220,7 +220,8 @@ def work(case: Case, kind: Any) -> Work:
     outer = {_storage(x) for x in (*given, *ends)}
     passes = [[a for one in part for a in _tensors(one)] for part in (told[:first], told[first:])]
     necessary = sum(_once(a for a in tensors if _storage(a) in outer) for tensors in passes)
-    if not told:  # all of it is torch's: what comes in is read twice, what goes out is written, cotangents are read
+    if not told or any(w.flops for w in section.ledger.work):
+        # Torch's ops do it, or part of it: what comes in is read twice, what goes out is written, cotangents are read.
         necessary = 2 * _once(given) + _once(ends)
     given_bytes = sum(_once(_tensors(one)) for one in told)
     return Work((*((one,) for one in told), *map(tuple, others)), section.ledger, necessary, given_bytes, section.peak)

@@ -210,4 +210,4 @@ def print_measured(rows: Sequence[Measured]) -> None:
         table.add_row(", ".join(row.ops), time, size(row.bytes), f"{amount(row.flops)}FLOP", *shares, *ratios)
     console.print(table)
     if estimated:
-        console.print("no time was measured: what the work takes at the rates of the device, whatever the kernel")
+        console.print("no time was measured: what programs of kernels ask for, at the rates of the device")
