@@ -39,7 +39,7 @@ from .plan.devices import device as device_named
 from .plan.hollow import Ledger
 from .plan.uncompiled import uncompiled
 from .timing import Timer, cache_bytes, in_turn, peak_memory, rotated
-from .verify import Draw, block_of, share
+from .verify import Draw, Expected, block_of
 
 COPIED, SIDE = 1 << 30, 8192
 CHECKED = 300
@@ -178,12 +178,10 @@ def _peers(case: Case, device: torch.device, row: Measured) -> dict[str, type[nn
     """The peers that are right; the row is told of the others, and of all versions and errors."""
     shape = (1, min(CHECKED, case.shape[1]))
     draw = case.draw(device, shape)
-    plain = case.plain("eager", heads=False)
-    exact, eager = draw.run(plain, torch.float64), draw.run(plain, case.dtype)
+    expected = Expected.of(draw, case.plain("eager", heads=False))
 
     def error(kind: type[nn.Module]) -> float:
-        found = draw.run(kind, case.dtype)
-        return max(share(found[n], want, eager[n], case.dtype, draw.steps)[0] for n, want in exact.items())
+        return max(one.worst for one in expected.judged(draw.run(kind, case.dtype)).values())
 
     row.errors["ours"] = error(case.kind)
     right = {}
