@@ -5,6 +5,7 @@ Dims: M rows, K columns of a weight, N rows of it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -60,13 +61,22 @@ def _has_tiles() -> bool:
     return bool(_capabilities().get("amx_bf16", False))
 
 
+class _Elsewhere(threading.local):
+    """How many times this thread has said that what it runs is only to tell what another machine would do."""
+
+    depth = 0
+
+
+ELSEWHERE = _Elsewhere()
+
+
 def upcasts(x: Tensor) -> bool:
     """Whether products of x run in fp32: a bf16 product is one with fp32 sums, so only the result is rounded.
 
     Without AMX the bf16 kernels of a processor with AVX512-BF16 reach half the speed of its fp32 ones (167 against
     320 GFLOP/s on two cores).
     """
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or _has_tiles():
+    if ELSEWHERE.depth or x.dtype != torch.bfloat16 or x.device.type != "cpu" or _has_tiles():
         return False
     return x.numel() >= LEAST_ROWS * x.shape[-1]
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..lib.product import ELSEWHERE
+
 aten = torch.ops.aten
 PAGE = 1 << 16  # below this a buffer is cheaper than a mapping
 MANY = 1 << 27  # more whole numbers than this are not computed either: nobody looks at one of so many
@@ -107,6 +109,15 @@ class Hollow(TorchDispatchMode):
         self._calls: dict[Any, _Call] = {}
         self._flops: dict[Any, int] = {}
         self._beside: dict[Any, tuple[Shape, ...]] = {}
+
+    def __enter__(self) -> Hollow:
+        ELSEWHERE.depth += 1  # this processor is not the one that is planned for
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        ELSEWHERE.depth -= 1
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -74,6 +74,18 @@ def test_a_plan_as_data_adds_up():
     assert lines and all(".spec:" in line for line in lines)
 
 
+def test_the_processor_that_plans_is_not_the_one_that_is_planned_for(monkeypatch):
+    """On processors without matrix units the CPU's products of bf16 run in fp32, some rows at a time."""
+    from heddle.runtime.lib import product
+
+    words = ("--layout", "tp", "--precision", "bf16", "--batch", 8, "--seq", 256)
+    found = []
+    for tiles in (False, True):
+        monkeypatch.setattr(product, "_has_tiles", lambda tiles=tiles: tiles)
+        found.append(data(*words))
+    assert found[0] == found[1]
+
+
 def test_micro_batches_repeat_what_a_micro_batch_sends_and_not_the_sums():
     one, four = (data("--layout", "tp", "--batch", n)["groups"][0]["collectives"] for n in (2, 8))
     for a, b in zip(one, four, strict=True):
