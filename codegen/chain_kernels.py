@@ -65,14 +65,15 @@ class KernelPrinter(Printer):
         return row if view.period == self.kernel.groups else f"{row} % {view.modulo}"
 
     def load(self, e: Expr) -> str:
-        view, cast = e.view, "" if e.whole or (e.name in self.dense and e.dims == "r") else ".to(tl.float32)"
-        zero = "0" if e.whole else "0.0"
+        view, cast = e.view, "" if e.name in self.dense and e.dims == "r" else ".to(tl.float32)"
+        if e.drawn:
+            return f"None if {e.name}_ptr is None else tl.load({e.name}_ptr + rows, mask=mask_r, other=0)"
         if e.dims == "rc":
             stride = self.width(view) if e.name in self.dense else f"{e.name}_stride"
             return f"tl.load({e.name}_ptr + {self.offset(stride, view)}, mask=mask, other=0.0){cast}"
         if e.dims == "r":
             rows = f"rows // {view.divide}" if view.divide > 1 else "rows"
-            return f"tl.load({e.name}_ptr + {rows}, mask=mask_r, other={zero}){cast}"
+            return f"tl.load({e.name}_ptr + {rows}, mask=mask_r, other=0.0){cast}"
         place = [self.group(view)] if view.modulo is not None else []
         if e.dims == "c":
             if place:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..lowering.chains.expr import Chain, Expr, View, ordered
+from ..lowering.chains.expr import WHOLE, Chain, Expr, View, made, ordered, rebuilt
 from ..lowering.chains.plan import Kernel, Plan, Store, calls, plan
 from ..lowering.chains.tiles import TILE, Tiles, power
 from ..lowering.target import Target
@@ -52,23 +52,27 @@ class _Facts:
             "title": textwrap.shorten(self.math()[-1], 112),
             "math": [part for line in self.math() for part in _wrapped(line)],
             "helpers": calls([*p.forward.values, *(v for k in p.backward for v in k.values)]),
+            "idle": self.idle(),
             "kernels": [self.kernel(k) for k in (p.forward, *p.backward)],
             "constants": [c for k in (p.forward, *p.backward) for c in self.constants(k)],
             "total_block": min(128, power(p.chain.columns)),
             "arguments": list(self.inputs),
-            "legend": self.legend(True),
+            "fwd_head": self.head(f"{self.name}_fwd", len(self.stores)),
+            "public_head": self.head(self.name, len(public)),
+            "public_call": self.public_call(public),
+            "legend": "\n".join(_wrapped(self.said())),
             "public_legend": self.legend(False).replace("[R", "[..."),
             "first": p.first,
             "groups": p.groups,
             "given": [self.given(e) for e in self.inputs.values()],
-            "floats": [n for n, e in self.inputs.items() if not e.whole],
+            "floats": [n for n, e in self.inputs.items() if not e.drawn],
+            "drawn": [n for n, e in self.inputs.items() if e.drawn],
             "outputs": [(n, self.shape(s) + ("," if s.dims == "r" else ""), s.like) for n, s in self.stores.items()],
             "public": public,
             "results": [self.result(n) for n in public],
             "fixed": fixed,
             "kept": p.kept,
             "kept_outputs": [n if n in p.kept or n in fixed else f"_{n}" for n in self.stores],
-            "public_outputs": [n if n in public else f"_{n}" for n in self.stores],
             "slope": p.cotangents[0] if p.cotangents else None,
             "all_slopes": [f"d_{n}" if f"d_{n}" in used else f"_{n}" for n in self.stores],
             "made": self.stored_gradients(),
@@ -77,13 +81,39 @@ class _Facts:
             "spread": [(g.name, g.divide, self.width(self.inputs[g.of].view) if "c" in self.inputs[g.of].dims else "1")
                        for g in p.gradients if g.divide > 1],
             "totals": self.totals(),
-            "bwd_parameters": filled([*(f"{n}: Tensor" for n in (*p.kept, *p.cotangents)),
+            "bwd_parameters": filled([*(f"{n}: {self.type_of(n)}" for n in (*p.kept, *p.cotangents)),
                                       *(f"{n}_dtype: torch.dtype" for n in self.made_names())]),
             "bwd_arguments": filled([*p.kept, *(self.slope(n) for n in p.cotangents), *self.dtypes()], " " * 8),
             "bwd_returns": self.made_names(),
             "has_gradients": bool(p.gradients),
             "returned": [self.returned(n) for n in self.inputs],
         }
+
+    def head(self, name: str, results: int) -> str:
+        """The first line of a function of the chain's tensors."""
+        gives = "Tensor" if results == 1 else f"tuple[{', '.join(['Tensor'] * results)}]"
+        return fitted(f"def {name}(", [f"{n}: {self.type_of(n)}" for n in self.inputs], f") -> {gives}:")
+
+    def public_call(self, public: list[str]) -> str:
+        """What the public function does with its arguments."""
+        outputs = ", ".join(n if n in public else f"_{n}" for n in self.stores)
+        given = ("rows" if n == self.p.first else how for n, how in map(self.given, self.inputs.values()))
+        return fitted(f"{outputs} = {self.name}_fwd(", given, ")", "    ")
+
+    def type_of(self, name: str) -> str:
+        return "Tensor | None" if name in self.inputs and self.inputs[name].drawn else "Tensor"
+
+    def idle(self) -> list[str]:
+        """The tensors that are the outputs where nothing is drawn, if each is one."""
+        outputs = [o.value for o in self.p.outputs]
+
+        def undropped(op: str, args: tuple[Expr, ...], attrs: tuple[tuple[str, Any], ...], dims: str) -> Expr:
+            return args[0] if op == "dropped" else made(op, args, dims, attrs)
+
+        bare = rebuilt(outputs, {}, undropped)
+        found = [bare[e] for e in outputs]
+        given = all(e.op == "load" and e.dims == "rc" and e.view == WHOLE for e in found)
+        return [e.name for e in found] if given else []
 
     def stored_gradients(self) -> list[dict[str, Any]]:
         return [self.made(n, s) for n, s in self.grads.items()]
@@ -113,6 +143,11 @@ class _Facts:
                 place = f"[{o.view.start}:{o.view.start + p.chain.columns}]" if o.view.width is not None else ""
                 lines.append(f"{o.name}{place} = {meaning(o.value, named, p.chain.columns)[0]}")
         return lines
+
+    def said(self) -> str:
+        """What the file's first words end with."""
+        more = "; and the gradients" if self.p.gradients else ""
+        return f"R rows of C = {self.p.chain.columns} columns: {self.legend(True)}{more}."
 
     def legend(self, saved: bool) -> str:
         """x, r [R, C], w [C] -> y [R, C]."""
@@ -251,7 +286,7 @@ def _grouped(items: Iterable[tuple[str, str]]) -> str:
 
 
 def _wrapped(line: str) -> list[str]:
-    return textwrap.wrap(line, 112, subsequent_indent="    ", break_long_words=False)
+    return textwrap.wrap(line, 116, subsequent_indent="    ", break_long_words=False)
 
 
 def filled(items: Iterable[str], indent: str = "    ") -> str:
@@ -262,6 +297,13 @@ def filled(items: Iterable[str], indent: str = "    ") -> str:
             lines.append(indent)
         lines[-1] += f"{item}, " if lines[-1].endswith((" ", indent)) else f" {item},"
     return "\n".join(line.rstrip() for line in lines).removesuffix(",")
+
+
+def fitted(opens: str, items: Iterable[str], closes: str, indent: str = "") -> str:
+    """A call or a signature, indented already, on one line where it fits."""
+    items = list(items)
+    line = f"{opens}{', '.join(items)}{closes}"
+    return line if len(indent) + len(line) <= 120 else f"{opens}\n{filled(items, indent + '    ')},\n{indent}{closes}"
 
 
 def _by_name(items: Iterable[Any]) -> dict[str, Any]:

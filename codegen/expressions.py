@@ -144,7 +144,7 @@ class Printer:
             text, binds = literal(x.value, self.columns, whole=TABLE[user.op].binds != CALL)
         else:
             text, binds = self.text(x, scope, user)
-        spread = _BOTH.get(x.dims, "") if user.dims == "rc" else ""
+        spread = _BOTH.get(x.dims, "") if user.dims == "rc" and TABLE[user.op].spreads else ""
         return f"({text}){spread}" if binds < (CALL if spread else need) else f"{text}{spread}"
 
 

@@ -345,13 +345,22 @@ class Writer:
             lambda text: tuned(constants_of(text)), place_of(self.graph.producers[fused.nodes[-1]].spans),
         )  # fmt: skip
         targets = ", ".join(self._names[v] for v in fused.outputs)
-        given = ", ".join(self.expression(fused.value_of[n]) for n in inputs(chain))
+        given = ", ".join(self._given(fused, n) for n in inputs(chain))
         nodes = [self.graph.producers[n] for n in fused.nodes]
         why = f"one kernel: {', '.join(n.op for n in nodes)}" if len(nodes) > 1 else ""
         text = f"{name}({given})"
         if self.program.named:
             text = f'spmd.use_chain("{self.graph.name}", {fused.outputs!r}, lambda: {text})'
         return Line(f"{targets} = {text}", spec_line(nodes[-1].spans), why=why)
+
+    def _given(self, fused: Fused, name: str) -> str:
+        """A tensor of a kernel: a value, or what a node that drops places draws for its rows."""
+        node = dict(fused.drawn).get(name)
+        if node is None:
+            return self.expression(fused.value_of[name])
+        use = Use(self.graph, self.graph.producers[node], self)
+        text: str = part(use.op, "cpu").drawn(use, self.expression(fused.like))
+        return text
 
     def _loop(self, node: Node, spec: str) -> list[Line]:
         name, variable = names.attribute(node.attr("instance")), _module_variable(node.attr("instance"))

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..lowering.chains.expr import Expr, View, ordered
 from ..lowering.chains.plan import Kernel, Plan, Store, Sum
 from ..lowering.chains.table import CALL, TABLE
-from .lib.chance import counted
+from .lib.chance import STEP, mixed, passes
 
 UNIT = 2.0**-24  # half the distance of 1 to the next number in fp32
 LEAST = 2.0**-126  # the smallest normal number there: what is less may be 0
@@ -120,9 +120,11 @@ def _of(e: Expr, values: Mapping[Expr, Bound], given: Mapping[str, Bound], rows:
         return Bound(x.value.sum(-1, True), x.error.sum(-1, True) + depth * UNIT * x.value.abs().sum(-1, True))
     op = TABLE[e.op]
     args = [values[a] for a in e.args]
-    if e.op == "kept":
-        first, key = (a.value for a in args)
-        return Bound(counted(key, first + torch.arange(columns)) >= e.least, torch.zeros(1, 1, dtype=torch.float64))
+    if e.op == "dropped":
+        x, drawn = args
+        some = passes(mixed(drawn.value + torch.arange(columns) * STEP), e.least)
+        size = (x.value * e.scale).abs()
+        return Bound(torch.where(some, x.value * e.scale, 0), torch.where(some, x.error * e.scale + 2 * UNIT * size, 0))
     y = getattr(_NUMBERS, e.op)(*(a.value for a in args), **dict(e.attrs))
     if op.is_mask:
         return Bound(y, torch.zeros(y.shape, dtype=torch.float64))

@@ -202,6 +202,7 @@ class Step:
 
     def __init__(self, draw: Draw, block: nn.Module, inputs: list[Tensor], forward: Any) -> None:
         self.draw, self.block, self.inputs, self.at = draw, block, inputs, draw.at()
+        self.at.chance = draw.seed  # what is dropped is the same in each
         self._forward = forward
         self.slopes: list[Tensor] = []
 

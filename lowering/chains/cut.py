@@ -65,7 +65,7 @@ def _cost(e: Expr, outputs: Mapping[Expr, Expr], columns: int) -> dict[str, int]
     read = _TILE if "c" in e.dims else max(1, 2 * _TILE // columns)
     if e.op == "load":
         return {"capacity": read // e.view.divide if "r" in e.dims else 1}
-    if "r" not in e.dims or e.op == "kept" or op.is_mask:
+    if "r" not in e.dims or op.is_mask:
         return {}  # derived from weights alone, or a mask: it is computed again
     tie = -_TILE // 32 if op.by_result else _TILE // 32
     return {"capacity": read + tie if e in outputs else 2 * read}

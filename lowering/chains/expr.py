@@ -82,15 +82,15 @@ def made(op: str, args: tuple[Expr, ...], dims: str, attrs: tuple[tuple[str, Any
     return found
 
 
-def load(name: str, dims: str, view: View = View(), grad: bool = True, whole: bool = False) -> Expr:
-    """A tensor. `grad`: whether a gradient is wanted; `whole`: its numbers are int64, for `kept`.
+def load(name: str, dims: str, view: View = View(), grad: bool = True, drawn: bool = False) -> Expr:
+    """A tensor. `grad`: whether a gradient is wanted; `drawn`: int64, what `dropped` counts on from, or not there.
 
     A tensor whose rows come again (a view with `modulo`) has no `r` for a kernel: one program reads one of its rows.
     """
     if view.modulo is not None and "r" not in dims:
         raise ValueError(f"`{name}` has no rows to read modulo {view.modulo}")
     seen = dims.replace("r", "") if view.modulo is not None else dims
-    return made("load", (), seen, (("name", name), ("view", view), ("grad", grad and not whole), ("whole", whole)))
+    return made("load", (), seen, (("name", name), ("view", view), ("grad", grad and not drawn), ("drawn", drawn)))
 
 
 def number(value: float) -> Expr:
@@ -114,7 +114,7 @@ def apply(op: str, *args: Expr, **attrs: Any) -> Expr:
         raise ValueError(f"`{op}` has {TABLE[op].arity} operands, not {len(args)}")
     if op == "where" and args[0].op in ("load", "constant", "where"):  # a tensor of truth values is one of numbers here
         args = (apply("ne", args[0], number(0)), *args[1:])
-    return made(op, args, "rc" if op == "kept" else union(args), tuple(sorted(attrs.items())))
+    return made(op, args, union(args), tuple(sorted(attrs.items())))
 
 
 class Algebra:
@@ -213,7 +213,7 @@ def loads_of(roots: Iterable[Expr]) -> list[Expr]:
     found = [e for e in ordered(roots) if e.op == "load"]
     kinds: dict[str, tuple[Any, ...]] = {}
     for e in found:
-        kind = ("r" in e.dims, "c" in e.dims, e.view.divide, e.view.modulo, e.view.width, e.grad, e.whole)
+        kind = ("r" in e.dims, "c" in e.dims, e.view.divide, e.view.modulo, e.view.width, e.grad, e.drawn)
         if kinds.setdefault(e.name, kind) != kind:
             raise ValueError(f"`{e.name}` is read in two ways that differ in more than the first column")
     return found

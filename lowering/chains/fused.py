@@ -25,12 +25,14 @@ from .plan import can_be_named
 
 @dataclass(frozen=True)
 class Fused:
-    """Nodes that are one kernel, in order; the values that it is given and gives, as the chain has them."""
+    """Nodes that are one kernel, in order; the values that it is given and gives, as the chain has them. `drawn`: what
+    it is given of nodes that draw numbers, as (the name in the chain, the node)."""
 
     nodes: tuple[str, ...]
     given: tuple[tuple[str, str], ...]  # (its name in the chain, the value)
     outputs: tuple[str, ...]
     chain: Chain
+    drawn: tuple[tuple[str, str], ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -41,6 +43,11 @@ class Fused:
     def value_of(self) -> dict[str, str]:
         """The value by its name in the chain."""
         return dict(self.given)
+
+    @property
+    def like(self) -> str:
+        """A value that has all of the tiles' rows and columns."""
+        return self.value_of[next(e.name for e in loads_of(o.value for o in self.chain.outputs) if e.dims == "rc")]
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,8 @@ def shape_of(graph: Graph, nodes: Iterable[Node]) -> Shape | None:
     values = {o: graph.values[o].type.dims for n in nodes for o in (*n.operands, *(r.name for r in n.results)) if o}
     dims = max(values.values(), key=len)
     wanted = {c for n in nodes if (c := Part(graph, n).columns) is not None}
-    if len(wanted) > 1:
+    # A number that is drawn is that of a place of the tile.
+    if len(wanted) > 1 or any(op_of(n).random and n.results[0].type.dims != dims for n in nodes):
         return None
     for columns in wanted or _widths(graph, dims):
         if all(_lies(graph, Shape(dims, columns), own) is not None for own in values.values()):
@@ -219,12 +227,13 @@ def expressed(graph: Graph, nodes: tuple[Node, ...], lines: tuple[str, ...]) -> 
         spell[node.name] = _free(node.name, set(spell.values()))
     taken = set(spell.values())
     named: dict[str, Expr] = {}
+    drawn: dict[str, str] = {}  # by the name in the kernel
 
     def value_of(value: str) -> Expr:
         if value not in made:
             lies = _lies(graph, shape, graph.values[value].type.dims)
             assert lies is not None
-            name = _free(value.rpartition(".")[2], {*read, *taken})
+            name = _free(value.rpartition(".")[2], {*read, *drawn, *taken})
             read[name] = value
             made[value] = load(name, *lies)
         return made[value]
@@ -235,8 +244,12 @@ def expressed(graph: Graph, nodes: tuple[Node, ...], lines: tuple[str, ...]) -> 
             value_of(o) if o is not None else None if n is None else number(n)
             for o, n in zip(node.operands, literals, strict=True)
         ]
+        if op_of(node).random:
+            name = _free("drawn", {*read, *drawn, *taken})
+            drawn[name] = node.name
+            given.append(load(name, "r", drawn=True))
         made[node.name], inner = part(node.op, "chain").express(Part(graph, node), given)
-        named.update({_free(name, {*named, *read, *taken}): e for name, e in inner})
+        named.update({_free(name, {*named, *read, *drawn, *taken}): e for name, e in inner})
     inside = {n.name for n in nodes}
     outside = {o for n in graph.nodes if n.name not in inside for o in n.operands} | set(graph.results)
     given_back = tuple(n.name for n in nodes if n.name in outside)
@@ -249,7 +262,8 @@ def expressed(graph: Graph, nodes: tuple[Node, ...], lines: tuple[str, ...]) -> 
     ops = "_".join(dict.fromkeys(n.op for n in nodes))
     chain = Chain(ops, shape.columns, tuple(outputs), tuple(named.items()), lines)
     names = dict.fromkeys(e.name for e in loads_of(o.value for o in outputs))
-    return Fused(tuple(n.name for n in nodes), tuple((n, read[n]) for n in names), given_back, chain)
+    values = tuple((n, read[n]) for n in names if n in read)
+    return Fused(tuple(n.name for n in nodes), values, given_back, chain, tuple(drawn.items()))
 
 
 def structure(chain: Chain) -> tuple[Any, ...]:

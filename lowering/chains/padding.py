@@ -39,7 +39,7 @@ def _after(op: str, given: list[float | None]) -> float | None:
     known = [x for x in given if x is not None]
     if len(known) == len(given):
         return _value(TABLE[op].value, known)
-    if (op == "mul" and 0 in known) or (op == "div" and given[0] == 0):
+    if (op == "mul" and 0 in known) or (op in ("div", "dropped") and given[0] == 0):
         return 0.0
     if op == "where":
         mask, x, y = given

@@ -17,8 +17,8 @@ from .tiles import ROW, TILE, WALK, Tiles, choose
 
 _MOST_GROUPS = 65_535  # a grid's second dimension
 _OURS = {"rows", "mask_r", "cols", "mask_c", "mask", "offs", "block", "start", "group", "num_rows", "tl", "torch",
-         "triton", "kernels", "C", "BLOCK_R", "BLOCK_C", "ctx", "sign", "tanh", "softplus", "kept", "mixed", "Tensor",
-         "grid", "programs"}  # fmt: skip
+         "triton", "kernels", "C", "BLOCK_R", "BLOCK_C", "ctx", "sign", "tanh", "softplus", "dropped", "mixed",
+         "Tensor", "grid", "programs"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ class PointOp:
     value(*x): of plain floats. error: its rounding in units of u |y|, `u` half the distance of numbers by 1: what
     hardware promises (CUDA C++ Programming Guide, mathematical functions; PTX ISA, div.full, ex2.approx). is_mask: it
     is true or false. by_result: its derivative follows from y as it is stored, which what reads y keeps anyway. calls:
-    the function that its text calls, which is printed above the kernels.
+    the function that its text calls, which is printed above the kernels. spreads: operands with fewer dims are spread
+    over a tile in the text; else the function does it.
     """
 
     text: str
@@ -38,6 +39,7 @@ class PointOp:
     is_mask: bool = False
     by_result: bool = False
     calls: str | None = None
+    spreads: bool = True
 
     @property
     def arity(self) -> int:
@@ -119,8 +121,10 @@ TABLE: dict[str, PointOp] = {
     "ge": _infix(">=", COMPARE, _two, lambda p, q: float(p >= q), 0.0),
     "eq": _infix("==", COMPARE, _two, lambda p, q: float(p == q), 0.0),
     "ne": _infix("!=", COMPARE, _two, lambda p, q: float(p != q), 0.0),
-    "kept": PointOp("kept({0} + cols[None, :], {1}, {least})", _two, lambda p, q: math.nan, needs=(ADD, 0), error=0.0,
-                    is_mask=True, calls="kept"),
+    # Linear, so that the gradient is dropped in the same places: nothing of the forward pass is kept for it.
+    "dropped": PointOp("dropped({0}, {1}, cols, {least}, {scale!r})",
+                       lambda a, y, g, x, s: (a.dropped(g, s, least=y.least, scale=y.scale), None),
+                       lambda x, s: 0.0 if x == 0 else math.nan, needs=(0, 0), calls="dropped", spreads=False),
 }  # fmt: skip
 
 
@@ -171,14 +175,12 @@ def _gelu_tanh(a: Any, x: Any) -> Any:
     return a.mul(a.mul(0.5, x), a.add(1.0, a.tanh(a.mul(x, a.add(k, a.mul(0.044715 * k, a.mul(x, x)))))))
 
 
-def _dropout(a: Any, x: Any, first: Any, key: Any, rate: float) -> Any:
-    """x / (1 - rate) where the place's number of `runtime/lib/chance.py` is at least `rate`, else 0.
+def _dropout(a: Any, x: Any, drawn: Any, rate: float) -> Any:
+    """x / (1 - rate) where the place's number, of 53 bits, is at least rate 2^53, else 0; x where nothing is drawn.
 
-    first int64[r]: the number of the row's first place in the whole tensor, whose columns follow; key int64[]: the
-    state that the key (step, site, name, use) mixes to. The number is k 2^-53, k whole: k >= rate 2^53 is the same,
-    exactly.
+    drawn int64[r]: what `runtime/lib/dropping.py` says of rows, from which the columns count on.
     """
-    return a.where(a.kept(first, key, least=math.ceil(rate * 2**53)), a.mul(1 / (1 - rate), x), 0.0)
+    return a.dropped(x, drawn, least=math.ceil(rate * 2**53), scale=1 / (1 - rate))
 
 
 DEFINED: dict[str, Callable[..., Any]] = {

@@ -3,10 +3,9 @@
 from . import spmd
 from .attend import attend
 from .buffers import STATELESS, Slots
-from .chance import dropout
 from .clocks import Clock, on, summarise
 from .conv import Conv, ParallelConv, causal_conv, conv_behind, rows_before
-from .dropping import drop
+from .dropping import drawn, drop, dropout
 from .experts import route, top_k
 from .filled import Beside
 from .gathered import Gathered
@@ -66,6 +65,7 @@ __all__ = [
     "conv_behind",
     "count_rows",
     "cross_entropy",
+    "drawn",
     "drop",
     "dropout",
     "embed",

@@ -130,8 +130,11 @@ def rows(x: Tensor, width: int, count: int | None = None) -> Tensor:
     return flat if flat.stride(1) == 1 and (width > 1 or flat.stride(0) == 1) else flat.contiguous()
 
 
-def table(x: Tensor, count: int, width: int) -> Tensor:
-    """A weight, or a statistic of rows, as [count, width], contiguous. Raises ValueError where it has another size."""
+def table(x: Tensor | None, count: int, width: int) -> Tensor | None:
+    """A weight, or a statistic of rows, as [count, width], contiguous; what is not there stays away. Raises ValueError
+    where it has another size."""
+    if x is None:
+        return None
     if x.numel() != count * width:
         raise ValueError(f"{tuple(x.shape)} is not {count} rows of {width}")
     return x.reshape(count, width).contiguous()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heddle.lowering.chains.expr import Chain, Expr, Output, View, apply, load, number, reduce
+from heddle.runtime.lib.chance import STEP, least_of, mixed, passes
 
 EPS = 1e-5
 Tensors = Mapping[str, Tensor]
@@ -24,6 +25,7 @@ class Example:
     math: Callable[[Tensors], tuple[Tensor, ...]]
     rows: int = 1  # the number of rows is a multiple of it
     ungraded: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()  # whole numbers of rows, from which a kernel draws; they are ungraded, too
 
 
 def mul(*args: Expr) -> Expr:
@@ -51,6 +53,18 @@ def add_rms_norm(c: int) -> Chain:
     y = mul(h, rstd, load("w", "c"))
     return Chain("add_rms_norm", c, (Output("h", h), Output("y", y)), (("h", h), ("rstd", rstd)),
                  ("a.spec:3  h = x + r", "a.spec:4  y = rms_norm(h)"))  # fmt: skip
+
+
+def _drop(x: Expr, name: str, rate: float) -> Expr:
+    return apply("dropout", x, load(name, "r", drawn=True), rate=rate)
+
+
+def drop_norm(c: int, drop: Callable[[Expr, str, float], Expr] = _drop) -> Chain:
+    """Residual, dropout and norm; and a gate that is dropped by other numbers."""
+    h = add(load("r", "rc"), drop(load("x", "rc"), "drawn", 0.3))
+    gate = drop(apply("sigmoid", load("z", "rc")), "drawn_", 0.5)
+    y = mul(h, _scale(h, c), load("w", "c"))
+    return Chain("drop_norm", c, (Output("h", h), Output("y", y), Output("o", gate)), (("h", h),))
 
 
 def layer_norm(c: int, zero_centred: bool = False) -> Chain:
@@ -195,6 +209,17 @@ def _layer_norm(extra: float) -> Callable[[Tensors], tuple[Tensor, ...]]:
     return lambda t: (F.layer_norm(t["x"], t["w"].shape, t["w"] + extra, t["b"], EPS),)
 
 
+def kept(drawn: Tensor, columns: int, rate: float) -> Tensor:
+    """Of rows that begin with these numbers."""
+    return passes(mixed(drawn[:, None] + torch.arange(columns) * STEP), least_of(rate))
+
+
+def _drop_norm(t: Tensors) -> tuple[Tensor, ...]:
+    c = t["x"].shape[1]
+    h = t["r"] + torch.where(kept(t["drawn"], c, 0.3), t["x"] / 0.7, 0)
+    return h, _rms(h, t["w"]), torch.where(kept(t["drawn_"], c, 0.5), t["z"].sigmoid() * 2, 0)
+
+
 EXAMPLES = {
     "add_rms_norm": Example(add_rms_norm, _tiles("x", "r", "w"),
                             lambda t: (t["x"] + t["r"], _rms(t["x"] + t["r"], t["w"]))),
@@ -220,5 +245,8 @@ EXAMPLES = {
         shared_heads, lambda r, c: {"x": (r, c), "w": (3, c), "b": (c,), "d": (2,)},
         lambda t: (t["x"] * t["w"].repeat_interleave(2, 0).repeat(len(t["x"]) // 6, 1)
                    + t["b"] * t["d"].repeat(len(t["x"]) // 2)[:, None],), rows=6),
+    "drop_norm": Example(
+        drop_norm, lambda r, c: {**dict.fromkeys("xrz", (r, c)), "w": (c,), "drawn": (r,), "drawn_": (r,)}, _drop_norm,
+        ungraded=("drawn", "drawn_"), drawn=("drawn", "drawn_")),
     "everything": Example(everything, lambda r, c: {"x": (r, c), "w": (c,), "s": (r,)}, _everything),
 }  # fmt: skip

@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ from heddle.lowering.chains.expr import load as load_expr
 from heddle.lowering.chains.plan import Plan, plan
 from heddle.lowering.chains.tiles import ROW, TILE, WALK, Tiles, power
 from heddle.lowering.target import TARGETS
+from heddle.runtime import lib
 from heddle.runtime.bounds import bounds
-from heddle.runtime.lib.chance import state_of, uniform
 
-from .chains import EXAMPLES, Example
+from .chains import EXAMPLES, Example, drop_norm
 from .harness import (
     Fault,
     dtypes,
@@ -71,8 +72,19 @@ class Case:
     def tensors(self) -> dict[str, Tensor]:
         """Weights have `wide`, so that dtypes mix."""
         shapes = self.example.shapes(self.rows, self.columns)
-        return {n: values(s, self.dtype if len(s) > 1 else self.wide, self.seed + i, self.scale)
+        return {n: whole(s, self.seed + i) if n in self.example.drawn
+                else values(s, self.dtype if len(s) > 1 else self.wide, self.seed + i, self.scale)
                 for i, (n, s) in enumerate(shapes.items())}  # fmt: skip
+
+
+def whole(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Numbers of rows."""
+    return torch.randint(-(2**63), 2**63 - 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exactly(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In fp64; whole numbers are."""
+    return {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
 
 
 def tiles_for(reduces: bool, columns: int, block: int, mode: str, programs: int) -> tuple[tuple[str, Tiles], ...]:
@@ -83,7 +95,7 @@ def tiles_for(reduces: bool, columns: int, block: int, mode: str, programs: int)
     return ("fwd", one), ("bwd", one), ("bwd_weights", Tiles(TILE, 2, block, 1, programs))
 
 
-REDUCES = {"add_rms_norm", "layer_norm", "layer_norm_1p", "gated_norm", "softmax", "everything", "scaled", "skip", "gated", "shared_heads"}
+REDUCES = {"drop_norm", "add_rms_norm", "layer_norm", "layer_norm_1p", "gated_norm", "softmax", "everything", "scaled", "skip", "gated", "shared_heads"}
 
 
 @st.composite
@@ -114,7 +126,7 @@ def derived(example: Example, tensors: Mapping[str, Tensor], slopes: Mapping[str
 
 def slopes_of(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Gradients of the outputs."""
-    double = {n: t.double() for n, t in case.tensors().items()}
+    double = exactly(case.tensors())
     names = dict.fromkeys(o.name for o in case.example.chain(case.columns).outputs)
     out = case.example.math(double)
     return {n: values(t.shape, dtype if t.dim() > 1 else torch.float32, case.seed + 50 + i)
@@ -149,11 +161,12 @@ def check(case: Case, module: object | None = None) -> float:
     if module is None:
         module = load(source(chain, TRITON, name, dict(case.tiles)))
     tensors, slopes = case.tensors(), slopes_of(case, case.dtype)
-    double = {n: t.double() for n, t in tensors.items()}
+    double = exactly(tensors)
     exact = {n: s.double() for n, s in slopes.items()}
     want, eager = derived(case.example, double, exact), derived(case.example, tensors, slopes)
     limit = bounds(case.plan, double, exact, {n: t.dtype for n, t in tensors.items()})
-    leaves = {n: laid(t, case.layout).requires_grad_(n not in case.example.ungraded) for n, t in tensors.items()}
+    leaves = {n: laid(t, "contiguous" if n in case.example.drawn else case.layout).requires_grad_(n not in case.example.ungraded)
+              for n, t in tensors.items()}  # fmt: skip
     with poisoned():
         out = getattr(module, name)(*(leaves[n] for n in inputs(chain)))
         out = (out,) if isinstance(out, Tensor) else out
@@ -202,7 +215,7 @@ def run(case: Case, tensors: Mapping[str, Tensor], slopes: Mapping[str, Tensor])
     chain = case.example.chain(case.columns)
     module = load(source(chain, TRITON, chain.name, dict(case.tiles)))
     leaves = {n: t.detach().clone().requires_grad_(n not in case.example.ungraded) for n, t in tensors.items()}
-    out = getattr(module, chain.name)(*(leaves[n] for n in inputs(chain)))
+    out = getattr(module, chain.name)(*(leaves.get(n) for n in inputs(chain)))
     out = (out,) if isinstance(out, Tensor) else out
     wanted = [n for n, t in leaves.items() if t.requires_grad]
     grads = torch.autograd.grad(out, [leaves[n] for n in wanted], list(slopes.values()))
@@ -229,24 +242,40 @@ def test_rows_of_any_shape() -> None:
 # --- dropout ------------------------------------------------------------------------------------------------------------
 
 
-def dropped(c: int) -> Chain:
-    first, key = load_expr("first", "r", whole=True), load_expr("key", "", whole=True)
-    x = apply("dropout", load_expr("x", "rc"), first, key, rate=0.3)
-    return Chain("dropped", c, (Output("y", apply("add", load_expr("r", "rc"), x)),))
+@pytest.mark.parametrize("mode", [ROW, WALK])
+def test_nothing_is_dropped_where_nothing_is_drawn(mode: str) -> None:
+    """Outside of training: the bits of the kernel that has no dropout, forward and backward."""
+    example = EXAMPLES["drop_norm"]
+    case = Case(example, 37, tiles_for(True, 37, 8, mode, 2), 5, torch.float32, torch.float32)
+    plain = replace(example, chain=lambda c: drop_norm(c, lambda x, *_: x))
+    assert "mixed" not in source(plain.chain(37), TRITON, "plain")
+    tensors, slopes = case.tensors(), slopes_of(case, case.dtype)
+    found = run(case, {n: t for n, t in tensors.items() if n not in example.drawn}, slopes)
+    want = run(replace(case, example=plain), {n: t for n, t in tensors.items() if n not in example.drawn}, slopes)
+    assert all(torch.equal(found[n], want[n]) for n in want)
+    assert not any(torch.equal(found[n], t) for n, t in run(case, tensors, slopes).items() if n in ("h", "o", "d_x"))
 
 
-@given(step=st.integers(0, 2**40), before=st.integers(0, 2**40), columns=st.sampled_from((1, 7, 37)))
+@given(seed=st.integers(0, 2**62), rows=st.integers(1, 3), rate=st.sampled_from((0.1, 0.5, 0.9)), before=st.integers(0, 2**40))
 @few(3)
-def test_dropout_draws_the_numbers_of_the_library(step: int, before: int, columns: int) -> None:
-    chain, key = dropped(columns), (step, 12345, 678, 0)
-    module = load(source(chain, TRITON, "dropped"))
-    x, r = (values((5, columns), torch.float32, i).requires_grad_() for i in (1, 2))
-    first = before + torch.arange(5) * columns
-    kept = uniform(key, first[:, None] + torch.arange(columns)) >= 0.3
-    y = module.dropped(r, first, state_of(key), x)
-    assert torch.equal(y, r + torch.where(kept, x * (1 / 0.7), 0))
-    dx, dr = torch.autograd.grad(y, (x, r), torch.ones_like(y))
-    assert torch.equal(dx != 0, kept) and torch.equal(dr, torch.ones_like(r))
+def test_the_zeros_are_those_of_the_library(seed: int, rows: int, rate: float, before: int) -> None:
+    """Also of infinities, and in the gradient; in which places a rank's rows are in the whole, the library says."""
+    drawn = load_expr("drawn", "r", drawn=True)
+    chain = Chain("dropout", 37, (Output("y", apply("dropout", load_expr("x", "rc"), drawn, rate=rate)),))
+    x = values((rows, 2, 37), torch.float32, 1)
+    x.view(-1)[::5] = torch.inf
+    owner, found = SimpleNamespace(training=True, site=seed % 7), []
+    for how in ("kernel", "library"):
+        at, leaf = lib.At((rows, 2)), x.clone().requires_grad_()
+        at.chance, at.before = seed, before
+        if how == "library":
+            y = lib.dropout(leaf, rate, owner, "y", at)
+        else:
+            y = load(source(chain, TRITON, "dropout")).dropout(leaf, lib.drawn(leaf, owner, "y", at))
+        found.append((y.detach(), *torch.autograd.grad(y, leaf, torch.ones_like(y))))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and not a.isnan().any()
+    assert load(source(chain, TRITON, "dropout")).dropout(x, None) is x
 
 
 # --- what torch asks of an op -------------------------------------------------------------------------------------------
@@ -259,6 +288,10 @@ def test_torch_knows_the_ops() -> None:
     x, z = (values((6, 37), torch.float32, i).requires_grad_() for i in (1, 2))
     w = values((3, 37), torch.float32, 3).requires_grad_()
     torch.library.opcheck(module.gated_norm_fwd, (x, z, w))
+    module_ = load(source(drop_norm(37), TRITON, "drop_norm"))
+    for drawn in (None, whole((6, 1), 3)):
+        given_ = {"x": x, "z": z, "r": x.detach(), "w": w[:1].detach(), "drawn": drawn}
+        torch.library.opcheck(module_.drop_norm_fwd, tuple(given_.get(n) for n in inputs(drop_norm(37))))
     compiled = torch.compile(module.gated_norm, backend="aot_eager", fullgraph=True)
     for a, b in zip(*(torch.autograd.grad(f(x, z, w).square().sum(), (x, z, w)) for f in (module.gated_norm, compiled))):
         assert torch.equal(a, b)
@@ -267,6 +300,17 @@ def test_torch_knows_the_ops() -> None:
 # --- faults -------------------------------------------------------------------------------------------------------------
 
 FAULTS = {
+    "drop_norm": (ROW, {
+        "columns not counted": Fault("cols[None, :].to(tl.int64) * -70", "cols[None, :].to(tl.int64) * 0 - 70"),
+        "one number for all rows": Fault("tl.load(drawn_ptr + rows,", "tl.load(drawn_ptr + rows * 0,"),
+        "not mixed": Fault("number = mixed(", "number = ("),
+        "another mixer": Fault("(x >> 27) & 137438953471", "(x >> 26) & 137438953471"),
+        "shifts that keep the sign": Fault("(x >> 30) & 17179869183", "x >> 30"),
+        "not scaled": Fault("x * scale, 0.0", "x, 0.0"),
+        "those dropped are kept": Fault(">= least", "< least"),
+        "gradient not dropped": Fault("d_x = dropped(", "d_x = tl.maximum(t1, t1) + 0 * dropped("),
+        "numbers of the other use": Fault("dropped(d_o, drawn_,", "dropped(d_o, drawn,"),
+    }),
     "gated_norm": (ROW, {
         "a column short": Fault("mask_c = cols < C", "mask_c = cols < C - 1"),
         "a row short": Fault("mask_r = rows < num_rows", "mask_r = rows < num_rows - 1"),

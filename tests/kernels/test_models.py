@@ -8,13 +8,16 @@ import pytest
 import torch
 
 import heddle
-from heddle.dsl.load import load, shipped_folder
+from heddle.dsl.layout import layout_of
+from heddle.dsl.load import load, load_text, shipped_folder
 from heddle.lowering.pipeline import lower
 from heddle.lowering.target import TARGETS
 from heddle.runtime.check import program_of
-from heddle.runtime.compile import build, instantiate
+from heddle.runtime.compile import build, instantiate, module_class
 from heddle.runtime.errors import UserError
-from heddle.runtime.lib import kernels
+from heddle.runtime.lib import Gathered, kernels
+from heddle.runtime.lib.laid import take_whole
+from heddle.runtime.lib.simulated import simulate
 from tests.kernels.harness import floor, worst
 from tests.specs.published import TWINS
 from tests.specs.test_specs import between, more
@@ -72,6 +75,60 @@ def test_numbers_of_the_cpu(name, documents):
     assert found.keys() == exact.keys()
     for key in exact:
         worst(found[key], exact[key], eager[key], floor(exact[key], torch.float32, STEPS), key)
+
+
+DROPPED = """
+model dropped(vocab = 32, hidden = 16, heads = 4, rate = 0.3):
+    tokens[batch, seq]: token
+    embedding = embed(tokens, vocab -> hidden)
+    x = dropout(embedding, rate)
+    for layer in 1:
+        norm1 = rms_norm(x)
+        x = x + dropout(attention(norm1, heads), rate)
+        norm2 = rms_norm(x)
+        x = x + dropout(gated_mlp(norm2, 2 * hidden), rate)
+    final = rms_norm(x)
+    logits = linear(final, hidden -> vocab)
+    return logits
+
+layout grid:
+    mesh data = 2, tensor = 2
+    shard vocab, heads, ffn over tensor
+    shard seq over tensor between blocks
+    shard batch over data
+"""
+
+
+@pytest.mark.parametrize(("training", "laid"), [(True, True), (True, False), (False, False)])
+def test_zeros_of_the_cpu(training, laid):
+    """Drawn in kernels of several ops, of whole rows and on the ranks of a layout; nothing outside of training."""
+    loaded = load_text(DROPPED)
+    program, source = program_of(loaded), torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, 32, (4, 8), generator=source)
+    document = (torch.rand(4, 8, generator=source) < 0.2).cumsum(1)
+    state = instantiate(build(program), seed=3).state_dict()
+    made = build(program, "triton", layout=layout_of(loaded) if laid else None)
+    assert made.source.count("lib.drawn(") == 3 and "dropout_add_rms_norm" in made.files.kernels
+    kind = module_class(made.source, made.name, made.files.kernels)
+
+    def losses(model, rows, dtype, mesh=None):
+        model = model.cast(dtype).train(training)
+        model.mesh, model.chance = mesh, 5
+        (load_state if mesh is None else take_whole)(model, {n: x.to(dtype) for n, x in state.items()})
+        (loss,) = model.losses(tokens[rows], document[rows], gathered=Gathered()).values()
+        return loss.detach()
+
+    def load_state(model, state):
+        model.load_state_dict(state)
+
+    def rank(mesh):
+        place = mesh.place("data")
+        return mesh["data"].all_reduce(losses(kind(), slice(2 * place, 2 * place + 2), torch.float32, mesh))
+
+    exact, eager = (losses(instantiate(build(program)), slice(None), d) for d in (torch.float64, torch.float32))
+    found = simulate(dict(kind.axes), rank) if laid else [losses(kind(), slice(None), torch.float32)]
+    for one in found:
+        worst(one, exact, eager, floor(exact, torch.float32, STEPS))
 
 
 def streamed(name, made):

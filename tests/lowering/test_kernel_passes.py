@@ -131,9 +131,11 @@ def test_the_sum_of_an_iteration_moves_into_the_next():
     assert kernels == [("add", "rms_norm"), ("add", "rms_norm"), ("relu2",), ("rms_norm",)]
 
 
-@pytest.mark.parametrize("why", ["recompute", "one"])
+@pytest.mark.parametrize("why", ["recompute", "one", "kernel"])
 def test_a_sum_stays_where_moving_it_does_not_pay(why):
+    """`kernel`: one of its terms is made by a kernel, which writes the sum in its place."""
     body = LOOP.replace("in 3", "in 1") if why == "one" else LOOP
+    body = body.replace("mlp(ffn = 32)(rms_norm(x))", "silu(mlp(ffn = 32)(rms_norm(x)))") if why == "kernel" else body
     made = twin(body.strip())
     graphs = for_kernels(made)
     if why == "recompute":
@@ -145,6 +147,24 @@ def test_a_sum_stays_where_moving_it_does_not_pay(why):
         assert postpone_sums(marked).graphs == marked.graphs
         return
     assert sum(n.op == "loop" for n in graphs.model.nodes) == 1
+
+
+def test_dropout_is_part_of_a_kernel():
+    """Beside a norm of its rows; each has numbers of its own, which are no values of the graph."""
+    nodes, graphs = fused_of("h = x + dropout(silu(x), 0.1)\ny = dropout(rms_norm(h), 0.2)\nx = linear(y * h, hidden -> hidden)")
+    assert len(nodes) == 1 and len(nodes[0]) == 6
+    (fused,) = graphs.fused["made"]
+    assert [n for _, n in fused.drawn] == ["dropout", "y"] and not {n for n, _ in fused.drawn} & {n for n, _ in fused.given}
+
+
+def test_dropout_has_rows_of_its_last_dim():
+    """Numbers count on along it; over [heads, d] a norm of both is a kernel of its own. Nothing at all is none."""
+    body = "z = linear(x, hidden -> [heads, d = 4])\nw = rms_norm(dropout(z, 0.1), over = [heads, d])\nx = linear(w, [heads, d] -> hidden)"
+    nodes, graphs = fused_of(body)
+    assert [len(n) for n in nodes] == [1, 1] and {f.chain.columns for f in graphs.fused["made"]} == {4, 16}
+    assert "`rms_norm` has rows of 16" in "\n".join(told(graphs, graphs.graphs["made"]))
+    nodes, _ = fused_of("y = dropout(x, 0)\nx = linear(y, hidden -> hidden)")
+    assert not nodes
 
 
 def test_what_is_one_kernel_is_told_and_why_it_ends():

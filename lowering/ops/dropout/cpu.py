@@ -12,3 +12,9 @@ def emit(use: Any) -> str:
         return x
     name, more = use.drawn(use.operand_dims(0))
     return f"lib.dropout({x}, {rate!r}, self, {name}, at{more})"
+
+
+def drawn(use: Any, like: str) -> str:
+    """What a kernel is told that does it; `like` has the shape of the operand."""
+    name, more = use.drawn(use.operand_dims(0))
+    return f"lib.drawn({like}, self, {name}, at{more})"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heddle.runtime import lib
-from heddle.runtime.lib import dropping as numbers
+from heddle.runtime.lib import chance as numbers
 from heddle.runtime.lib.chance import state_of
 from heddle.runtime.lib.simulated import simulate
 
