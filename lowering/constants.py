@@ -14,6 +14,8 @@ def constants(graph: Graph, program: GraphProgram) -> dict[str, Node]:
     for node in graph.nodes:
         if node.op in STRUCTURE or op_of(node).coordinates and _follows(graph, node):
             continue
+        if node.op == "convert":  # a rank knows where it is when it runs
+            continue
         if all(o is None or o in graph.producers and graph.producers[o].name in found for o in node.operands):
             found[node.name] = node
     return found

@@ -85,14 +85,23 @@ def is_interval(mask: sx.Expr) -> bool:
     return True
 
 
+def is_apart(distance: sx.Expr) -> bool:
+    """Whether a distance is proved to be a sum of what is the query's and what is the key's."""
+    return _parts(distance) is not None
+
+
 def tells_apart(distance: sx.Expr) -> bool:
-    """Whether a distance is proved to be another one for each key of a document, as a sum of what is the query's and
-    what is the key's."""
+    """Whether it is proved to be such a sum, and another one for each key of a document."""
+    found = _parts(distance)
+    return found is not None and found.even
+
+
+def _parts(distance: sx.Expr) -> _Sum | None:
     try:
         found = _sum(distance)
     except _Refused:
-        return False
-    return isinstance(found, _Sum) and found.even
+        return None
+    return _of(found)
 
 
 def _at_most(less: _Sum) -> _Cuts:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import program as pg
 from .. import syntax as sx
-from ..arithmetic import kind, whole
+from ..arithmetic import is_number, kind, whole
 from ..diagnostics import Diagnostic, Label, SpecError, did_you_mean, fail
 from ..source import Span
 from .bodies import Elaborated, Given, Run, inputs_of, inside, required_inputs, swapped, tensors_in
@@ -17,7 +17,7 @@ from .environment import Environment
 from .expressions import number_of
 from .machine import Machine
 from .rewriting import scope_key, scope_of
-from .values import Cell, Dim, TableOf, Tensor, Waiting
+from .values import Cell, Dim, Picked, Sloped, TableOf, Tensor, Waiting
 from .wording import count_of, given_twice
 
 
@@ -66,6 +66,7 @@ class BlockCalls(Machine):
             )
         named = [(slot, value, a) for slot, value, a in zip(slots, values, positional, strict=False)]
         named += [(a.name, self.value(a.value, env), a) for a in expr.arguments if a.name]
+        named = [(name, self._alias(value, a.value, env, not inputs), a) for name, value, a in named]
         seen: dict[str, Span] = {}
         for name, value, argument in named:
             if name in seen:
@@ -90,6 +91,14 @@ class BlockCalls(Machine):
                     help=did_you_mean(name, slots, "a parameter"),
                 )
             given.spans[name] = argument.span
+
+    def _alias(self, value: Any, expr: sx.Expr, env: Environment, inline: bool) -> Any:
+        """A number by its name is what the name stands for when all arguments are known, of which one may have made a
+        dim of it. A block whose statements stand in the caller's body shares the name, and may make one itself."""
+        cell = env.cell(expr.id) if isinstance(expr, sx.Name) and is_number(value) else None
+        if cell is None or cell.value is value and not inline:
+            return value
+        return cell if inline else cell.value
 
     def run_block(self, callee: Waiting, given: Given, env: Environment, span: Span, hint: str | None) -> Any:
         """Call a block with inputs: a body of its own if it owns weights, else its statements in the caller's body."""
@@ -324,6 +333,8 @@ class BlockCalls(Machine):
             return ("dim", place, value.name, value.size, value.sequence, parts, value.clock, coordinates)
         if isinstance(value, Tensor):
             return ("tensor", value.kind, tuple(self.key(d, dims) for d in value.dims))
+        if isinstance(value, (Picked, Sloped)):
+            return (type(value).__name__, self.key(value.tensor, dims), value.expr)
         if isinstance(value, Waiting):
             target = value.op.name if value.op is not None else id(value.found.declaration) if value.found else None
             settings = tuple((n, self.key(v, dims)) for n, v in sorted(value.settings.items()))

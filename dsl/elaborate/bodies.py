@@ -11,7 +11,7 @@ from ..arithmetic import kind
 from ..diagnostics import did_you_mean, fail
 from ..source import Span
 from .builder import Builder
-from .values import Dim, Tensor, Waiting
+from .values import Dim, Picked, Sloped, Tensor, Waiting
 
 
 @dataclass
@@ -94,9 +94,12 @@ class Run:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors that a parameter brings along: itself, or those that a waiting function was given."""
+    """The tensors that a parameter brings along: itself, that of a score bias, or those that a waiting function was
+    given."""
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, (Picked, Sloped)):
+        return [value.tensor]
     return [t for v in value.settings.values() for t in tensors_in(v)] if isinstance(value, Waiting) else []
 
 
@@ -104,6 +107,8 @@ def inside(value: Any, name: str, builder: Builder) -> Any:
     """A parameter as a body sees it: tensors that it brings along are inputs of the body, in the same order."""
     if isinstance(value, Tensor):
         return builder.add_input(name, value.kind, value.dims, value.span)
+    if isinstance(value, (Picked, Sloped)):
+        return replace(value, tensor=inside(value.tensor, name, builder))
     if isinstance(value, Waiting) and tensors_in(value):
         settings = {n: inside(v, f"{name}_{n}", builder) for n, v in value.settings.items()}
         return replace(value, settings=settings)

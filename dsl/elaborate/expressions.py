@@ -15,7 +15,7 @@ from ..source import Span
 from ..vocabulary import BUILTINS
 from .environment import Environment
 from .machine import Machine
-from .values import POISON, Cell, Dim, Lazy, Picked, Poison, SequenceName, Symbolic, TableOf, Tensor, Waiting
+from .values import POISON, Cell, Dim, Lazy, Picked, Poison, SequenceName, Sloped, Symbolic, TableOf, Tensor, Waiting
 
 COORDINATES = ("position", "document", "valid")
 """What every sequence has."""
@@ -239,6 +239,8 @@ class Expressions(Machine):
             return self.pointwise("neg", [value], env, expr.span, hint)
         if isinstance(value, Symbolic):
             return Symbolic(sx.Unary("-", value.expr, span=expr.span))
+        if isinstance(value, Sloped):
+            return Sloped(value.tensor, sx.Unary("-", value.expr, span=expr.span))
         return negate(number_of(value, expr.value.span), expr.span)
 
     def _symbolic(self, expr: sx.Unary, value: Symbolic) -> Symbolic:
@@ -259,6 +261,9 @@ class Expressions(Machine):
                 return left
             return self.value(expr.right, env)
         right = self.value(expr.right, env)
+        for tensor, distance in ((left, right), (right, left)):
+            if op == "*" and isinstance(tensor, Tensor) and isinstance(distance, Symbolic) and not distance.is_mask:
+                return Sloped(tensor, distance.expr)
         if isinstance(left, Symbolic) or isinstance(right, Symbolic):
             return self._mask_term(expr, left, right)
         if op in ("==", "!=") and (left is None or right is None):

@@ -15,7 +15,7 @@ from .builder import Builder
 from .environment import Environment
 from .expressions import number_of
 from .machine import Machine
-from .values import Dim, Picked, Shared, Symbolic, Tensor, Waiting
+from .values import Dim, Picked, Shared, Sloped, Symbolic, Tensor, Waiting
 from .wording import count_of, given_twice
 
 
@@ -100,16 +100,17 @@ class OpCalls(Machine):
         plain = [o.name for o in op.inputs if not o.repeated]
         repeated = [o.name for o in op.inputs if o.repeated and not o.optional]
         options = [o.name for o in op.inputs if o.repeated and o.optional]
+        words = [name for name in options if name != "slope"]  # which is a kind of `bias`
         sources: list[tuple[tuple[Any, ...], dict[str, Any], Span]] = []
         common: dict[str, Any] = {}
         taken = 0
         for argument in expr.arguments:
-            if argument.name in options:
+            if argument.name in words:
                 common[str(argument.name)] = self._option(op, argument, env)
             elif argument.name is not None:
                 self._op_argument(op, argument.name, argument, env, given)
             elif isinstance(argument.value, sx.TupleOf):
-                sources.append(self._source(op, argument.value, options, env))
+                sources.append(self._source(op, argument.value, words, env))
             elif taken < len(plain):
                 self._op_argument(op, plain[taken], argument, env, given)
                 taken += 1
@@ -150,34 +151,36 @@ class OpCalls(Machine):
                 own[item.name] = self._option(op, item, env)
         return self.value(expr, env), own, expr.span
 
-    def _option(self, op: Any, item: sx.Argument, env: Environment) -> Tensor | Picked | None:
-        """What a source may have beside its keys: a query of its own, or scores that its distance picks."""
+    def _option(self, op: Any, item: sx.Argument, env: Environment) -> Tensor | Picked | Sloped | None:
+        """What a source may have beside its keys: a query of its own, or what its distance adds to scores."""
         value = self.value(item.value, env)
         if value is None or is_number(value) and not value:
             return None
-        if item.name == "bias" and not isinstance(value, Picked):
+        if item.name == "bias" and not isinstance(value, (Picked, Sloped)):
             what = "score biases of this kind are not built yet" if isinstance(value, (Symbolic, Tensor)) else None
             raise fail(
                 "not-built-yet" if what else "wrong-type",
-                what or f"a score bias is a tensor that a distance picks from, this is {kind(value)}",
+                what or f"a score bias is a tensor that a distance picks from or is times, this is {kind(value)}",
                 item.span,
-                help="`b[query.position - key.position]` picks from the last dim of `b`",
+                help="`b[query.position - key.position]` picks from the last dim of `b`; "
+                "`s * (key.position - query.position)` has a slope for each head",
             )
         if item.name != "bias" and not isinstance(value, Tensor):
             raise fail("wrong-type", f"`{item.name}` of a source must be a tensor, this is {kind(value)}", item.span)
         return value
 
     def _options(self, options: list[str], sources: list[dict[str, Any]], given: Given) -> None:
+        """A bias is an operand of its own kind, and each source has one distance for whichever it has."""
+        biases = [own.pop("bias", None) for own in sources]
+        columns = {name: [own.get(name) for own in sources] for name in options}
+        for name, sort in (("bias", Picked), ("slope", Sloped)):
+            columns[name] = [v.tensor if isinstance(v, sort) else None for v in biases]
         for name in options:
-            column = [own.get(name) for own in sources]
-            if not any(v is not None for v in column):
-                continue
-            given.settings["options"] = (*given.settings.get("options", ()), name)
-            given.tensors[name] = [v.tensor if isinstance(v, Picked) else v for v in column]
-            if any(isinstance(v, Picked) for v in column):
-                given.settings["distances"] = tuple(
-                    v.expr if isinstance(v, Picked) else sx.Constant(None) for v in column
-                )
+            if any(v is not None for v in columns[name]):
+                given.settings["options"] = (*given.settings.get("options", ()), name)
+                given.tensors[name] = columns[name]
+        if any(v is not None for v in biases):
+            given.settings["distances"] = tuple(sx.Constant(None) if v is None else v.expr for v in biases)
 
     def _mask(self, value: Any, span: Span) -> sx.Expr:
         if isinstance(value, bool):

@@ -144,6 +144,15 @@ class Picked:
 
 
 @dataclass(frozen=True)
+class Sloped:
+    """`s * (key.position - query.position)`: an expression of positions, times a tensor."""
+
+    tensor: Tensor
+    expr: sx.Expr
+    kind_word = "a tensor times a distance"
+
+
+@dataclass(frozen=True)
 class SequenceName:
     """`query` or `key` in a mask."""
 

@@ -161,8 +161,9 @@ def steps(have: Place, want: Place, mesh: Mesh) -> tuple[Step, ...]:
             for atom in (*again, *moved):
                 back = back.put(atom, R if have.has_gradient else N, order)
     gathered = [a for atoms in have.splits for a in reversed(atoms) if now.on(a) != back.on(a)]
-    other = [a for a in order if not isinstance(now.on(a), int) and now.on(a) != back.on(a)]
-    for target, todo in ((back, [*gathered, *other]), (want, [*order])):
+    inwards = _inwards(order, want)
+    other = [a for a in inwards if not isinstance(now.on(a), int) and now.on(a) != back.on(a)]
+    for target, todo in ((back, [*gathered, *other]), (want, inwards)):
         for atom in todo:
             src, dst = now.on(atom), target.on(atom)
             if src == dst:
@@ -177,6 +178,15 @@ def steps(have: Place, want: Place, mesh: Mesh) -> tuple[Step, ...]:
                 made.append(Step(kind, (atom,), R if src == N else src, R if dst == N else dst))
             now = now.put(atom, dst, order)
     return tuple(_merged(made, mesh))
+
+
+def _inwards(order: Sequence[str], want: Place) -> list[str]:
+    """The factors as the mesh has them, but of those that split one dim the outer ones first."""
+    found = list(order)
+    for atoms in want.splits:
+        for place, atom in zip(sorted(map(found.index, atoms)), atoms, strict=True):
+            found[place] = atom
+    return found
 
 
 def _merged(found: list[Step], mesh: Mesh) -> Iterator[Step]:

@@ -31,6 +31,7 @@ from .pointwise import relu2, rotate, silu_mul
 from .recompute import recompute
 from .ring import attend_ring
 from .rows import At, Coordinates, Mask, count_rows, next_token, reduce_rows, take_row
+from .slopes import slopes
 from .sources import Source
 from .ssd import ssd, ssd_before, ssd_behind, ssd_leave
 from .stream import Stream
@@ -92,6 +93,7 @@ __all__ = [
     "rows_before",
     "scaled_rows",
     "silu_mul",
+    "slopes",
     "spmd",
     "ssd",
     "ssd_before",

@@ -15,7 +15,7 @@ from torch import Tensor
 from .buffers import Cache, is_past
 from .dropping import Drop, Dropped
 from .joint import Tile, fits, joint
-from .rows import At, Coordinates, Keys, Mask
+from .rows import At, Keys, Mask
 from .sources import SAME, Source, read
 from .weighed import product, weighed
 
@@ -75,7 +75,7 @@ def _attend(
     parts = [_part(s, at, cache) for s, cache in zip(made, caches, strict=True)]
     if not q.numel() or not sum(p.k.shape[2] for p in parts):  # a step without queries, or before there is a key
         return q.new_zeros(*q.shape[:3], parts[0].v.shape[-1])
-    if drop is not None or any(s.query is not None or s.bias is not None for s in made):
+    if drop is not None or any(s.scored for s in made):
         return _scored(q, parts, at.keys(), scale, drop)
     return _fused(q, parts, scale)
 
@@ -84,7 +84,7 @@ def _is_plain(sources: list[Source], at: At, caches: Sequence[Any]) -> bool:
     """One source of the queries' own sequence, and no tensor needed to say what is seen of it: in a full pass, and
     where a stream begins with several rows."""
     (one, *more) = sources
-    own = one.rows is SAME and one.query is None and one.bias is None
+    own = one.rows is SAME and not one.scored
     if more or not own or _proved(at, one.mask) is None:
         return False
     if not at.in_stream:
@@ -113,11 +113,7 @@ def _scored(
     for part in parts:
         source = part.source
         score = product(scale * (q if source.query is None else source.query).transpose(1, 2), part.k.mT)
-        if source.bias is not None and source.distance is not None:
-            far = source.distance(_along(queries, 2), _along(part.keys(), 1))
-            far = far.clamp(0, source.bias.shape[-1] - 1)[:, None].expand(*score.shape)
-            score = score + source.bias.transpose(1, 2).gather(-1, far)
-        scores.append(score)
+        scores.append(source.shifted(score, queries, part.keys()) if source.scored else score)
         visible.append(_spell(part.seen, q.shape[1], part.k.shape[2], part.k))
     weights = weighed(_beside(scores), _beside(visible)).split([p.k.shape[2] for p in parts], -1)
     summed = []
@@ -131,12 +127,6 @@ def _scored(
 
 def _beside(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-
-
-def _along(rows: Keys, axis: int) -> Coordinates:
-    """Coordinates that broadcast to [b, queries, keys]; `axis` is the one of length 1."""
-    document = torch.zeros_like(rows.position) if rows.document is None else rows.document
-    return Coordinates(rows.position.unsqueeze(axis), document.unsqueeze(axis))
 
 
 def _whole(
@@ -234,7 +224,7 @@ def _tiled(q: Tensor, sources: list[Source], at: At, scale: float, tile: int, dr
                 low, high, seen = _narrow(at, (source.mask, name, tile, start), seen)
             reached.append((low, high, seen))
         tiles.append(Tile(start, end, tuple(reached)))
-    plain = drop is None and all(s.query is None and s.bias is None for s in sources)
+    plain = drop is None and not any(s.scored for s in sources)
     if plain and all(fits(q, k, v) for k, v, _, _ in whole):
         return joint(q.transpose(1, 2), scale, [(k, v) for k, v, _, _ in whole], tiles).transpose(1, 2)
     found = []

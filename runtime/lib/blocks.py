@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attend import _along, _spell
+from .attend import _spell
 from .intervals import askers, bounds, cuts
 from .joint import _BACKWARD, _KERNEL, _added, _repeated, _summed, fits
 from .rows import Keys, Mask
@@ -82,7 +82,7 @@ def lifted(q: Tensor, source: Source, part: Any, scale: float, kernel: Kernel | 
             return got, whole
         some = seen.any(-1)  # the kernel's sum of nothing differs between versions
         return torch.where(some[..., None], got, 0), torch.where(some, whole, -torch.inf)
-    score = _score(mine, k, _bias(source, part), source, part, scale, seen)
+    score = _score(mine, k, _of_rows(source, part), part, scale, seen)
     whole = score.logsumexp(-1)
     weight = (score - torch.where(whole.isinf(), 0, whole)[..., None]).exp()
     weight = weight if part.drop is None else part.drop(weight)  # of the sum, which is of all weights, nothing goes
@@ -114,10 +114,12 @@ def pulled_back(
         )  # fmt: skip
         by_k, by_v = (_summed(x, source.k.shape[2]) for x in (by_k, by_v))
     else:
-        bias = _bias(source, part)
+        beside = _of_rows(source, part)
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (mine, k, v, *([] if bias is None else [bias]))]
-            score = _score(leaves[0], leaves[1], None if bias is None else leaves[3], source, part, scale, seen)
+            leaves = [x.detach().requires_grad_() for x in (mine, k, v)]
+            own_bias, slope = (None if x is None else x.detach().requires_grad_() for x in (beside.bias, beside.slope))
+            leaves += [x for x in (own_bias, slope) if x is not None]
+            score = _score(leaves[0], leaves[1], beside._replace(bias=own_bias, slope=slope), part, scale, seen)
             weight = (score - whole[..., None]).exp()
             wide = grad.to(weight.dtype)
             by_weight = wide @ leaves[2].to(weight.dtype).mT
@@ -128,6 +130,8 @@ def pulled_back(
         by_k, by_v = (_summed(x, source.k.shape[2]) for x in (by_k, by_v))
         if found.bias is not None:
             found.bias[:, part.queries] += more[0]
+        if found.slope is not None:
+            found.slope.add_(more[-1])
     own[:, part.queries] += got.transpose(1, 2)
     found.k[:, part.keys] += by_k.transpose(1, 2)
     found.v[:, part.keys] += by_v.transpose(1, 2)
@@ -160,26 +164,22 @@ def _rows(q: Tensor, source: Source, part: Any) -> tuple[Tensor, Tensor, Tensor]
 
 def _is_plain(source: Source, part: Any, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the library's kernel does it: it draws other numbers than ours."""
-    return source.bias is None and part.drop is None and fits(q, k, v)
+    return source.distance is None and part.drop is None and fits(q, k, v)
 
 
 def _mask(seen: Tensor | str, like: Tensor) -> Tensor | None:
     return None if isinstance(seen, str) else _added(seen, like)
 
 
-def _bias(source: Source, part: Any) -> Tensor | None:
-    return None if source.bias is None else source.bias[:, part.queries]
+def _of_rows(source: Source, part: Any) -> Source:
+    """With the biases of some queries."""
+    return source if source.bias is None else source._replace(bias=source.bias[:, part.queries])
 
 
-def _score(
-    q: Tensor, k: Tensor, bias: Tensor | None, source: Source, part: Any, scale: float, seen: Tensor | str
-) -> Tensor:
+def _score(q: Tensor, k: Tensor, source: Source, part: Any, scale: float, seen: Tensor | str) -> Tensor:
     """[b, H, t, n] in fp32, or fp64 where queries are; minus infinity where nothing is seen."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     score = scale * q.to(wide) @ k.to(wide).mT
-    if bias is not None and source.distance is not None:
-        queries, keys = part.coordinates()
-        far = source.distance(_along(queries, 2), _along(keys, 1))
-        far = far.clamp(0, bias.shape[-1] - 1)[:, None].expand(*score.shape)
-        score = score + bias.transpose(1, 2).to(wide).gather(-1, far)
+    if source.distance is not None:
+        score = source.shifted(score, *part.coordinates())
     return score.masked_fill(~_spell(seen, q.shape[2], k.shape[2], k), -torch.inf)

@@ -188,14 +188,18 @@ def cuts(mask: Mask) -> Cuts | None:
 
 
 @cache
-def places(distance: Callable[..., Any]) -> Sum | None:
-    """The place of a bias as a sum of one number a query and one a key, no two keys of a document at the same; None
-    where it is not proved to be one."""
+def terms(distance: Callable[..., Any]) -> Sum | None:
+    """A distance as a sum of one number a query and one a key; None where it is not proved to be one."""
     try:
-        found = _sum(distance(_QUERY, _KEY))
+        return _sum(distance(_QUERY, _KEY))
     except (TypeError, AttributeError, ZeroDivisionError):
         return None
-    return found if found.even else None
+
+
+def places(distance: Callable[..., Any]) -> Sum | None:
+    """The place of a bias as such a sum, no two keys of a document at the same."""
+    found = terms(distance)
+    return found if found is not None and found.even else None
 
 
 class Bounds(NamedTuple):

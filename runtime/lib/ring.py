@@ -77,6 +77,7 @@ def attend_ring(
         q, made = _Mirror.apply(q, group), [_folded(s, group) for s in made]
     given = [x for s in made for x in (s.k, s.v, s.query, s.bias) if x is not None]
     q, *given = autocast(q, *given)
+    given += [s.slope for s in made if s.slope is not None]
     takes = kernel is not None and dropped is None and suits(q, _given(made, given), rows)
     ring = _Ring(rows, group, scale, halves, made, dropped, kernel if takes else None)
     with torch.autocast(q.device.type, enabled=False):  # what is combined is as precise as it says
@@ -262,7 +263,7 @@ def _given(sources: Sequence[Source], given: Sequence[Tensor]) -> list[Source]:
         k, v = left.pop(0), left.pop(0)
         query, bias = (None if x is None else left.pop(0) for x in (source.query, source.bias))
         found.append(source._replace(k=k, v=v, query=query, bias=bias))
-    return found
+    return [s if s.slope is None else s._replace(slope=left.pop(0)) for s in found]
 
 
 def _told(ring: _Ring, sources: Sequence[Source], distance: int) -> tuple[int, dict[int, Source]]:

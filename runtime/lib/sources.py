@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .buffers import is_past
 from .clocks import Groups
-from .intervals import askers, bounds, cuts, places, rises
+from .intervals import askers, bounds, cuts, places, rises, terms
 from .kernels import FLOATS
 from .product import autocast
 from .rows import At, Coordinates, Keys, Mask
@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
     rows: the coordinates of the keys where they are of another sequence than the queries; None: they are there as a
     whole. query: takes the place of the queries for this source. bias [b, t, H, N] is added to the scores, at the place
-    that `distance` of the coordinates says.
+    that `distance` of the coordinates says; or slope [H] times it is.
     """
 
     k: Tensor
@@ -43,6 +43,31 @@ class Source(NamedTuple):
     query: Tensor | None = None
     bias: Tensor | None = None
     distance: Callable[[Coordinates, Coordinates], Any] | None = None
+    slope: Tensor | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether scores are more than products of the queries with keys."""
+        return self.query is not None or self.distance is not None
+
+    def shifted(self, score: Tensor, queries: Keys, keys: Keys) -> Tensor:
+        """score [b, H, t, n] with what the distance of keys adds, worked out in fp32 at least."""
+        if self.distance is None:
+            return score
+        far = self.distance(_along(queries, 2), _along(keys, 1))
+        if self.bias is not None:
+            place = far.clamp(0, self.bias.shape[-1] - 1)[:, None].expand(*score.shape)
+            score = score + self.bias.transpose(1, 2).to(score.dtype).gather(-1, place)
+        if self.slope is not None:
+            wide = torch.promote_types(score.dtype, torch.float32)
+            score = score + (self.slope.to(wide)[:, None, None] * far[:, None]).to(score.dtype)
+        return score
+
+
+def _along(rows: Keys, axis: int) -> Coordinates:
+    """Coordinates that broadcast to [b, queries, keys]; `axis` is the one of length 1."""
+    document = torch.zeros_like(rows.position) if rows.document is None else rows.document
+    return Coordinates(rows.position.unsqueeze(axis), document.unsqueeze(axis))
 
 
 class Read(NamedTuple):
@@ -51,7 +76,7 @@ class Read(NamedTuple):
     low, high int32 [b, t]: the keys that a query sees, none where low > high; first, last int32 [b, k]: queries among
     which are all that see a key, for gradients only. valid bool [b, k]: keys that count, None where bounds say it all.
     query [b, t, H, D]: in place of the queries. bias [b, t, H, N]: added to scores, at the place asks [b, t] + holds
-    [b, k].
+    [b, k]; or slope [H], times that.
     """
 
     k: Tensor
@@ -65,22 +90,23 @@ class Read(NamedTuple):
     bias: Tensor | None = None
     asks: Tensor | None = None
     holds: Tensor | None = None
+    slope: Tensor | None = None
 
 
 def read(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any]) -> tuple[Tensor, list[Read]] | None:
     """q and the sources as a kernel takes them; None where it does not, and then nothing was remembered.
 
-    That is: other dtypes than a kernel computes on, or several of them; key heads that differ; a mask that does not let
-    each query see one interval of keys; positions that were given and fall; two keys at one place of a bias.
+    That is: other dtypes than a kernel computes on, or several of them (slopes may have any); key heads that differ; a
+    mask that does not let each query see one interval of keys; positions that were given and fall; two keys at one
+    place of a bias; a distance that is no sum of what is the query's and what is the key's.
     """
     q, *tensors = autocast(q, *(x for s in sources for x in (s.k, s.v, s.query, s.bias)))
     sources = [s._replace(k=k, v=v, query=query, bias=bias)
                for s, k, v, query, bias in zip(sources, *(tensors[i::4] for i in range(4)), strict=True)]  # fmt: skip
     if not q.numel() or not suits(q, sources, at, caches):
         return None
-    grads = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, *(x for s in sources for x in s[:2] + s[4:6]))
-    )
+    given = [q, *(x for s in sources for x in (s.k, s.v, s.query, s.bias, s.slope))]
+    grads = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     return q, [_read(source, at, cache, grads) for source, cache in zip(sources, caches, strict=True)]
 
 
@@ -97,7 +123,9 @@ def suits(q: Tensor, sources: Sequence[Source], at: At, caches: Sequence[Any] | 
             return False
         where = at if source.rows is SAME else source.rows
         ordered, apart = _order(where, source.bias is not None) if isinstance(where, At) else (True, True)
-        if not ordered or source.bias is not None and not (apart and _places(source) is not None):
+        if not ordered or source.bias is not None and not apart:
+            return False
+        if source.distance is not None and _terms(source) is None:
             return False
     return True
 
@@ -114,8 +142,10 @@ def _order(at: At, bias: bool) -> tuple[bool, bool]:
     return at.memo["rises"]
 
 
-def _places(source: Source) -> Any:
-    return None if source.distance is None else places(source.distance)
+def _terms(source: Source) -> Any:
+    """The distance of keys as a sum; where it says places of a bias, no two keys of a row share one."""
+    assert source.distance is not None
+    return terms(source.distance) if source.bias is None else places(source.distance)
 
 
 def _read(source: Source, at: At, cache: Any, grads: bool) -> Read:
@@ -137,9 +167,9 @@ def _read(source: Source, at: At, cache: Any, grads: bool) -> Read:
     if grads:
         number = k.shape[1]
         first, last = remembered(at, ("askers", source.mask, name), lambda: askers(low, high, number))
-    if source.bias is not None:
+    if source.distance is not None:
         asks, holds = remembered(at, ("places", source.distance, name), lambda: _numbers(source, at, keys()))
-    return Read(k, v, low, high, first, last, valid, source.query, source.bias, asks, holds)
+    return Read(k, v, low, high, first, last, valid, source.query, source.bias, asks, holds, source.slope)
 
 
 def remembered(at: At, name: Any, make: Callable[[], T]) -> T:
@@ -163,8 +193,9 @@ def _batch(at: At, keys: Keys) -> slice:
 
 
 def _numbers(source: Source, at: At, keys: Keys) -> tuple[Tensor, Tensor]:
-    """The place of a bias as int32 [b, t] of queries and int32 [b, k] of keys, of which it is the sum."""
-    found, batch = _places(source), _batch(at, keys)
+    """The distance of keys as int32 [b, t] of queries and int32 [b, k] of keys, of which it is the sum."""
+    found, batch = _terms(source), _batch(at, keys)
     asked, held = (x.part(slice(None), batch).position for x in (at.keys(), keys))
     own = torch.full_like(asked, found.number) + (0 if found.query is None else found.query(asked))
-    return tuple(x.clamp(-(2**30), 2**30).int() for x in (own, found.key(held)))  # type: ignore[return-value]
+    key = torch.zeros_like(held) if found.key is None else found.key(held)
+    return tuple(x.clamp(-(2**30), 2**30).int() for x in (own, key))  # type: ignore[return-value]

@@ -50,9 +50,14 @@ DISTANCES = {
 }
 
 
+def FAR(query: Any, key: Any) -> Any:
+    """What times a slope: no two queries ask alike, and keys that share a place hold alike."""
+    return key.position // 2 - query.position
+
+
 @dataclass(frozen=True)
 class Form:
-    """What a kernel is made for: masks of its sources, which of them have a query of their own, which a bias."""
+    """What a kernel is made for: masks of its sources, which of them have a query of their own, a bias or a slope."""
 
     masks: tuple[str, ...]
     group: int = 1
@@ -60,9 +65,11 @@ class Form:
     value_width: int = 16
     queries: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    slopes: tuple[str, ...] = ()
 
     def facts(self, of: Tiles = SMALL) -> Attend:
-        sources = tuple(Source(m, m in self.queries, DISTANCES[m][1] if m in self.biases else 0) for m in self.masks)
+        sources = tuple(Source(m, m in self.queries, DISTANCES[m][1] if m in self.biases else 0, m in self.slopes)
+                        for m in self.masks)  # fmt: skip
         return Attend(self.group, self.width, self.value_width, sources, tiles=of)
 
 
@@ -75,6 +82,8 @@ FORMS = {
     "distances in both": Form(("window", "recent"), group=1, width=12, queries=("window",), biases=("window", "recent")),
     "one of two with a query": Form(("causal", "window"), queries=("causal",), biases=("window",)),
     "all but its own query": Form(("window",), group=2, queries=("window",)),
+    "a slope of each head": Form(("causal",), group=2, slopes=("causal",)),
+    "slopes, a bias and neither": Form(("causal", "window", "all"), width=12, biases=("window",), slopes=("causal",)),
     "three sources": Form(("window", "past", "all")),
 }
 
@@ -106,7 +115,15 @@ class Case:
             more["query"] = tensors[f"{mask} query"]
         if mask in self.form.biases:
             more |= {"bias": tensors[f"{mask} bias"], "distance": DISTANCES[mask][0]}
+        if mask in self.form.slopes:
+            more |= {"slope": tensors[f"{mask} slope"], "distance": FAR}
         return lib.Source(tensors[f"{mask} k"], tensors[f"{mask} v"], MASKS[mask], **more)
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Of queries and of keys of their own sequence, side by side."""
+        position = self.at.keys().position
+        return position[:, :, None], position[:, None]
 
     def sources(self, tensors: dict[str, Tensor]) -> list[lib.Source]:
         return [self.source(mask, tensors) for mask in self.form.masks]
@@ -135,6 +152,8 @@ def case(
             shapes[f"{mask} query"] = shapes["q"]
         if mask in form.biases:
             shapes[f"{mask} bias"] = (batch, seq, heads, DISTANCES[mask][1])
+        if mask in form.slopes:
+            shapes[f"{mask} slope"] = (heads,)
     tensors = {
         name: harness.laid(harness.values(shape, dtype, seed + i, scale if name.endswith("v") else 1.0), layout)
         for i, (name, shape) in enumerate(shapes.items())
@@ -160,6 +179,8 @@ def spelled(one: Case, tensors: dict[str, Tensor]) -> list[tuple[Any, ...]]:
             place = source.distance(query, lib.Coordinates(keys.position[:, None], None))
             place = place.clamp(0, source.bias.shape[-1] - 1)[:, :, None].expand(-1, -1, source.bias.shape[2], -1)
             bias = source.bias.gather(-1, place.expand(len(source.bias), -1, -1, -1))
+        if source.slope is not None:
+            bias = source.slope[:, None] * FAR(*(lib.Coordinates(x, None) for x in one.places))[:, :, None]
         k, v = source.k, source.v
         if one.at.valid is not None and source.rows is lib.sources.SAME:  # padding may hold anything
             k, v = (torch.where(one.at.valid[:, :, None, None], x, 0) for x in (k, v))
@@ -222,6 +243,9 @@ def allowed(one: Case, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str
         found[f"{mask} v"] += folded(torch.einsum("bqhs,bqhe->bshe", weight, up.abs()))
         if mask in one.form.biases:
             found[f"{mask} bias"] += loss.amax(-1, keepdim=True) if loss.shape[-1] else 0.0
+        if mask in one.form.slopes:
+            far = (FAR(*(lib.Coordinates(x, None) for x in one.places)).abs())[:, :, None]
+            found[f"{mask} slope"] += ((loss + single * (steps + p.shape[0] * p.shape[1]) * m) * far).sum((0, 1, 3))
     return result + u * o.abs() + tiny, {n: x + tiny for n, x in found.items()}
 
 

@@ -280,17 +280,32 @@ FAULTS = {
 }  # fmt: skip
 
 
-def test_planted_faults_are_found() -> None:
+SLOPED = Form(("causal", "window"), group=2, width=12, slopes=("causal",))
+SLOPE_FAULTS = {
+    "one slope for all": ("head = h * 2 + rows % 2\n", "head = h * 2 + rows * 0\n"),
+    "slope in another base": (".to(tl.float32) * 1.4426950408889634\n\n", ".to(tl.float32)\n\n"),
+    "where the query is left out": ("far = asks[:, None] + tl", "far = 0 * asks[:, None] + tl"),
+    "one distance for all keys": ("holds_ptr + offs_n, mask=there, other=0)[None, :]\n", "holds_ptr + offs_n * 0, mask=there, other=0)[None, :]\n"),
+    "no slope for the gradient of q": ("s += slope[:, None] * far\n", "s += 0.0 * slope[:, None] * far\n"),
+    "no slope for the gradient of k": ("s += load_slope(", "s += 0.0 * load_slope("),
+    "gradient of slopes of the last tile": ("d_slope += tl.sum", "d_slope = tl.sum"),
+    "gradient of slopes without distance": ("tl.sum(d_s * far, 1)", "tl.sum(d_s, 1)"),
+    "gradients of heads mixed up": (".sum((0, 2)).flatten()", ".sum((0, 2)).flip(-1).flatten()"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "faults"), [(RICH, FAULTS), (SLOPED, SLOPE_FAULTS)], ids=["bias", "slope"])
+def test_planted_faults_are_found(form: Form, faults: dict[str, tuple[str, str]]) -> None:
     hole = torch.arange(7)[None] != 3
 
     def attempt(made: ModuleType) -> None:
         """14 rows, whose keys are read in parts, and 20 in two tiles."""
         for seq, valid in ((7, hole), (10, None)):
-            one = case(RICH, 1, seq, 1, torch.float32, 5, valid=valid)
-            check(one, made.attend, up_of(RICH, 1, seq, 1, torch.float32, 5))
+            one = case(form, 1, seq, 1, torch.float32, 5, valid=valid)
+            check(one, made.attend, up_of(form, 1, seq, 1, torch.float32, 5))
 
-    faults = {name: harness.Fault(*pair) for name, pair in FAULTS.items()}
-    assert harness.survivors(text(RICH, tiles(16, 4, 14, 4)), faults, attempt) == []
+    planted = {name: harness.Fault(*pair) for name, pair in faults.items()}
+    assert harness.survivors(text(form, tiles(16, 4, 14, 4)), planted, attempt) == []
 
 
 def test_the_same_facts_make_the_same_bytes_and_offsets_are_wide() -> None:

@@ -261,6 +261,7 @@ def draw_case(draw: Draw, name: str, sizes: Any = SIZES, joined: bool = False) -
         "parallel_linear": _parallel_linear,
         "parallel_conv": _parallel_conv,
         "index": _index,
+        "slopes": _slopes,
         "coordinate": _coordinate,
         "reshape": _reshape,
         "concat": _concat,
@@ -460,7 +461,8 @@ def _attend(draw: Draw, sizes: Any, joined: bool) -> Case:
     count = draw(st.sampled_from((1, 1, 2)))
     masks = tuple(MASKS[draw(st.sampled_from(tuple(MASKS)))][0] for _ in range(count))
     args = [Arg("q", "q", ("batch", "s", "h", "d"), ("*", "Q", "H", "D"))]
-    options = tuple(name for name in ("query", "bias") if draw(st.integers(0, 2)) == 0)
+    distance = draw(st.sampled_from((None, None, "bias", "slope")))
+    options = ("query",) * (draw(st.integers(0, 2)) == 0) + ((distance,) if distance else ())
     for i in range(count):
         args.append(Arg(f"k{i}", "k", ("batch", "s", "k", "d"), ("*", "S", "K", "D")))
         args.append(Arg(f"v{i}", "v", ("batch", "s", "k", "e"), ("*", "S", "K", "E")))
@@ -469,8 +471,10 @@ def _attend(draw: Draw, sizes: Any, joined: bool) -> Case:
         if "bias" in options:
             size["n"] = size.get("n") or draw(sizes)
             args.append(Arg(f"b{i}", "bias", ("batch", "s", "h", "n"), ("*", "Q", "H", "N")))
+        if "slope" in options:
+            args.append(Arg(f"s{i}", "slope", ("h",), ("H",)))
     attrs = [("masks", masks)] + ([("options", options)] if options else [])
-    if "bias" in options:
+    if distance:
         attrs.append(("distances", (sx.Binary("-", _QUERY, _KEY),) * count))
     attrs += [("scale", draw(st.sampled_from((0.5, 1.0))))] if draw(st.booleans()) else []
     attrs += [("dropout", 0.25)] if draw(st.booleans()) else []  # which changes nothing but in training
@@ -579,6 +583,10 @@ def _take(draw: Draw, sizes: Any, joined: bool) -> Case:
 
 def _index(draw: Draw, sizes: Any, joined: bool) -> Case:
     return Case("index", {"d": draw(sizes)}, (), (("dim", ("d",)),))
+
+
+def _slopes(draw: Draw, sizes: Any, joined: bool) -> Case:
+    return replace(_index(draw, sizes, joined), name="slopes")
 
 
 def _coordinate(draw: Draw, sizes: Any, joined: bool) -> Case:

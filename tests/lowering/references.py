@@ -186,6 +186,8 @@ def options(case: Case, o: Any, document: Tensor | None) -> list[tuple[Tensor | 
         if o["bias"]:
             place = far.clamp(0, case.size("n") - 1)[:, :, None].expand(batch, seq, case.size("h"), seq)
             added = o["bias"][i].gather(-1, place)
+        if o["slope"]:
+            added = o["slope"][i][:, None] * far[:, :, None]
         found.append((o["query"][i] if o["query"] else None, added))
     return found
 
@@ -256,6 +258,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "attend_ring": _attend,
     "dropout": lambda c, o, d: room(c).dropout(o["x"], torch.ones_like(o["x"]), 0.0),
     "index": lambda c, o, d: room(c).index(c.size("d")),
+    "slopes": lambda c, o, d: room(c).slopes(c.size("d")),
     "coordinate": _coordinate,
     "concat": lambda c, o, d: room(c).concat(o["x"], o["y"]),
     "dot": lambda c, o, d: room(c).dot(o["x"], o["y"]),

@@ -19,9 +19,9 @@ def emit(use: Any) -> str:
         at = "" if keys == queries else f", {use.at(keys)}"
         plain = f"{given['k']}, {given['v']}, {use.mask(mask)}"
         more = [f"query={given['query']}"] if given.get("query") else []
-        if given.get("bias"):
+        if (name := next((n for n in ("bias", "slope") if given.get(n)), None)) is not None:
             distance = f"lambda query, key: {print_expr(use.attr('distances')[i])}"
-            more.append(f"bias={given['bias']}, distance={distance}")
+            more.append(f"{name}={given[name]}, distance={distance}")
         if more:
             rows = f", rows={use.at(keys)}" if at else ""
             sources.append(f"lib.Source({plain}{rows}, {', '.join(more)})")

@@ -14,7 +14,8 @@ from .lift import lift
 
 def _infer(call: OpCall) -> Typing:
     """q[*, Q, H, D], each source k[*, S, KV, D], v[*, S, KV, E]; H is a multiple of KV. A source may have a query of
-    its own, like q, and scores bias[*, Q, H, N] of which its distance picks one."""
+    its own, like q, and either scores bias[*, Q, H, N] of which its distance picks one, or slope[H], which it is times.
+    """
     q = call.tensors["q"]
     signature = call.op.signature
     call.op._check_kinds(call)
@@ -63,7 +64,9 @@ def _infer(call: OpCall) -> Typing:
         for i, tensor in enumerate(call.tensors[name]):
             if tensor is not None:
                 mine = {f: bindings[f] for f in ("Q", "H", "D")}
-                join_leading(leading, _match(call, signature.operand(name), tensor, mine), call)
+                before = _match(call, signature.operand(name), tensor, mine)
+                if signature.operand(name).leading:
+                    join_leading(leading, before, call)
                 if name == "bias":
                     call.known(mine["N"][0], name)
                     bindings["N" if i == 0 else f"N{i + 1}"] = mine["N"]
@@ -78,9 +81,10 @@ def _infer(call: OpCall) -> Typing:
 
 def _verify(node: Any, graph: Any) -> None:
     """Distances of score biases stay among the places that these have. Raises `out-of-range`, `not-built-yet`."""
+    bindings = dict(node.bindings)
     for i, (distance, mask) in enumerate(zip(node.attr("distances", ()), node.attr("masks"), strict=False)):
-        bound = node.bound("N" if i == 0 else f"N{i + 1}")
-        if not bound:
+        bound = bindings.get("N" if i == 0 else f"N{i + 1}")
+        if not bound:  # no bias, or a slope, which any distance may be times
             continue
         query, key = (graph.dims[node.bound(f)[0]].clock for f in ("Q", "S" if i == 0 else f"S{i + 1}"))
         places = graph.size(bound[0])
@@ -107,14 +111,14 @@ def _flops(sizes: Mapping[str, int], attrs: Mapping[str, Any]) -> float:
 
 
 _TEXT = (
-    "q[*, Q, H, D+], k...[*, S@, K, D+], v...[*, S@, K, E], query...?[*, Q, H, D+], bias...?[*, Q, H, N] "
-    "-> o[*, Q, H, E]"
+    "q[*, Q, H, D+], k...[*, S@, K, D+], v...[*, S@, K, E], query...?[*, Q, H, D+], bias...?[*, Q, H, N], "
+    "slope...?[H] -> o[*, Q, H, E]"
 )
 _SETTINGS = (
     Setting("masks", "mask", meaning="one a source: comparisons of coordinates of `query` and `key`"),
     Setting("scale", "number", None, "factor of the scores; head_dim ^ -0.5 if not given"),
-    Setting("options", "names", (), "what sources have beside keys and values: query, bias"),
-    Setting("distances", "mask", (), "one a source: which place of its bias is added to a score"),
+    Setting("options", "names", (), "what sources have beside keys and values: query, bias, slope"),
+    Setting("distances", "mask", (), "one a source: which place of its bias a score gets, or what is times its slope"),
     Setting("dropout", "number", 0.0, "while training, the probability that a weight of the softmax is zero"),
 )
 OPS = (
@@ -134,6 +138,7 @@ OPS = (
         lift=lift,
         verify=_verify,
         source="Vaswani et al. 2017, eq. 1; groups: Ainslie et al. 2023; one softmax over sources: Zhu et al. 2021; "
+        "slopes: Press et al. 2022, ALiBi; "
         "dropout: Vaswani et al. 2017, as released; Radford et al. 2019",
     ),
     Op(

@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import Any, NamedTuple
 
 from ....dsl.format import print_expr
-from ...intervals import is_interval, tells_apart
+from ...intervals import is_apart, is_interval, tells_apart
 from ...target import Target
 
 MOST_WIDTH = 256
@@ -38,11 +38,13 @@ class Sized(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """What one source has: a query of its own; how many places its score bias has, 0 for none. `what` is its mask."""
+    """What one source has: a query of its own; how many places its score bias has, 0 for none; or a slope that its
+    distance is times. `what` is its mask."""
 
     what: str
     query: bool = False
     places: int = 0
+    slope: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,22 @@ class Tiles:
 
 
 class _Named:
-    """A source in the template: its text is the number that its names end in."""
+    """A source in the template: its text is the number that its names end in. `beside` and `answers` are what it hands
+    to the functions of all sources, forward and backward, of what they have beside keys and values."""
 
-    def __init__(self, number: str, source: Source) -> None:
-        self.number, self.query, self.places = number, source.query, source.places
+    def __init__(self, number: str, source: Source, every: tuple[Source, ...]) -> None:
+        self.number, self.query, self.places, self.slope = number, source.query, source.places, source.slope
         self.what = wrap(source.what, 110)
+        own = {"bias_rows": source.places, "d_bias_rows": source.places, "slope": source.slope,
+               "asks": source.places or source.slope, "holds_ptr": source.places or source.slope,
+               "PLACES": str(source.places or 1)}  # fmt: skip
+        if source.slope:
+            own["LEARNED"] = f"d_slope{number}_ptr is not None"
+        own.setdefault("LEARNED", "False")
+        self.beside, self.answers = (
+            ", ".join(str(v) if isinstance(v := own[n.split(":")[0]], str) else n if v else "None" for n in names)
+            for names in (_beside(every), _answers(every))
+        )
 
     def __str__(self) -> str:
         return self.number
@@ -84,23 +97,54 @@ class Attend:
     def rendered(self) -> dict[str, Any]:
         """What the template prints."""
         several = len(self.sources) > 1
-        sources = [_Named(str(i + 1) if several else "", s) for i, s in enumerate(self.sources)]
+        sources = [_Named(str(i + 1) if several else "", s, self.sources) for i, s in enumerate(self.sources)]
         shares_q = not all(s.query for s in sources)
         gradients = ["d_q"] if shares_q else []
         for s in sources:
-            gradients += [f"d_k{s}", f"d_v{s}"] + [f"d_query{s}"] * s.query + [f"d_bias{s}"] * bool(s.places)
-        has_bias = any(s.places for s in sources)
+            gradients += [f"d_k{s}", f"d_v{s}"] + [f"d_query{s}"] * s.query
+            gradients += [f"d_bias{s}"] * bool(s.places) + [f"d_slope{s}"] * s.slope
+        has_bias, has_slope = any(s.places for s in sources), any(s.slope for s in sources)
         return {
             "is_part": self.is_part, "group": self.group, "width": self.width, "value_width": self.value_width,
             "block_d": _block(self.width), "block_e": _block(self.value_width),
             "sources": sources, "shares_q": shares_q, "has_bias": has_bias, "gradients": gradients,
+            "has_slope": has_slope, "beside": ", ".join(_beside(self.sources)),
+            "answers": ", ".join(_answers(self.sources)), "learned": _learned(self.sources),
+            "answered": "d_q, d_slope" if has_slope else "d_q",
             "parts": [f"parts{s}" for s in sources], "given": [f"source{s}" for s in sources],
             "askers": [f"{end}{s}" for s in sources for end in ("first", "last")],
             "tiles": self.tiles or tiles(max(self.width, self.value_width), has_bias, self.capability),
             "title": f"Attention to {len(sources)} sources of keys under one softmax." if several else "Attention.",
             "over_all": " over all sources" if several else "",
-            "scores": "scale * q . k_n" + (" + bias[asks + holds_n]" if has_bias else ""),
+            "scores": ("\n        " if has_bias and has_slope else " ") + "scale * q . k_n"
+            + " + bias[asks + holds_n]" * has_bias + " + slope[head] (asks + holds_n)" * has_slope,
         }  # fmt: skip
+
+
+def _beside(sources: tuple[Source, ...]) -> list[str]:
+    """What functions of all sources take of what some have beside keys and values."""
+    bias, slope = any(s.places for s in sources), any(s.slope for s in sources)
+    both = ["asks", "holds_ptr"] if bias or slope else []
+    return ["bias_rows"] * bias + ["slope"] * slope + both + ["PLACES: tl.constexpr"] * bias
+
+
+def _answers(sources: tuple[Source, ...]) -> list[str]:
+    """The same in the backward pass."""
+    bias, slope = any(s.places for s in sources), any(s.slope for s in sources)
+    names = _beside(sources)
+    at = names.index("holds_ptr") + 1 if names else 0
+    return names[:at] + ["d_bias_rows"] * bias + names[at:] + ["LEARNED: tl.constexpr"] * slope
+
+
+def _learned(sources: tuple[Source, ...]) -> str:
+    """Whether a gradient of slopes is wanted: they are the first of the last three tensors of their source."""
+    found, place = [], 1
+    for s in sources:
+        place += 7 + s.query
+        if s.slope:
+            found.append(f"ctx.needs_input_grad[{place}]")
+        place += 3 * bool(s.places or s.slope)
+    return " or ".join(found)
 
 
 def kernel(use: Any, target: Target) -> Attend | None:
@@ -111,7 +155,8 @@ def kernel(use: Any, target: Target) -> Attend | None:
     sources = []
     for i, (mask, given) in enumerate(zip(use.attr("masks"), _given(use), strict=True)):
         (places,) = use.sizes(f"N{i + 1}" if i else "N") if given.get("bias") else (0,)
-        sources.append(Source(print_expr(mask), given.get("query") is not None, places))
+        own = given.get("query") is not None, places, given.get("slope") is not None
+        sources.append(Source(print_expr(mask), *own))
     if use.op == "attend_ring":  # one kernel takes the keys of any source of any rank
         what = "; ".join(dict.fromkeys(s.what for s in sources))
         return Attend(heads // kv_heads, width, value_width, (Source(what),), target.capability, is_part=True)
@@ -134,6 +179,8 @@ def why_not(use: Any) -> str | None:
             return f"`{print_expr(mask)}` is not proved to let each query see one interval of keys"
         if given.get("bias") and not tells_apart(distances[i]):
             return f"`{print_expr(distances[i])}` is not proved to be another place for each key"
+        if given.get("slope") and not is_apart(distances[i]):
+            return f"`{print_expr(distances[i])}` is not proved to be a term of the query and one of the key"
     return None
 
 

@@ -16,4 +16,6 @@ def emit(use: Any) -> str:
         rows = f"{at}.{ {'position': 'position', 'document': 'keys().document'}.get(which, 'validity') }"
         return rows if len(use.graph.dims[dim].lead) == 1 else f"{at}.split({rows})"
     (size,) = use.sizes("D")
+    if use.op == "slopes":
+        return f"lib.slopes({size})"
     return f"torch.arange({size}, dtype=torch.float32)"

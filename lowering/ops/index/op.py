@@ -38,6 +38,17 @@ OPS = (
         source="ours",
     ),
     Op(
+        name="slopes",
+        text="-> y[D]",
+        meaning="2^(-8 i / p), i = 1 .. p, p the largest power of two of which there are so many; then 2^(-4 i / p) "
+        "of odd i",
+        settings=(Setting("dim", "dims", meaning="the heads, one slope each"),),
+        index=("D",),
+        infer_with=_index,
+        flops=lambda sizes, attrs: 0.0,
+        source="Press et al. 2022, ALiBi, section 3; other numbers of heads as released, and in BLOOM",
+    ),
+    Op(
         name="coordinate",
         text="-> y[S]",
         meaning="a coordinate of a sequence: its position, document or validity",
