@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..dsl import syntax as sx
+from ..dsl.format import print_expr
 
 
 class _Refused(Exception):
-    """An expression is not of this kind."""
+    """An expression is not of this kind; the text says why, in words for who wrote the spec."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class _Sum:
 
     def plus(self, other: _Sum) -> _Sum:
         if self.rising and other.rising and self.rising != other.rising:
-            raise _Refused
+            raise _Refused("what rises along the keys and what falls have no direction together")
         even = (self.even and not other.rising) or (other.even and not self.rising)
         return _Sum(self.query or other.query, self.rising or other.rising, even)
 
@@ -37,8 +38,10 @@ class _Sum:
         return _Sum(self.query, self.rising if by > 0 else -self.rising, self.even and abs(by) == 1) if by else _Sum()
 
     def divided(self, by: int) -> _Sum:
-        if by < 1 or (self.query and self.rising):
-            raise _Refused
+        if by < 1:
+            raise _Refused(f"`// {by}` keeps no direction")
+        if self.query and self.rising:
+            raise _Refused("a query and a key are divided together")
         return _Sum(self.query, self.rising, self.even and by == 1)
 
 
@@ -59,7 +62,7 @@ class _Cuts:
         if not (self.low or self.high) or not (other.low or other.high):
             return _Cuts()
         if (self.low or other.low) and (self.high or other.high):
-            raise _Refused
+            raise _Refused("either what is cut off in front or what is cut off behind may be two runs of keys")
         pairs = ((self.low, other.low), (self.high, other.high))
         return _Cuts(*(tuple(a + b for a in mine for b in theirs) for mine, theirs in pairs))
 
@@ -76,13 +79,13 @@ class _Cuts:
         return found
 
 
-def is_interval(mask: sx.Expr) -> bool:
-    """Whether a mask is proved to let each query see one interval of the keys of its document."""
+def why_no_interval(mask: sx.Expr) -> str | None:
+    """Why a mask is not proved to let each query see one interval of the keys of its document; None where it is."""
     try:
         _cuts(mask)
-    except _Refused:
-        return False
-    return True
+    except _Refused as refused:
+        return str(refused)
+    return None
 
 
 def is_apart(distance: sx.Expr) -> bool:
@@ -120,12 +123,12 @@ def _cuts(mask: sx.Expr) -> _Cuts:
             return _cuts(left).either(_cuts(right))
         case sx.Binary(operator="<" | "<=" | ">" | ">=" | "==" | "!=" as how, left=left, right=right):
             return _compared(how, _sum(left), _sum(right))
-    raise _Refused
+    raise _Refused(f"`{print_expr(mask)}` is no comparison of positions")
 
 
 def _compared(how: str, left: Any, right: Any) -> _Cuts:
     if isinstance(left, int) and isinstance(right, int):
-        raise _Refused  # of no coordinate
+        raise _Refused("numbers are compared that are no coordinates")
     difference = _of(left).plus(_of(right).times(-1))
     below, above = _at_most(difference), _at_most(difference.times(-1))
     if how in ("==", "!="):
@@ -151,13 +154,15 @@ def _sum(expr: sx.Expr) -> Any:
             return -inner if isinstance(inner, int) else inner.times(-1)
         case sx.Binary(operator="+" | "-" | "*" | "//" as how, left=left, right=right):
             return _combined(how, _sum(left), _sum(right))
-    raise _Refused
+        case sx.Member(value=sx.Name(id="key" | "query")):
+            raise _Refused(f"`{print_expr(expr)}` is in no order along the keys that is known")
+    raise _Refused(f"`{print_expr(expr)}` is no sum of positions")
 
 
 def _combined(how: str, a: Any, b: Any) -> Any:
     if isinstance(a, int) and isinstance(b, int):
         if how == "//" and not b:
-            raise _Refused
+            raise _Refused("a number is divided by 0")
         return a + b if how == "+" else a - b if how == "-" else a * b if how == "*" else a // b
     match how:
         case "+":
@@ -168,4 +173,4 @@ def _combined(how: str, a: Any, b: Any) -> Any:
             return b.times(a) if isinstance(a, int) else a.times(b)
         case "//" if isinstance(b, int):
             return a.divided(b)
-    raise _Refused
+    raise _Refused(f"`{how}` takes a coordinate and a number, here it has two coordinates")

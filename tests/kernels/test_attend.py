@@ -338,7 +338,8 @@ class Use:
         (block,) = parse(Spec("<mask>", f"block m(): return {mask}\n")).declarations
         self.op = more.pop("op", "attend")
         distance = more.pop("distance", None)
-        self.attrs = {"masks": (block.body[0].values[0],), "options": ("bias",) if distance else (), **more}
+        name = more.pop("name", "bias")
+        self.attrs = {"masks": (block.body[0].values[0],), "options": (name,) if distance else (), **more}
         self.operands = ("q", "k", "v", *(("b",) if distance else ()))
         self.widths = {"H": 8, "K": 2, "D": width, "E": 64, "N": 16}
         if distance:
@@ -355,11 +356,18 @@ class Use:
 def test_a_use_has_a_kernel_or_a_reason() -> None:
     facts = kernel(Use(distance="query.position - key.position"), TARGETS["sm_90"])
     assert facts == Attend(4, 64, 64, (Source("key.position <= query.position", False, 16),), 90)
+    facts = kernel(Use(distance="(key.position - 3) // 2", name="slope"), TARGETS["sm_90"])
+    assert facts == Attend(4, 64, 64, (Source("key.position <= query.position", slope=True),), 90)
     for use, reason in (
         (Use(width=320), "its keys are 320 wide, a tile holds at most 256"),
-        (Use(op="attend_ring"), "its keys are told from rank to rank"),
-        (Use("key.position != query.position"), "not proved to let each query see one interval of keys"),
+        (Use(op="attend_ring", distance="query.position - key.position"), "told from rank to rank, and have a bias"),
+        (Use(op="attend_ring", distance="query.position - key.position", name="slope"), "and have a slope of their own"),
+        (Use("key.position != query.position"), "what is cut off in front or what is cut off behind may be two runs"),
         (Use("key.position < 3 or key.position > query.position - 4"), "not proved to let each query see one interval"),
+        (Use("key.row == query.row and key.position >= 0"), "`key.row` is in no order along the keys that is known"),
+        (Use("(query.position - key.position) // 2 == 0"), "a query and a key are divided together"),
+        (Use("key.position - key.position // 2 <= query.position"), "what rises along the keys and what falls"),
+        (Use(distance="(query.position - key.position) // 2", name="slope"), "a term of the query and one of the key"),
         (Use(distance="(query.position - key.position) // 2"), "not proved to be another place for each key"),
     ):
         assert kernel(use, TARGETS["sm_90"]) is None and reason in why_not(use)

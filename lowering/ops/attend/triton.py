@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import Any, NamedTuple
 
 from ....dsl.format import print_expr
-from ...intervals import is_apart, is_interval, tells_apart
+from ...intervals import is_apart, tells_apart, why_no_interval
 from ...target import Target
 
 MOST_WIDTH = 256
@@ -175,8 +175,8 @@ def why_not(use: Any) -> str | None:
             return f"its {what} are {width} wide, a tile holds at most {MOST_WIDTH}"
     distances = use.attr("distances")
     for i, (mask, given) in enumerate(zip(use.attr("masks"), _given(use), strict=True)):
-        if not is_interval(mask):
-            return f"`{print_expr(mask)}` is not proved to let each query see one interval of keys"
+        if (reason := why_no_interval(mask)) is not None:
+            return f"`{print_expr(mask)}` is not proved to let each query see one interval of keys: {reason}"
         if given.get("bias") and not tells_apart(distances[i]):
             return f"`{print_expr(distances[i])}` is not proved to be another place for each key"
         if given.get("slope") and not is_apart(distances[i]):
