@@ -242,11 +242,10 @@ def test_rows_of_any_shape() -> None:
 # --- dropout ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [ROW, WALK])
-def test_nothing_is_dropped_where_nothing_is_drawn(mode: str) -> None:
+def test_nothing_is_dropped_where_nothing_is_drawn() -> None:
     """Outside of training: the bits of the kernel that has no dropout, forward and backward."""
     example = EXAMPLES["drop_norm"]
-    case = Case(example, 37, tiles_for(True, 37, 8, mode, 2), 5, torch.float32, torch.float32)
+    case = Case(example, 37, tiles_for(True, 37, 8, WALK, 2), 3, torch.float32, torch.float32)
     plain = replace(example, chain=lambda c: drop_norm(c, lambda x, *_: x))
     assert "mixed" not in source(plain.chain(37), TRITON, "plain")
     tensors, slopes = case.tensors(), slopes_of(case, case.dtype)

@@ -105,7 +105,7 @@ def streamed(model: Any, tokens: Tensor, widths: list[int]) -> Tensor:
     return torch.cat(parts, 1)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     widths=st.lists(st.integers(1, 6), min_size=2, max_size=5), mask=st.sampled_from(["causal", "window(4)"]),
     scores=st.sampled_from(["alibi(heads)", "learned(heads)"]),
@@ -116,7 +116,7 @@ def test_token_by_token_it_is_the_whole(widths: list[int], mask: str, scores: st
     torch.testing.assert_close(streamed(model, tokens, widths), model(tokens).detach(), rtol=0, atol=1e-10)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 @given(
     drawn=layouts(), ways=st.sampled_from(WAYS), kv_heads=st.sampled_from([2, 8]), seed=st.integers(0, 2**16),
     mask=st.sampled_from(["causal", "window(5)"]), scores=st.sampled_from(["alibi(heads)", "learned(heads)"]),
@@ -175,12 +175,11 @@ def test_what_is_no_slope_is_told(bias: str, code: str, said: str) -> None:
     assert found.code == code and said in found.message
 
 
-@pytest.mark.parametrize(("scores", "packed"), [("learned(heads)", True), ("alibi(heads)", False)])
-def test_kernels_have_the_numbers_of_the_cpu(scores: str, packed: bool) -> None:
+def test_kernels_have_the_numbers_of_the_cpu() -> None:
     """Logits, every gradient, and tokens one by one."""
-    text = text_of(scores, kv_heads=2).replace("layers = 2", "layers = 1")
+    text = text_of("learned(heads)", kv_heads=2).replace("layers = 2", "layers = 1")
     tokens = torch.randint(0, 32, (2, 19), generator=torch.Generator().manual_seed(3))
-    document = (torch.arange(19) >= torch.tensor([[4], [9]])).long() if packed else None
+    document = (torch.arange(19) >= torch.tensor([[4], [9]])).long()
 
     def run(target: str, dtype: torch.dtype) -> dict[str, Tensor]:
         model = started(text, target).cast(dtype)
