@@ -58,14 +58,14 @@ def _last(body: Graph) -> Node | None:
 
 
 def _ends_with_sum(body: Graph) -> bool:
-    """Whether a block gives a sum of two values of its shape, which nothing else reads, and no kernel of rows makes
-    one of the two."""
+    """Whether a block gives a sum of two values of its shape, which nothing else reads, and neither is made by a kernel
+    of rows for the sum alone."""
     last, given = _last(body), body.body.inputs[:1]
     if last is None or last.op != "add" or not is_fusible(body, last) or body.users.get(last.name):
         return False
     made = [body.producers[o] for o in last.operands if o in body.producers]
-    if any(is_fusible(body, n) for n in made):
-        return False  # a kernel of this block writes the sum in place of what it made for it
+    if any(is_fusible(body, n) and body.users.get(n.name) == (last,) for n in made):
+        return False  # that kernel writes the sum in place of its term
     kinds = [body.values[o].type for o in last.operands if o is not None]
     weights = {w.name for w in body.body.weights}
     return (

@@ -123,6 +123,19 @@ x = rms_norm(x)
 """
 
 
+TWO_SUMS = """
+for layer in 3:
+    h = x + silu(x)
+    x = h + mlp(ffn = 32)(rms_norm(h))
+x = rms_norm(x)
+"""
+
+
+def test_a_sum_of_what_a_norm_reads_as_well_moves_too():
+    _, graphs = fused_of(TWO_SUMS.strip())
+    assert [n.attr("part") for n in graphs.model.nodes if n.op == "loop"] == [(0, 1), (1, 3)]
+
+
 def test_the_sum_of_an_iteration_moves_into_the_next():
     _, graphs = fused_of(LOOP.strip())
     loops = [n for n in graphs.model.nodes if n.op == "loop"]
