@@ -1,4 +1,5 @@
-"""Every kernel of every shipped model at its published size, built for each generation of GPU, without one.
+"""Every kernel of every shipped model at its published size, built for each generation of GPU, without one; those of
+products, too, that a lock may choose.
 
 What each asks of the GPU is printed and, with `--json FILE`, written: registers, spills, shared memory, instructions of
 tensor cores. Exit code 1 where one cannot be built or used. Run as
@@ -21,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from heddle.dsl.load import load
 from heddle.lowering.target import TARGETS
 from heddle.runtime.ahead import Built
 from heddle.runtime.check import check_file, proved
-from heddle.runtime.compile import build
+from heddle.runtime.compile import build, versions
 from heddle.runtime.launched import built_for
 from heddle.runtime.paths import split_entry
 from heddle.runtime.plan.step import Feed
 from heddle.runtime.tables import print_builds
+from heddle.runtime.tune import choosing
 
 SPECS = Path(__file__).resolve().parents[1] / "specs"
 # Of the length that published models are trained with at least, where positions go so far.
@@ -52,7 +53,11 @@ def _model(spec: str, targets: Iterable[str], seq: int, cache: Path | None) -> d
         program = proved(load(path), model)
         for target in targets:
             artifact = build(program, target)
-            found["builds"] += built_for(artifact, TARGETS[target], Feed(seq=seq), cache=cache)
+            # Every product that a lock may choose is built as if it was, besides.
+            offered = artifact.files.offered
+            chosen = [build(program, target, lock=choosing(offered, target))] if offered else []
+            for made in (artifact, *chosen):
+                found["builds"] += built_for(made, TARGETS[target], Feed(seq=seq), cache=cache)
     except Exception:
         found["error"] = traceback.format_exc(limit=-3)
     return found
@@ -96,7 +101,7 @@ def write(path: Path, models: list[dict[str, Any]], **how: Any) -> None:
     """What was built so far: a line for each row."""
     rows, notable = summary(models)
     told = {
-        "torch": torch.__version__, "triton": triton.__version__, **how, "models": [m["model"] for m in models],
+        "torch": torch.__version__, **versions(), **how, "models": [m["model"] for m in models],
         "not_launched": [m["model"] for m in models if m["error"]],
     }  # fmt: skip
     head = json.dumps(told, indent=1)[:-2]

@@ -35,12 +35,13 @@ def _template() -> jinja2.Template:
 class Files:
     """What is written of a model: the text of `model.py`, and of each file in `kernels/` by its name. `without`: the
     uses of ops that PyTorch computes though their room has kernels, a warning each; `keys`: what a lock knows each
-    kernel by."""
+    kernel by; `offered`: by key, the kernels that may stand in place of PyTorch's products, whether they do or not."""
 
     model: str
     kernels: dict[str, str]
     without: tuple[Diagnostic, ...]
     keys: dict[str, str]
+    offered: dict[str, str]
 
 
 def emit(program: GraphProgram, version: str, named: bool = False, lock: Lock | None = None) -> Files:
@@ -49,7 +50,8 @@ def emit(program: GraphProgram, version: str, named: bool = False, lock: Lock | 
     while the module runs. `lock`: how kernels are cut, where not as untuned. Raises `SpecError` bad-lock."""
     shared = Shared(lock=lock)
     # Who looks on sees every value.
-    program = replace(program, named=named, heads={} if named else program.heads)
+    if named:
+        program = replace(program, named=True, heads={}, epilogues={})
     objectives = set(program.program.objectives.values())
     classes = []
     for graph in program.callees_first():
@@ -96,7 +98,7 @@ def emit(program: GraphProgram, version: str, named: bool = False, lock: Lock | 
         result=_result(program),
         regathered=_regathered(program),
     )
-    return Files(text, shared.files, tuple(shared.without), shared.keys)
+    return Files(text, shared.files, tuple(shared.without), shared.keys, shared.offered)
 
 
 def emit_block(name: str, program: GraphProgram, version: str, lock: Lock | None = None) -> Files:
@@ -115,7 +117,7 @@ def emit_block(name: str, program: GraphProgram, version: str, lock: Lock | None
         masks=sorted(shared.masks.values()), kernels=bool(shared.kernels), beside=(), init_table=_init_table,
         keep_patterns=_keep_patterns, source=_source_name(program), used=_grouped, layout=layout,
     )  # fmt: skip
-    return Files(text, shared.files, tuple(shared.without), shared.keys)
+    return Files(text, shared.files, tuple(shared.without), shared.keys, shared.offered)
 
 
 def _stored(program: GraphProgram) -> list[tuple[str, str]]:

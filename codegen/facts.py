@@ -45,6 +45,12 @@ class Use:
         return f", kernel={name}" if name else ""
 
     @property
+    def epilogue(self) -> str:
+        """The arguments that give a product what it ends with and its kernel, or nothing where it ends with itself."""
+        found: str = self.writer.epilogue_of(self.node)
+        return found
+
+    @property
     def head(self) -> tuple[str, str, str | None] | None:
         """What the linear map reads whose result this use makes by itself, its weight and bias; None where it is given
         the result."""

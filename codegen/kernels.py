@@ -16,22 +16,22 @@ from ..lowering.ops import room_of
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        line_statement_prefix="##",
+        line_statement_prefix="##", loader=jinja2.FunctionLoader(_text),
     )  # fmt: skip
 
 
-@cache
-def _template(room: str, name: str) -> jinja2.Template:
-    text = files("heddle.lowering.ops").joinpath(room, name).read_text(encoding="utf-8")
-    return _environment().from_string(text)
+def _text(name: str) -> str:
+    """A template by its name: `room/file` of a room of ops, or a file of this package's."""
+    room, _, file = name.rpartition("/")
+    folder = files("heddle.lowering.ops").joinpath(room) if room else files("heddle.codegen").joinpath("templates")
+    return folder.joinpath(file).read_text(encoding="utf-8")
 
 
 def render(op: str, facts: Mapping[str, Any], template: str = "triton.py.jinja") -> str:
     """The text of a kernel's file: a template of the room of `op`, filled."""
-    return _template(room_of(op), template).render(**facts)
+    return _environment().get_template(f"{room_of(op)}/{template}").render(**facts)
 
 
 def render_file(template: str, facts: Mapping[str, Any]) -> str:
     """The text of a kernel's file that no room owns: a template of this package, filled."""
-    text = files("heddle.codegen").joinpath("templates", template).read_text(encoding="utf-8")
-    return _environment().from_string(text).render(**facts)
+    return _environment().get_template(template).render(**facts)

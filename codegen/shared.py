@@ -17,7 +17,8 @@ class Shared:
 
     `masks`: by their text, (name, text of the constant). `kernels`: by what they are made from, (name, text of the
     file); each is a file of its own, with one function of its name. `without`: warnings, each of a use of an op that
-    might have one and does not. `lock` is how they are cut, `keys` what it knows them by.
+    might have one and does not. `lock` is how they are cut, `keys` what it knows them by. `offered`: the kernels that
+    may stand in place of PyTorch's products, by key; the lock says which do.
     """
 
     masks: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -25,6 +26,12 @@ class Shared:
     without: list[Diagnostic] = field(default_factory=list)
     lock: Lock | None = None
     keys: dict[str, str] = field(default_factory=dict)
+    offered: dict[str, str] = field(default_factory=dict)
+
+    def offer(self, key: str, stem: str) -> bool:
+        """Whether a kernel is used that may stand in place of PyTorch's product, and what is behind it."""
+        self.offered[key] = stem
+        return self.lock is not None and self.lock.uses(key)
 
     def kernel(
         self, stem: str, made_from: Hashable, text: Callable[[str], str], tuned: Callable[[str], Values], span: Span

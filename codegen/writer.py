@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ..dsl import syntax as sx
 from ..dsl.diagnostics import fail
@@ -19,12 +20,15 @@ from ..lowering.constants import constants
 from ..lowering.graph import STRUCTURE, Graph, GraphProgram, State, op_of
 from ..lowering.masks import hull
 from ..lowering.ops import has_part, part, room_of
+from ..lowering.passes.find_epilogues import Epilogue
 from . import names
 from .chains import inputs, source
 from .facts import Use, owner_of, slot_name
 from .kernels import render
+from .products import key
+from .products import source as product
 from .shared import Shared
-from .tiles import constants_of
+from .tiles import Values, constants_of
 
 _COMMENT = re.compile(r'^((?:[^"#]|"[^"]*")*)#.*$')
 NAMED_MASKS = {"key.position <= query.position": "CAUSAL", "true": "FULL"}
@@ -110,6 +114,8 @@ class Writer:
         pipe = None if program.laid is None or graph.name != program.program.root else program.laid.pipe
         self.pipe = pipe
         self.borders = {v for s in pipe.stages for v in s.takes} if pipe is not None else set()
+        self.ended = self._ended()
+        self.ends = {name: e for e, _ in self.ended.values() for name in e.nodes}
         self._names = self._variables()
 
     def owner_of(self, node: Node) -> str | None:
@@ -128,9 +134,10 @@ class Writer:
             reader = node
             while self.is_inlined(reader):  # what it reads is read where its own reader stands
                 (reader,) = self.graph.users[reader.name]
+            at = self.ended[reader.name][0].nodes[-1] if reader.name in self.ended else reader.name
             for operand in node.operands:
                 if operand is not None:
-                    last[operand] = max(last.get(operand, -1), place[reader.name])
+                    last[operand] = max(last.get(operand, -1), place[at])
         last.update({name: len(order) for name in (*self.graph.results, *self.parts.sums)})
         taken: dict[str, str] = {}
         found: dict[str, str] = {}
@@ -183,7 +190,7 @@ class Writer:
         """A pointwise node with one reader, itself pointwise: both are one expression."""
         if not self._inline or node.op in STRUCTURE or not _pointwise(node) or node.name in self.kept:
             return False
-        if node.name in self.fused:
+        if node.name in self.fused or node.name in self.ends:
             return False
         users = self.graph.users.get(node.name, ())
         if len(users) != 1 or node.name in self.graph.results or users[0].operands.count(node.name) != 1:
@@ -231,6 +238,34 @@ class Writer:
         return self.shared.kernel(
             use.op, facts, lambda name: render(use.op, {"name": name, **facts.rendered()}), lambda _: room.TUNED, span
         )
+
+    def _ended(self) -> dict[str, tuple[Epilogue, str]]:
+        """The products that are one kernel with what is behind them, by name, each with that kernel's."""
+        found = {}
+        for e in self.program.epilogues.get(self.graph.name, ()):
+            node, stages = self.graph.producers[e.product], self.pipe.stages if self.pipe is not None else ()
+            if any(0 < len({e.product, *e.nodes} & set(s.nodes)) <= len(e.nodes) for s in stages):
+                continue  # a border of stages lies between
+            if e.facts is not None and self.shared.offer(key(node.op, e.facts), f"{node.op}_{e.facts.said}"):
+                tuned: Values = part(node.op, "cute").TUNED
+                name = self.shared.kernel(
+                    f"{node.op}_{e.facts.said}", e.facts, partial(product, node.op, e.facts),
+                    partial(_always, tuned), place_of(node.spans),
+                )  # fmt: skip
+                found[e.product] = e, name
+        return found
+
+    def epilogue_of(self, node: Node) -> str:
+        """The arguments of a product that is one kernel with what is behind it: that kernel, and what is done where it
+        does not take the tensors."""
+        if node.name not in self.ended:
+            return ""
+        e, name = self.ended[node.name]
+        last = self.graph.producers[e.nodes[-1]]
+        fused = self.fused.get(last.name)
+        behind = self._chain_call(fused) if fused is not None else self._call(last)
+        given = "" if e.residual is None else f", residual={self.expression(e.residual)}"
+        return f", kernel={name}, epilogue=lambda {self._names[node.name]}: {behind}{given}"
 
     # --- statements -------------------------------------------------------------------------------
 
@@ -320,6 +355,13 @@ class Writer:
         nodes = list(nodes)
         here = {n.name for n in nodes}
         for node in nodes:
+            if node.name in self.ended:
+                continue
+            ends = self.ends.get(node.name)
+            if ends is not None:
+                if node.name == ends.nodes[-1]:
+                    lines.append(self._end(ends))
+                continue
             fused = self.fused.get(node.name)
             if fused is not None and here.issuperset(fused.nodes):
                 if node.name == fused.nodes[-1]:
@@ -337,18 +379,26 @@ class Writer:
                 lines.append(Line(f"{targets} = {self.call(node)}", spec, why=node.attr("why", "")))
         return lines
 
-    def _chain(self, fused: Fused) -> Line:
-        """The statement of a kernel that is several nodes, below the line of the last."""
+    def _end(self, ends: Epilogue) -> Line:
+        """The statement of a product and what is behind it, below the line of the last."""
+        nodes = [self.graph.producers[n] for n in (ends.product, *ends.nodes)]
+        why = f"one kernel: {', '.join(n.op for n in nodes)}; else PyTorch's product, and what is behind it"
+        return Line(f"{self._names[nodes[-1].name]} = {self._call(nodes[0])}", spec_line(nodes[-1].spans), why=why)
+
+    def _chain_call(self, fused: Fused) -> str:
         chain = fused.chain
         name = self.shared.kernel(
             chain.name, structure(chain), lambda name: source(chain, self.program.target, name),
             lambda text: tuned(constants_of(text)), place_of(self.graph.producers[fused.nodes[-1]].spans),
         )  # fmt: skip
+        return f"{name}({', '.join(self._given(fused, n) for n in inputs(chain))})"
+
+    def _chain(self, fused: Fused) -> Line:
+        """The statement of a kernel that is several nodes, below the line of the last."""
         targets = ", ".join(self._names[v] for v in fused.outputs)
-        given = ", ".join(self._given(fused, n) for n in inputs(chain))
         nodes = [self.graph.producers[n] for n in fused.nodes]
         why = f"one kernel: {', '.join(n.op for n in nodes)}" if len(nodes) > 1 else ""
-        text = f"{name}({given})"
+        text = self._chain_call(fused)
         if self.program.named:
             text = f'spmd.use_chain("{self.graph.name}", {fused.outputs!r}, lambda: {text})'
         return Line(f"{targets} = {text}", spec_line(nodes[-1].spans), why=why)
@@ -607,6 +657,10 @@ class Writer:
                 needed.insert(0, before)
                 wanted.update(o for o in before.operands if o is not None)
         return part(node.op, "cpu").count(Use(self.graph, node, self)), tuple(needed)
+
+
+def _always(values: Values, text: str) -> Values:
+    return values
 
 
 def _pointwise(node: Node) -> bool:

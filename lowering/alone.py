@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ..dsl.program import Node, Type, Value
 from .graph import STRUCTURE, Graph, GraphProgram
 from .ops import has_part
+from .passes.find_epilogues import Epilogue
 from .passes.join_heads import Head
 
 
@@ -29,12 +30,36 @@ class Alone:
 def kernels(program: GraphProgram) -> Iterator[Alone]:
     """Every use of an op or of several that may be a kernel for the program's target, callees first; those that do not
     differ once."""
+    return _once(_each(program))
+
+
+def products(program: GraphProgram) -> Iterator[Alone]:
+    """Every product that may be one kernel with what is behind it, with that; those that do not differ once."""
+    return _once(_each_product(program))
+
+
+def _once(found: Iterator[Alone]) -> Iterator[Alone]:
     seen: set[object] = set()
-    for made in _each(program):
+    for made in found:
         key = _meaning(made.graph)
         if key not in seen:
             seen.add(key)
             yield made
+
+
+def _each_product(program: GraphProgram) -> Iterator[Alone]:
+    for graph in program.callees_first():
+        for epilogue in program.epilogues.get(graph.name, ()):
+            if epilogue.facts is not None:
+                yield _with_epilogue(program, graph, epilogue)
+
+
+def _with_epilogue(program: GraphProgram, graph: Graph, epilogue: Epilogue) -> Alone:
+    nodes = tuple(graph.producers[n] for n in (epilogue.product, *epilogue.nodes))
+    alone = _alone(program, graph, nodes)
+    behind = tuple(f for f in program.fused.get(graph.name, ()) if f.nodes == epilogue.nodes)
+    fused = {alone.name: behind} if behind else {}
+    return replace(alone, program=replace(alone.program, fused=fused, epilogues={alone.name: (epilogue,)}))
 
 
 def _each(program: GraphProgram) -> Iterator[Alone]:
@@ -87,7 +112,9 @@ def _alone(program: GraphProgram, graph: Graph, nodes: tuple[Node, ...]) -> Alon
     )  # fmt: skip
     fused = tuple(f for f in program.fused.get(graph.name, ()) if set(f.nodes) == {n.name for n in nodes})
     graphs = {**program.graphs, name: Graph(body)}
-    own = replace(program, graphs=graphs, fused={name: fused} if fused else {}, heads={}, states={})
+    own = replace(
+        program, graphs=graphs, fused={name: fused} if fused else {}, epilogues={}, heads={}, states={}
+    )  # fmt: skip
     return Alone(name, graph.name, nodes, own)
 
 

@@ -165,6 +165,7 @@ class GraphProgram:
     `layout` says how it is to lie on a mesh, if on more than one device; `laid` (a `placement.laid.Laid`) how it does.
     `named`: what is written of it says of each use of an op, as it runs, which it is. `target`: what it is written for;
     `fused` (of `chains.fused.Fused`, by graph) are the nodes that are one kernel there;
+    `epilogues` (of `passes.find_epilogues.Epilogue`, by graph) what products may end with;
     `heads` (a `passes.join_heads.Head`, by objective) what a loss makes by itself.
     """
 
@@ -179,6 +180,7 @@ class GraphProgram:
     named: bool = False
     target: Target = TARGETS["cpu"]
     fused: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    epilogues: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     heads: dict[str, Any] = field(default_factory=dict)
 
     @property

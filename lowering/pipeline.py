@@ -10,6 +10,7 @@ from .build import build
 from .graph import GraphProgram
 from .passes import Pass
 from .passes.drop_dead import drop_dead
+from .passes.find_epilogues import find_epilogues
 from .passes.fuse_chains import fuse_chains
 from .passes.fuse_parallel import fuse_parallel
 from .passes.hoist import hoist
@@ -39,6 +40,7 @@ PASSES: tuple[Pass, ...] = (
     stream,  # state of what is really computed
     postpone_sums,  # before kernels are found, of which a sum and what reads it become one
     fuse_chains,  # behind all that changes nodes: joins what keeps nothing between steps; identity without kernels
+    find_epilogues,  # behind what is one kernel: that is what a product may end with as a whole
     join_heads,  # last: nothing more changes what is read by whom
 )
 

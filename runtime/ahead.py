@@ -24,7 +24,9 @@ from typing import Any
 from torch import Tensor
 
 from ..lowering.target import Target
+from .ahead_products import Product
 from .interpreted import module_of
+from .lib.gemms import Gemm
 from .lib.kernels import Launch
 from .machine_code import Resources, resources
 from .products import expected, lost, products
@@ -80,14 +82,15 @@ def build(told: Iterable[Launch], target: Target, cache: Path | None = None) -> 
     """Build what was launched for a target, each specialisation once, in the order of its first launch.
 
     With `cache`, a folder, what was built before from the same source, for the same target, with the same options and
-    version of Triton is not built again. What Triton cannot build is there with its problem.
+    version of Triton (or of the CuTe DSL) is not built again. What cannot be built is there with its problem.
     Raises ValueError for a target that is no generation of GPU.
     """
     if target.capability is None:
         raise ValueError(f"kernels are built for a generation of GPU, and `{target.name}` is none")
-    found: dict[str, _Specialised] = {}
+    found: dict[str, _Specialised | Product] = {}
     for launch in told:
-        made = _specialise(launch, target.capability)
+        is_product = isinstance(launch.kernel, Gemm)
+        made = Product.of(launch, _VERSION) if is_product else _specialise(launch, target.capability)
         found.setdefault(made.key, made)
     return [_built(one, target, cache) for one in found.values()]
 
@@ -142,19 +145,22 @@ def _for_building(module: ModuleType) -> ModuleType:
     return module_of(text, f"{module.__name__}__built", file, interpret=False)
 
 
-def _built(made: _Specialised, target: Target, cache: Path | None) -> Built:
+def _built(made: _Specialised | Product, target: Target, cache: Path | None) -> Built:
     """From the cache, or built now."""
-    kept = cache and cache / f"{made.function.__name__}-{target.name}-{made.key[:32]}.json"
+    name = made.gemm.__name__ if isinstance(made, Product) else made.function.__name__
+    kept = cache and cache / f"{name}-{target.name}-{made.key[:32]}.json"
     figures = _read(kept) if kept else None
     if figures is None:
-        figures = _figures(made, target)
+        figures = made.figures(target) if isinstance(made, Product) else _figures(made, target)
         if kept:
             _write(kept, figures)
+    if isinstance(made, Product):
+        return Built(name, target.name, made.shapes, (), (), made.key, limit=target.shared, **figures)
     names = list(made.signature)
     constants = tuple((names[place[0]], str(value)) for place, value in sorted(made.constants.items()))
     options = tuple((name, getattr(made.options, name)) for name in ("num_warps", "num_stages"))
     return Built(
-        made.function.__name__, target.name, made.shapes, constants, options, made.key, limit=target.shared, **figures
+        name, target.name, made.shapes, constants, options, made.key, limit=target.shared, **figures
     )
 
 

@@ -173,14 +173,16 @@ def explain(
     if ".spec" not in what and after is None:
         typer.echo(explain_code(what), nl=False)
         return
-    laid = None
+    from .compile import lock_of
+    from .paths import split_entry
+
+    laid, lock = None, lock_of(split_entry(what)[0], target)
     if layout is not None:
         from ..dsl.layout import layout_of
         from ..dsl.load import load
-        from .paths import split_entry
 
         laid = layout_of(load(split_entry(what)[0]), layout)
-    typer.echo(explain_graphs(program_at(what, set), after, laid, target), nl=False)
+    typer.echo(explain_graphs(program_at(what, set), after, laid, target, lock), nl=False)
 
 
 @command
@@ -493,10 +495,13 @@ def bench(
     from .bench import measure, print_measurements
 
     if target is not None:
+        from .compile import lock_of
         from .kernel_bench import bench_spec
+        from .paths import split_entry
         from .tables import print_measured
 
-        found = bench_spec(program_at(spec, set), target, (batch, seq), estimate)
+        lock = lock_of(split_entry(spec)[0], target)
+        found = bench_spec(program_at(spec, set), target, (batch, seq), estimate, lock)
         echo_json([vars(row) for row in found]) if json else print_measured(found)
         return
     rows = measure(program_at(spec, set), batch, seq)

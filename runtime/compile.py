@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..lowering.target import TARGETS, Target
 from .check import proved
 from .errors import SpecWarning, UserError
 from .interpreted import module_of, plain_module
-from .lib import Model
+from .lib import Model, gemms
 from .lib.mesh import Mesh
 from .paths import split_entry
 
@@ -91,12 +92,21 @@ def lock_of(file: Path, target: str, asked: Path | None = None) -> Lock | None:
         if asked is not None:
             raise UserError("no-such-file", f"there is no file `{asked}`")
         return None
+    try:
+        return read_lock(path, target, **versions())
+    except BadLock as error:
+        raise UserError("bad-lock", str(error), help=error.help or None) from None
+
+
+def versions() -> dict[str, str]:
+    """What kernels are built with here: the versions of Triton, and of the CuTe DSL, "" where it is not installed."""
     import triton
 
     try:
-        return read_lock(path, target, triton.__version__)
-    except BadLock as error:
-        raise UserError("bad-lock", str(error), help=error.help or None) from None
+        dsl = metadata.version(gemms.DSL)
+    except metadata.PackageNotFoundError:
+        dsl = ""
+    return {"triton": triton.__version__, "dsl": dsl}
 
 
 def target_of(name: str) -> Target:
@@ -165,14 +175,19 @@ def plan(lowered: GraphProgram) -> dict[str, Any]:
 
 
 def module_class(source: str, name: str, kernels: Mapping[str, str] | None = None) -> type[Model]:
-    """The model's class, from the text of its module; with kernels, from a package that holds them, too."""
+    """The model's class, from the text of its module; with kernels, from a package that holds them, too. Raises
+    UserError `no-kernels` where one of them is written in what is not installed."""
     made = f"heddle_artifact_{digest(source, *(kernels or {}).values())}"
     if not kernels:
         return plain_module(source, made, name).Model
     folder = name.rpartition("/")[0]
     plain_module(PACKAGE_DOC, made, f"{folder}/__init__.py", is_package=True)
     for kernel, text in kernels.items():
-        module_of(text, f"{made}.kernels.{kernel}", f"{folder}/kernels/{kernel}.py")
+        try:
+            module_of(text, f"{made}.kernels.{kernel}", f"{folder}/kernels/{kernel}.py")
+        except gemms.Missing as error:
+            said = "install it, or compile without the lock that chose the kernel"
+            raise UserError("no-kernels", str(error), help=said) from None
     plain_module(_exports(kernels), f"{made}.kernels", f"{folder}/kernels/__init__.py", is_package=True)
     return plain_module(source, f"{made}.model", name).Model
 

@@ -24,7 +24,7 @@ from .. import __version__
 from ..codegen.emit import emit_block
 from ..codegen.lock import Lock
 from ..dsl.program import Program
-from ..lowering.alone import Alone, kernels
+from ..lowering.alone import Alone
 from ..lowering.cost import node_flops
 from ..lowering.pipeline import lower
 from ..lowering.target import TARGETS
@@ -39,7 +39,7 @@ from .plan.devices import device as device_named
 from .plan.hollow import Ledger
 from .plan.uncompiled import uncompiled
 from .timing import Timer, cache_bytes, in_turn, peak_memory, rotated
-from .verify import Draw, Expected, block_of
+from .verify import Draw, Expected, block_of, files_of
 
 COPIED, SIDE = 1 << 30, 8192
 CHECKED = 300
@@ -133,8 +133,7 @@ def cases(
     aim = target_of(target)
     if not aim.kernels:
         raise UserError("no-kernels", f"target `{target}` has no kernels of its own")
-    for alone in kernels(lower(program, target=aim)):
-        files = emit_block(alone.name, alone.program, __version__, lock)
+    for alone, files in files_of(lower(program, target=aim), lock):
         if files.kernels:
             yield Case(alone, block_of(alone.name, files), dtype, shape, documents)
 
@@ -263,11 +262,14 @@ def rates(device: torch.device, dtype: torch.dtype, timer: Timer) -> tuple[float
     return 2 * COPIED / copy, 2 * SIDE**3 / product
 
 
-def bench_spec(program: Program, target: str, shape: tuple[int, int], on: str | None) -> list[Measured]:
-    """Kernels in bf16, timed on this GPU, or estimated for a device by its name. Raises UserError `unknown-device`."""
+def bench_spec(
+    program: Program, target: str, shape: tuple[int, int], on: str | None, lock: Lock | None = None
+) -> list[Measured]:
+    """Kernels in bf16, as `lock` has them, timed on this GPU, or estimated for a device by its name. Raises UserError
+    `unknown-device`, `bad-lock`."""
     if on is None:
-        return list(measure(program, target, place("cuda"), shape, torch.bfloat16))
+        return list(measure(program, target, place("cuda"), shape, torch.bfloat16, lock))
     from .kernel_estimate import done, estimated
 
     device = device_named(on)
-    return [estimated(done(case), device).row for case in cases(program, target, shape, torch.bfloat16)]
+    return [estimated(done(case), device).row for case in cases(program, target, shape, torch.bfloat16, lock)]

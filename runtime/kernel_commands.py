@@ -25,12 +25,15 @@ def verify(
     format: Format = "text",  # noqa: A002
 ) -> None:
     """Test the kernels that a model needs, each on drawn inputs against its meaning in fp64, forward and backward."""
+    from .compile import lock_of
+    from .paths import split_entry
     from .place import place
     from .tables import print_verified
     from .verify import verify as found
 
     rows = []
-    for row in found(program_at(spec, set), target, examples, seed, place(device)):
+    lock = lock_of(split_entry(spec)[0], target)
+    for row in found(program_at(spec, set), target, examples, seed, place(device), lock):
         rows.append(row)
     if json:
         echo_json([row.plain() for row in rows])
@@ -82,7 +85,8 @@ def tune(
     json: Json = False,
     format: Format = "text",  # noqa: A002
 ) -> None:
-    """Measure how the kernels of a model are best cut on this GPU, and write it to a lock that compiling reads."""
+    """Measure how the kernels of a model are best cut on this GPU, and which products are one kernel with what is
+    behind them, and write it to a lock that compiling reads."""
     from .paths import split_entry, write_text
     from .place import place
     from .tables import print_tuned

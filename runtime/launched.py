@@ -33,7 +33,7 @@ def launched(artifact: Artifact, feed: Feed | None = None, precision: str = "bf1
     Raises ValueError for a pipeline, and `InternalError` where what is launched depends on numbers of a real run.
     """
     feed = feed or Feed()
-    with _hollow(artifact, precision) as model, kernels.launches() as told:
+    with _hollow(artifact, precision) as model, kernels.launches(elsewhere=True) as told:
         if model.pipe is not None:
             raise ValueError("a pipeline's stages are launched by their schedule")
         tokens, document, given = inputs(model, artifact.lowered, feed)

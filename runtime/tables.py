@@ -179,7 +179,7 @@ def print_verified(rows: Sequence[Verified]) -> None:
 
 
 def print_tuned(found: Sequence[Found]) -> None:
-    """The table of `heddle tune`: what each kernel took untuned and as it is cut now."""
+    """The table of `heddle tune`: what each kernel took untuned and as it is cut now; of a product, if it is used."""
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False)
     for title in ("kernel", "tried", "untuned us", "us", "", "cut"):
@@ -187,6 +187,8 @@ def print_tuned(found: Sequence[Found]) -> None:
     for one in found:
         t = one.tuned
         cut = ", ".join(f"{n} = {v!r}" for n, v in t.constants.items()) or "as untuned"
+        if t.library_us is not None:
+            cut += f"; {'used' if t.is_used else 'not used'}, PyTorch's product takes {t.library_us:.1f} us"
         ratio = f"{t.untuned_us / t.us:.2f}x" if t.us and t.untuned_us else ""
         us = [f"{x:.1f}" if x is not None else "" for x in (t.untuned_us, t.us)]
         table.add_row(t.kernel, str(len(one.tried)), *us, ratio, cut.replace("[", "\\["))

@@ -1,8 +1,10 @@
-"""`heddle tune`: how the kernels of a spec are cut, measured on this GPU and written to a lock.
+"""`heddle tune`: how the kernels of a spec are cut, and which products are one kernel with what is behind them,
+measured on this GPU and written to a lock.
 
 For each kernel by itself, one constant after the other: what does not build, spills or asks for more than a program may
 have is left out before it is run; what is faster must also be right, against PyTorch in fp64. What changes
 the order of a sum is another numerics class, whose results differ in their last bits; `keep_bits` tries none of these.
+A product is PyTorch's where its own kernel, cut at its best, is not faster; with `keep_bits` it stays PyTorch's.
 Nothing is measured when a model runs.
 """
 
@@ -24,16 +26,18 @@ from ..codegen.lock import Lock, Tuned
 from ..codegen.tiles import class_of, constants_of, with_constants
 from ..dsl.diagnostics import InternalError
 from ..dsl.program import Program
-from ..lowering.alone import Alone, kernels
+from ..lowering.alone import Alone, kernels, products
 from ..lowering.chains.plan import plan
 from ..lowering.chains.tiles import numerics as numerics_of_chain
 from ..lowering.chains.tiles import tuned as tuned_of_chain
+from ..lowering.graph import GraphProgram
 from ..lowering.ops import has_part, part
 from ..lowering.pipeline import lower
 from ..lowering.target import TARGETS, Target
 from .ahead import build
-from .compile import target_of
+from .compile import target_of, versions
 from .errors import UserError
+from .lib import gemms
 from .verify import DTYPES, Draw, Expected, block_of, launched
 
 Timer = Callable[[Callable[[], object]], float]
@@ -73,14 +77,48 @@ def tune(
         ours = ", ".join(t.name for t in TARGETS.values() if t.capability is not None)
         said = f"a lock is of one generation of GPU, and `{target}` is none"
         raise UserError("no-kernels", said, help=f"targets: {ours}")
-    parts = [
-        (alone, files) for alone in kernels(lower(program, target=aim))
-        if (files := emit_block(alone.name, alone.program, __version__)).kernels and only in (None, *files.kernels)
-    ]  # fmt: skip
+    if device.type == "cuda" and not gemms.has(device, target):
+        name = torch.cuda.get_device_name(device)
+        raise UserError("no-kernels", f"a lock of `{target}` is measured on such a GPU, and this is a {name}")
+    lowered = lower(program, target=aim)
+    parts = list(_kernels(lowered))
+    if dtype in gemms.DTYPES and not keep_bits:
+        parts += _products(lowered)
+    parts = [p for p in parts if only in (None, p.name)]
     end = time.monotonic() + budget
-    for i, (alone, files) in enumerate(parts):
+    for i, one in enumerate(parts):
         mine = time.monotonic() + (end - time.monotonic()) / (len(parts) - i)
-        yield _Tuning(alone, files, aim, device, shape, dtype, keep_bits, timer or _on_gpu).found(mine)
+        yield _Tuning(one, aim, device, shape, dtype, keep_bits, timer or _on_gpu).found(mine)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The kernel `name` of the files of a block; `library`: the files of what PyTorch has in its place."""
+
+    alone: Alone
+    name: str
+    files: Files
+    library: Files | None = None
+
+
+def _kernels(lowered: GraphProgram) -> Iterator[_Part]:
+    for alone in kernels(lowered):
+        files = emit_block(alone.name, alone.program, __version__)
+        for name in files.kernels:
+            yield _Part(alone, name, files)
+
+
+def _products(lowered: GraphProgram) -> Iterator[_Part]:
+    """Products with what is behind them, as kernels. Raises UserError `no-kernels` where there are some, and the CuTe
+    DSL is not installed."""
+    for alone in products(lowered):
+        if not versions()["dsl"]:
+            said = f"`{alone.nodes[0].op}` may be a kernel of the CuTe DSL, and `{gemms.DSL}` is not installed"
+            raise UserError("no-kernels", said, help="install it (`heddle-lang[cuda]`), or tune with --keep-bits")
+        library = emit_block(alone.name, alone.program, __version__)
+        (name,) = library.offered.values()
+        files = emit_block(alone.name, alone.program, __version__, choosing(library.offered, lowered.target.name))
+        yield _Part(alone, name, files, library)
 
 
 def one_of(precision: str) -> torch.dtype:
@@ -98,13 +136,20 @@ def made_with(device: torch.device, shape: tuple[int, int], precision: str) -> d
 
 def lock_of(found: list[Found], target: str, made: Mapping[str, Any]) -> Lock:
     """The lock of what was found."""
-    import triton
+    here = versions()
+    return Lock(target, here["triton"], {f.key: f.tuned for f in found}, made, here["dsl"])
 
-    return Lock(target, triton.__version__, {f.key: f.tuned for f in found}, made)
+
+def choosing(offered: Mapping[str, str], target: str) -> Lock:
+    """A lock that says nothing but that all these kernels, by key, stand in place of PyTorch's products."""
+    return Lock(target, versions()["triton"], {key: Tuned(name, {}) for key, name in offered.items()})
 
 
 def grid_of(alone: Alone, text: str) -> tuple[dict[str, tuple[Any, ...]], tuple[str, ...]]:
     """The values that each constant of a kernel may have, and those constants that make the numerics class."""
+    if alone.program.epilogues:
+        room = part(alone.nodes[0].op, "cute")
+        return {name: room.TUNED[name] for name in constants_of(text) if name in room.TUNED}, room.NUMERICS
     last = alone.nodes[-1].op
     if not alone.program.fused and has_part(last, "triton"):
         room = part(last, "triton")
@@ -119,13 +164,14 @@ class _Tuning:
     """One kernel, while its candidates are tried."""
 
     def __init__(
-        self, alone: Alone, files: Files, target: Target, device: torch.device, shape: tuple[int, int],
-        dtype: torch.dtype, keep_bits: bool, timer: Timer,
+        self, one: _Part, target: Target, device: torch.device, shape: tuple[int, int], dtype: torch.dtype,
+        keep_bits: bool, timer: Timer,
     ) -> None:  # fmt: skip
-        ((self.name, self.text),) = files.kernels.items()
-        self.alone, self.files, self.target, self.keep_bits, self.timer = alone, files, target, keep_bits, timer
+        self.alone, self.name, self.files, self.library = one.alone, one.name, one.files, one.library
+        self.text = self.files.kernels[self.name]
+        self.target, self.keep_bits, self.timer = target, keep_bits, timer
         self.device, self.shape, self.dtype = device, shape, dtype
-        self.grid, self.numerics = grid_of(alone, self.text)
+        self.grid, self.numerics = grid_of(self.alone, self.text)
         self.plain = constants_of(self.text)
         self.tried: list[Tried] = []
         self.spilled, problems = self._built({})
@@ -145,7 +191,19 @@ class _Tuning:
                 if us is not None and us <= BETTER * best_us:
                     best, best_us = candidate, us
         best = {n: v for n, v in best.items() if v != self.plain[n]}
-        return Found(self.files.keys[self.name], Tuned(self.name, best, best_us, untuned), tuple(self.tried))
+        tuned = Tuned(self.name, best, best_us, untuned)
+        if self.library is not None:
+            tuned = self._against(self.library, tuned)
+        return Found(self.files.keys[self.name], tuned, tuple(self.tried))
+
+    def _against(self, library: Files, tuned: Tuned) -> Tuned:
+        """Whether a product's kernel is used: where it is faster than PyTorch, and right."""
+        us = self._time_of(block_of(self.alone.name, library))
+        assert tuned.us is not None
+        why = "PyTorch is as fast" if tuned.us > BETTER * us else self._wrong(dict(tuned.constants))
+        if why:
+            self.tried.append(Tried(tuned.constants, tuned.us, why))
+        return replace(tuned, library_us=us, is_used=not why)
 
     def _try(self, candidate: dict[str, Any], best_us: float) -> float | None:
         """The time of a candidate that may win, None for one that may not."""
@@ -176,10 +234,12 @@ class _Tuning:
 
     def _kind(self, candidate: dict[str, Any]) -> type[nn.Module]:
         text = with_constants(self.text, candidate)
-        return block_of(self.alone.name, replace(self.files, kernels={self.name: text}))
+        return block_of(self.alone.name, replace(self.files, kernels={**self.files.kernels, self.name: text}))
 
     def _time(self, candidate: dict[str, Any]) -> float:
-        kind = self._kind(candidate)
+        return self._time_of(self._kind(candidate))
+
+    def _time_of(self, kind: type[nn.Module]) -> float:
         draw = Draw(self.alone, kind, self.dtype, random.Random(0), self.device, self.shape)
         return self.timer(draw.ready(kind, self.dtype))
 

@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..codegen.emit import Files, digest, emit_block
+from ..codegen.lock import Lock
 from ..codegen.writer import spec_line
 from ..dsl.program import Program
-from ..lowering.alone import Alone, kernels
-from ..lowering.graph import op_of
+from ..lowering.alone import Alone, kernels, products
+from ..lowering.graph import GraphProgram, op_of
 from ..lowering.pipeline import lower
 from ..lowering.target import TARGETS
 from .compile import module_class, target_of
 from .errors import UserError
 from .judging import Judged, floor, judged, moved
-from .lib import STATELESS, At
+from .lib import STATELESS, At, gemms
 from .lib import kernels as lib_kernels
 from .lib.kernels import Launch
 from .plan.hollow import Hollow
@@ -69,24 +70,41 @@ class Verified:
         return {**vars(self), "ops": list(self.ops), "ratio": ratio, "holds": self.holds}
 
 
-def verify(program: Program, target: str, examples: int, seed: int, device: torch.device) -> Iterator[Verified]:
-    """Test every kernel of a model on `examples` draws. Raises UserError `unknown-target`, `no-kernels`."""
+def verify(
+    program: Program, target: str, examples: int, seed: int, device: torch.device, lock: Lock | None = None
+) -> Iterator[Verified]:
+    """Test every kernel of a model, as `lock` has them, on `examples` draws. Raises UserError `unknown-target`,
+    `no-kernels`; `SpecError` bad-lock."""
     aim = target_of(target)
     if not aim.kernels:
         found = ", ".join(t.name for t in TARGETS.values() if t.kernels)
         said = f"target `{target}` has no kernels of its own"
         raise UserError("no-kernels", said, help=f"targets with kernels: {found}")
     lowered = lower(program, target=aim)
+    for alone, files in files_of(lowered, lock):
+        yield _verified(alone, files, examples, random.Random(f"{seed} {alone.name}"), device)
+
+
+def files_of(lowered: GraphProgram, lock: Lock | None) -> Iterator[tuple[Alone, Files]]:
+    """The files of each kernel by itself, and of each product that the lock says is one with what is behind it. Raises
+    `SpecError` bad-lock."""
     for alone in kernels(lowered):
-        yield _verified(alone, examples, random.Random(f"{seed} {alone.name}"), device)
+        yield alone, emit_block(alone.name, alone.program, __version__, lock)
+    for alone in products(lowered):
+        files = emit_block(alone.name, alone.program, __version__, lock)
+        if lock is not None and any(lock.uses(key) for key in files.offered):
+            yield alone, files
 
 
-def _verified(alone: Alone, examples: int, chance: random.Random, device: torch.device) -> Verified:
+def _verified(alone: Alone, files: Files, examples: int, chance: random.Random, device: torch.device) -> Verified:
     plain = replace(alone, program=replace(alone.program, target=TARGETS["cpu"], fused={}, heads={}))
-    files = emit_block(alone.name, alone.program, __version__)
     result = Verified(alone.name, spec_line(alone.nodes[-1].spans), tuple(n.op for n in alone.nodes), launches=False)
     if not files.kernels:
         result.why_not = files.without[0].primary.text if files.without else "nothing is saved by one"
+        return result
+    target = alone.program.target.name
+    if files.offered and not gemms.has(device, target):
+        result.why_not = f"`{', '.join(result.ops)}`: that kernel is for {target}, and this is {device.type}"
         return result
     kinds = [block_of(alone.name, f) for f in (files, emit_block(plain.name, plain.program, __version__))]
     for i in range(examples):
@@ -248,7 +266,7 @@ def launched(
     """What a block launches on rows of `shape`, forward and backward, run without numbers and without a GPU."""
     with uncompiled(), Hollow(1.0):
         draw = Draw(alone, kind, dtype, random.Random(0), torch.device("cpu"), shape, document)
-        with lib_kernels.launches() as told:
+        with lib_kernels.launches(elsewhere=True) as told:
             draw.run(kind, dtype)
     return told
 

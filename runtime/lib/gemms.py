@@ -7,14 +7,76 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import kernels
+from .later import waiting
+
+DSL = "nvidia-cutlass-dsl"
 DTYPES = (torch.bfloat16, torch.float16)
 # TMA reads and writes units of 16 bytes at addresses that are multiples of it.
 _ALIGNED = 16
+
+
+class Missing(ImportError):
+    """The CuTe DSL, in which a kernel is written, is not installed; the text says what to install."""
+
+
+def require() -> None:
+    """Raises Missing where the DSL is not installed: a kernel that was chosen is not left out in silence."""
+    if find_spec("cutlass") is None:
+        raise Missing(f"a kernel of this model is written in the CuTe DSL: install `{DSL}` (`heddle-lang[cuda]`)")
+
+
+# --- whether a kernel is used -----------------------------------------------------------------------------------------
+
+
+def on(target: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Say of a kernel's function for which generation of GPU it is: "sm_90"."""
+
+    def say(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        function.target = target  # type: ignore[attr-defined]
+        return function
+
+    return say
+
+
+def takes(kernel: Any, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel computes the product of x and a weight here and now; the library's takes all.
+
+    It does where numbers are bf16 or fp16, all but x's of one dtype (x's are made so), on a GPU of its generation; not
+    under autocast, and not where gradients of weights are put aside (`later`).
+    """
+    if kernel is None or weight.dtype not in DTYPES or not x.numel() or not weight.numel():
+        return False
+    if any(t is not None and t.dtype != weight.dtype for t in others):
+        return False
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return False
+    if waiting() is not None and any(t is not None and t.requires_grad for t in (weight, *others)):
+        return False
+    return kernels.is_elsewhere() or has(x.device, kernel.target)
+
+
+def has(device: torch.device, target: str) -> bool:
+    """Whether a device is a GPU of this generation."""
+    if device.type != "cuda":
+        return False
+    found = torch.cuda.get_device_properties(device)  # a constant where torch.compile traces it
+    return (found.major, found.minor) == capability(target)
+
+
+def capability(arch: str) -> tuple[int, int]:
+    """(9, 0) of "sm_90" and "sm_90a"."""
+    return divmod(int(arch.removeprefix("sm_").rstrip("a")), 10)
+
+
+# --- how it is run ----------------------------------------------------------------------------------------------------
 
 
 class Gemm:
@@ -26,6 +88,7 @@ class Gemm:
 
     def __init__(self, function: Callable[..., Any], arch: str, dsl: Any, stream: Callable[[int], Any]) -> None:
         self.function, self.arch, self.dsl, self.stream = function, arch, dsl, stream
+        self.__name__: str = getattr(function, "__name__", "gemm")
         self._known: dict[tuple[torch.dtype | None, ...], Any] = {}
 
     def compiled(self, dtypes: Sequence[torch.dtype | None], options: str = "") -> Any:
@@ -60,7 +123,7 @@ class Gemm:
 def _check_device(device: torch.device, arch: str) -> None:
     """Raises RuntimeError where a kernel that was built for `arch` cannot run."""
     have = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    need = divmod(int(arch.removeprefix("sm_").rstrip("a")), 10)
+    need = capability(arch)
     if have != need:
         what = f"of compute capability {have[0]}.{have[1]}" if have else "no GPU of NVIDIA"
         raise RuntimeError(f"a kernel for {arch} needs compute capability {need[0]}.{need[1]}; {device} is {what}")

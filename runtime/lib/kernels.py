@@ -38,6 +38,7 @@ class _Watch:
     dry = _Dry()
     told: list[Launch] | None = None
     bodies: ClassVar[dict[str, Callable[..., Any]]] = {}
+    elsewhere = False
 
 
 def op(module: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -146,10 +147,17 @@ def suits(*tensors: Tensor | None) -> bool:
 
 
 @contextmanager
-def launches() -> Iterator[list[Launch]]:
-    """What is launched inside, in order; with tensors on the `meta` device nothing runs."""
-    before, _Watch.told = _Watch.told, []
+def launches(elsewhere: bool = False) -> Iterator[list[Launch]]:
+    """What is launched inside, in order; with tensors on the `meta` device nothing runs. `elsewhere`: what would be on
+    the GPU that kernels are for, whatever there is here; for tensors without numbers."""
+    before = _Watch.told, _Watch.elsewhere
+    _Watch.told, _Watch.elsewhere = [], elsewhere
     try:
         yield _Watch.told
     finally:
-        _Watch.told = before
+        _Watch.told, _Watch.elsewhere = before
+
+
+def is_elsewhere() -> bool:
+    """Whether kernels are asked for as on the GPU that they are for."""
+    return _Watch.elsewhere

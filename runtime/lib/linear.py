@@ -5,7 +5,7 @@ A fresh module holds NaN: it must be initialised or loaded, and forgetting is se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .gemms import takes
 from .kernels import suits
 from .later import Later, Weight, waiting
 from .product import product
@@ -42,17 +43,30 @@ class Linear(nn.Module):
         self.weight = empty(*self.outs, *self.ins)
         self.bias = empty(*self.outs) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, len(self.ins))
+    def forward(self, x: Tensor, **ends: Any) -> Tensor:
+        return linear(x, self.weight, self.bias, len(self.ins), **ends)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ins: int = 1) -> Tensor:
-    """x[..., *ins], weight[*outs, *ins], bias[*outs] -> [..., *outs]; `ins` is how many dims go."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, ins: int = 1, kernel: Any = None,
+    epilogue: Callable[[Tensor], Tensor] | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x[..., *ins], weight[*outs, *ins], bias[*outs] -> y[..., *outs]; `ins` is how many dims go.
+
+    With a `kernel`, a generated one: `epilogue(y)`, which adds a `residual`[..., *outs] if there is one; of all that
+    the kernel makes one pass, where it takes these tensors.
+    """
     outs = weight.shape[: weight.dim() - ins]
     if ins > 1:
         x = x.flatten(-ins)
+    if takes(kernel, x, weight, bias, residual):
+        given = [None if t is None else t.reshape(shape) for t, shape in (
+            (bias, (-1,)), (residual, (*x.shape[:-1], -1)))]  # fmt: skip
+        y = kernel(x.to(weight.dtype), weight.reshape(-1, x.shape[-1]), *(t for t in given if t is not None))
+        return y.view(*x.shape[:-1], *outs) if len(outs) > 1 else y
     (y,) = product(x, weight, bias, [prod(outs)])
-    return y.view(*x.shape[:-1], *outs) if len(outs) > 1 else y
+    y = y.view(*x.shape[:-1], *outs) if len(outs) > 1 else y
+    return y if epilogue is None else epilogue(y)
 
 
 class Fused(nn.Module):

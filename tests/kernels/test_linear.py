@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heddle.codegen.kernels import render
-from heddle.lowering.ops.linear.cute import MEASURED, STEPS, Facts, Unfit, choose, fitted, shared_bytes
+from heddle.codegen.products import fragments, source
+from heddle.lowering.chains.expr import Expr, Unfit, apply, load
+from heddle.lowering.ops.linear.cute import HELD, Facts, estimate, fitted, prologue_gain, shared_bytes
 from heddle.lowering.ops.pointwise.reference import UNARY
 from heddle.lowering.target import TARGETS
 from heddle.runtime.lib import gemms
@@ -25,19 +26,30 @@ from heddle.runtime.plan.devices import DEVICES
 from . import harness
 
 pytest.importorskip("cutlass")
-TARGET_NAMES = ("sm_90", "sm_100")
+TARGET_NAMES = HELD
+Z = load("z", "rc")
+STEPS = ("relu2", "silu", "gelu_tanh")
 NARROW = (torch.bfloat16, torch.float16)
 soak = settings.get_current_profile_name() == "soak"
 
 
 def text_of(facts: Facts) -> str:
-    return render("linear", facts.values(), facts.template)
+    return source("linear", facts, facts.name)
+
+
+def made(name: str, target: str, n: int, k: int, step: str | None = None, **more: Any) -> Facts:
+    """The facts of a kernel that ends with an op."""
+    return fitted(name, target, n, k, step_of(step), step or "", **more)
+
+
+def step_of(name: str | None) -> Expr | None:
+    return None if name is None else apply(name, Z)
 
 
 def small(target: str, step: str | None = None, **more: Any) -> Facts:
     """N and K beside whole tiles: 2 tiles of columns, 3 along K, the second and the last of them mostly empty."""
     sizes = {"block_n": 64, "programs": 2, "stages": 2, "saving_stages": 2, **more}
-    return fitted("linear_test", target, 72, 136, step, **sizes)
+    return made("linear_test", target, 72, 136, step, **sizes)
 
 
 # --- what is decided --------------------------------------------------------------------------------------------------
@@ -50,11 +62,11 @@ def small(target: str, step: str | None = None, **more: Any) -> Facts:
 def test_what_is_made_fits_the_target(target: str, n: int, k: int, step: str | None, bias: bool, residual: bool) -> None:
     if n % 8 or k % 8:
         with pytest.raises(Unfit, match="units of 16 bytes"):
-            fitted("f", target, n, k, step, bias=bias, residual=residual)
+            made("f", target, n, k, step, bias=bias, residual=residual)
         return
-    facts = fitted("f", target, n, k, step, bias=bias, residual=residual)
+    facts = made("f", target, n, k, step, bias=bias, residual=residual)
     for saving, stages in ((False, facts.stages), (True, facts.saving_stages)):
-        if saving and step is None:
+        if saving and facts.keeps != "z":
             continue
         assert stages >= 2 and shared_bytes(facts, saving) <= TARGETS[target].shared
     loaded = {b: -(-n // b) * (facts.block_m + b) for b in (64, 128, 192, 256)}
@@ -66,7 +78,7 @@ def test_what_is_made_fits_the_target(target: str, n: int, k: int, step: str | N
     [
         (dict(target="sm_80"), "sm_80` has no kernel of products"),
         (dict(target="cpu"), "cpu` has no kernel of products"),
-        (dict(step="tanh"), "`tanh` has no text"),
+        (dict(step="sin"), "`sin` has no text"),
         (dict(n=4092), "4092 outputs"),
         (dict(k=0), "0 inputs"),
         (dict(block_m=96), "block_m = 96"),
@@ -80,56 +92,40 @@ def test_what_is_made_fits_the_target(target: str, n: int, k: int, step: str | N
 )
 def test_what_does_not_fit_says_why(how: dict[str, Any], why: str) -> None:
     with pytest.raises(Unfit, match=why):
-        fitted(**{"name": "f", "target": "sm_90", "n": 4096, "k": 4096, **how})
+        made(**{"name": "f", "target": "sm_90", "n": 4096, "k": 4096, **how})
 
 
-PUBLISHED = {"8B up": (21504, 4096, "relu2", False), "8B down": (4096, 21504, None, True), "340B up": (73728, 18432, "relu2", False)}
-
-
-@pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("of", PUBLISHED)
-def test_nothing_is_chosen_that_nothing_measured(of: str, trains: bool) -> None:
-    n, k, step, residual = PUBLISHED[of]
-    for target in TARGET_NAMES:
-        facts = fitted("f", target, n, k, step, residual=residual)
-        for device in DEVICES.values():
-            said = choose(facts, 8192, device, trains=trains)
-            assert not said.kernel and said.reason.startswith("library: ")
-            assert "no committed measurement" in said.reason or "its product does all of this" in said.reason
-    assert MEASURED == {}, "a number here needs its file of benchmarks/results"
+PUBLISHED = {"8B up": (21504, 4096, "relu2", False), "8B down": (4096, 21504, None, True), "GPT-3 up": (49152, 12288, "gelu_tanh", False)}
 
 
 @given(
     m=st.integers(1, 100_000), n=st.integers(1, 9000).map(lambda x: 8 * x), k=st.integers(1, 9000).map(lambda x: 8 * x),
-    step=st.sampled_from((None, *STEPS)), bias=st.booleans(), residual=st.booleans(), trains=st.booleans(),
-    share=st.floats(0.3, 1.3),
+    step=st.sampled_from((None, *STEPS)), residual=st.booleans(), trains=st.booleans(),
 )  # fmt: skip
-def test_a_measured_kernel_is_chosen_if_it_is_faster(
-    m: int, n: int, k: int, step: str | None, bias: bool, residual: bool, trains: bool, share: float
-) -> None:
+def test_what_a_kernel_saves(m: int, n: int, k: int, step: str | None, residual: bool, trains: bool) -> None:
     """Against times that are computed here, tensor by tensor."""
-    facts = fitted("f", "sm_90", n, k, step, bias=bias, residual=residual)
+    facts = made("f", "sm_90", n, k, step, residual=residual)
     device = DEVICES["h100-80g"]
-    said = choose(facts, m, device, trains=trains, measured={(device.name, "sm_90"): share})
+    said = estimate(facts, m, device, trains=trains)
     flops, memory = device.flops["bf16"] * device.reached[0], device.memory_rate * device.reached[1]
     x, w, y = 2 * m * k, 2 * n * k, 2 * m * n
     work = 2 * m * n * k / flops
-    alone = step is None and not (bias and residual)
-    if alone:
-        library = max(work, (x + w + y + residual * y) / memory) + device.launch_s
-    else:
-        library = max(work, (x + w + y) / memory) + (2 * y + residual * y) / memory + 2 * device.launch_s
-    moved = x + w + y + residual * y + (trains and step is not None) * y
-    kernel = max(work / share, moved / memory) + device.launch_s
+    library = max(work, (x + w + y) / memory) + (2 * y + residual * y) / memory + 2 * device.launch_s
+    moved = x + w + y + residual * y + (trains and facts.keeps == "z") * y
     assert said.library_s == pytest.approx(library, rel=1e-12)
-    if alone:
-        assert not said.kernel and said.saved_bytes == 0
-        return
-    assert said.kernel_s == pytest.approx(kernel, rel=1e-12) and said.kernel == (said.kernel_s < said.library_s)
-    assert said.saved_bytes == (y if trains and step else 2 * y), "z is neither written nor read, or read once less"
-    assert said.reason.startswith("kernel: " if said.kernel else "library: ") and f"{share:.0%}" in said.reason
+    assert said.kernel_s == pytest.approx(max(work, moved / memory) + device.launch_s, rel=1e-12)
+    assert said.gain == pytest.approx(1 - said.kernel_s / said.library_s, rel=1e-9)
+    assert said.saved_bytes == (y if trains and facts.keeps == "z" else 2 * y), "z is neither written nor read, or read once less"
     if work / said.needed > moved / memory:  # at the rate that is needed both take as long
         assert work / said.needed + device.launch_s == pytest.approx(library, rel=1e-9)
+
+
+def test_a_norm_inside_a_product_would_save_few_percent() -> None:
+    """Of published sizes, the products behind a norm: why there is no kernel of it."""
+    for n, k in ((18560, 4096), (21504, 4096), (28672, 4096), (24576, 6144), (6144, 4096)):
+        for device in DEVICES.values():
+            assert prologue_gain(n, k, 8192, device) < 0.05
+    assert prologue_gain(64, 4096, 8192, DEVICES["h100-80g"]) > 0.4
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------
@@ -163,7 +159,7 @@ class _Fragments:
 def ended(step: str, z: np.ndarray) -> np.ndarray:
     names = {"z": z, "cute": _Fragments}
     with np.errstate(all="ignore"):
-        exec("\n".join(STEPS[step].cute), names)
+        exec("\n".join(fragments(apply(step, Z))), names)
     assert names["a"].dtype == np.float32
     return names["a"]
 
@@ -187,20 +183,10 @@ def test_a_step_of_what_is_not_finite(step: str) -> None:
     assert np.isnan(found[0]) and found[1] == np.inf and found[2] == found[3] == 0
 
 
-@pytest.mark.parametrize("step", STEPS)
-@given(seed=harness.seeds())
-def test_a_slope_is_the_derivative(step: str, seed: int) -> None:
-    z = harness.values((40,), torch.float64, seed, 2.0).requires_grad_()
-    d_y = harness.values((40,), torch.float64, seed + 1)
-    (want,) = torch.autograd.grad(UNARY[step](z), z, d_y)
-    mine = eval(STEPS[step].slope, {"torch": torch, "d_y": d_y, "z": z.detach()})
-    assert torch.allclose(mine, want, rtol=1e-10, atol=1e-12)
-
-
 def test_the_same_facts_are_the_same_bytes(golden: Callable[[str, str], None]) -> None:
     texts = {}
     for target in TARGET_NAMES:
-        texts[target], again = (text_of(fitted("linear_relu2", target, 21504, 4096, "relu2", bias=True)) for _ in range(2))
+        texts[target], again = (text_of(made("linear_relu2", target, 21504, 4096, "relu2", bias=True)) for _ in range(2))
         assert texts[target] == again
         harness.stable(again)
     golden("linear_sm_90", texts["sm_90"])
@@ -226,9 +212,9 @@ class Library:
         assert m == len(x) == len(y)
         z = x.float() @ w.float().T + (more.pop(0).float() if self.facts.bias else 0.0)
         residual = more.pop(0).float() if self.facts.residual else 0.0
-        if self.facts.step and more[0] is not None:
+        if self.facts.keeps == "z" and more[0] is not None:
             more[0].copy_(z)
-        y.copy_((UNARY[self.facts.step](z) if self.facts.step else z) + residual)
+        y.copy_((UNARY[self.facts.said](z) if self.facts.step else z) + residual)
         self.ran += 1
 
 
@@ -257,7 +243,7 @@ def plain(kind: tuple[str | None, bool, bool], x: Tensor, w: Tensor, *more: Tens
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100 if soak else 8)
+@settings(max_examples=100 if soak else 5)
 @given(m=st.sampled_from(((0,), (1,), (7,), (3, 5))), dtype=st.sampled_from(NARROW), how=harness.layouts(), seed=harness.seeds())
 def test_results_and_gradients(kind: tuple[str | None, bool, bool], m: tuple[int, ...], dtype: torch.dtype, how: str, seed: int) -> None:
     module = op_of(*kind)
@@ -278,20 +264,23 @@ def test_results_and_gradients(kind: tuple[str | None, bool, bool], m: tuple[int
 def test_the_op_passes_the_checks_of_torch(kind: tuple[str | None, bool, bool], target: str) -> None:
     module = op_of(*kind, target)
     rows = operands((5,), kind, torch.bfloat16, 1)
-    torch.library.opcheck(module.linear_test_saving if kind[0] else module.linear_test_rows, rows)
+    torch.library.opcheck(getattr(module, "linear_test_saving", module.linear_test_rows), rows)
     compiled = torch.compile(module.linear_test, backend="aot_eager", fullgraph=True)
     for got, want in zip(*(torch.autograd.grad(f(*rows).float().square().sum(), rows) for f in (compiled, module.linear_test))):
         assert torch.equal(got, want)
 
 
-def test_z_is_stored_for_gradients_only() -> None:
-    module = op_of(*KINDS[0])
-    rows = operands((5,), KINDS[0], torch.bfloat16, 1)
-    for grad, tensors in ((True, 2), (False, 1)):
+@pytest.mark.parametrize(("kind", "stored"), [(KINDS[0], 1), (KINDS[2], 2)])
+def test_z_is_stored_for_gradients_only(kind: tuple[str | None, bool, bool], stored: int) -> None:
+    """And not where the slope follows from the result."""
+    module = op_of(*kind)
+    rows = operands((5,), kind, torch.bfloat16, 1)
+    for grad, tensors in ((True, stored), (False, 1)):
         with torch.set_grad_enabled(grad), harness.kernels.launches() as told:
             module.linear_test(*rows)
-        (launch,) = told
-        assert sum(isinstance(a, Tensor) for a in launch.args) == 2 + tensors and launch.args[-1] == 5
+        launch, *more = told
+        assert not more
+        assert sum(isinstance(a, Tensor) for a in launch.args) == len(rows) + tensors and launch.args[-1] == 5
 
 
 def test_what_it_does_not_take() -> None:

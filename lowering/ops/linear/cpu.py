@@ -28,7 +28,7 @@ def _construct_parallel(use: Any) -> str:
 def emit(use: Any) -> str:
     """The call."""
     if use.own:
-        return f"{use.own}({use.args[0]})"
+        return f"{use.own}({use.args[0]}{use.epilogue})"
     x, weight, bias = use.args
     ins = f", ins={len(use.sizes('K'))}" if len(use.sizes("K")) != 1 else ""
-    return f"lib.linear({x}, {weight}{'' if bias is None else f', {bias}'}{ins})"
+    return f"lib.linear({x}, {weight}{'' if bias is None else f', {bias}'}{ins}{use.epilogue})"

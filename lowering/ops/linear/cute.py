@@ -1,4 +1,5 @@
-"""CuTe DSL kernels of a linear map whose result is worked on before it is stored, and whether one is used.
+"""CuTe DSL kernels of a linear map whose result is worked on before it is stored: what a file is specialised by, and
+what it would save.
 
 y = step(x W^T + bias) + residual. M rows, N columns of y, K of x; W [N, K]. A kernel is a file for one N and K; M is
 free. What is decided here is printed by `cute_sm_90.py.jinja` (wgmma) and `cute_sm_100.py.jinja` (tcgen05).
@@ -6,56 +7,16 @@ free. What is decided here is printed by `cute_sm_90.py.jinja` (wgmma) and `cute
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ...target import TARGETS
+from ...chains.expr import Expr, Unfit, ordered
+from ...chains.fragments import FRAGMENTS
+from ...chains.table import TABLE
+from ...target import TARGETS, Target
 
-
-class Unfit(ValueError):
-    """No kernel can be made for a linear map; the text says what is in the way, in words for who wrote the spec."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A pointwise function of the product, in the languages that need it.
-
-    cute: lines from `z`, a fragment in fp32, to `a`. slope: a torch expression for the gradient of z, of `d_y` and `z`
-    in the storage dtype.
-    """
-
-    math: str
-    cute: tuple[str, ...]
-    slope: str
-
-
-# A comparison with NaN is false, so what is replaced is what is known to be smaller than 0, as torch's relu does.
-STEPS: Mapping[str, Step] = MappingProxyType(
-    {
-        "relu2": Step(
-            "max(z, 0)^2",
-            ("r = cute.where(z < 0.0, cute.full_like(z, 0.0), z)", "a = r * r"),
-            "d_y * (2.0 * torch.relu(z))",
-        ),
-        "silu": Step(
-            "z / (1 + e^-z)",
-            ("a = z * cute.math.rcp(1.0 + cute.math.exp(-z, fastmath=True), approx=True, ftz=True)",),
-            "torch.ops.aten.silu_backward(d_y, z)",
-        ),
-        # (1 + tanh u) / 2 is 1 / (1 + e^-2u), which needs no tanh and is exact where that is 0.
-        "gelu_tanh": Step(
-            "z / (1 + e^-2u), u = sqrt(2 / pi) (z + 0.044715 z^3)",
-            (
-                "u = 0.7978845608028654 * (z + 0.044715 * (z * z * z))",
-                "a = z * cute.math.rcp(1.0 + cute.math.exp(-2.0 * u, fastmath=True), approx=True, ftz=True)",
-            ),
-            'torch.ops.aten.gelu_backward(d_y, z, approximate="tanh")',
-        ),
-    }
-)
-
+HELD = ("sm_90", "sm_100")
+"""The targets that have such kernels."""
 WIDE = 8
 """Columns that 16 bytes of bf16 or fp16 hold: the unit in which TMA reads and writes rows."""
 # Bytes of shared memory for barriers, the address of tensor memory, and the alignment of what follows to 1 KiB.
@@ -67,8 +28,10 @@ _ELEMENT = 2
 class Facts:
     """What a file is specialised by.
 
+    `step`: what the product ends with, of the tensor `z`, place by place; `said`: the ops of what is
+    behind the product, by which files are named.
     Sizes of tiles: `block_m` rows (a CTA's), `block_n`, `block_k`; `part_n` columns leave a CTA at a time.
-    `stages`: tiles of x and W in flight, `saving_stages` where z is stored too; `part_stages`: parts.
+    `stages`: tiles of x and W in flight, `saving_stages` where z is kept, and stored too; `part_stages`: parts.
     `cluster`: CTAs that share the rows of W. `band`: columns of tiles that are walked together, for the L2 cache.
     `programs`: CTAs where no GPU is asked. None of these changes a sum: each element of y is one sum over K in steps of
     16, so all configurations of a target are in one numerics class.
@@ -78,7 +41,8 @@ class Facts:
     target: str
     n: int
     k: int
-    step: str | None = None
+    step: Expr | None = None
+    said: str = ""
     bias: bool = False
     residual: bool = False
     block_m: int = 128
@@ -96,18 +60,37 @@ class Facts:
     def template(self) -> str:
         return f"cute_{self.target}.py.jinja"
 
-    def values(self) -> dict[str, Any]:
-        """What the template prints."""
-        step = STEPS[self.step] if self.step else None
+    @property
+    def keeps(self) -> str | None:
+        """What is kept for the gradient of z: "y", where the slope of the step follows from its result, else "z"; None
+        without a step."""
+        if self.step is None:
+            return None
+        op = TABLE.get(self.step.op)
+        by_result = op is not None and op.by_result and all(x.op == "load" for x in self.step.args)
+        return "y" if by_result and not self.residual else "z"
+
+    def rendered(self) -> dict[str, Any]:
+        """What the template prints, beside the lines of the step and of its slope."""
         z = "x w^T" + " + bias" * self.bias
-        return {
-            **{k: getattr(self, k) for k in self.__dataclass_fields__},
-            "math": (f"{self.step}({z})" if step else z) + " + residual" * self.residual,
-            "step_math": f"{self.step}(z) = {step.math}" if step else None,
-            "step_lines": step.cute if step else (),
-            "slope": step.slope if step else None,
-            "tensor_columns": tensor_columns(self.block_n),
-        }
+        math = (f"a({z})" if self.step is not None else z) + " + residual" * self.residual
+        return {**{k: getattr(self, k) for k in self.__dataclass_fields__}, "math": math, "keeps": self.keeps}
+
+
+NUMERICS: tuple[str, ...] = ()
+TUNED = {
+    "BLOCK_N": (64, 128, 192, 256), "STAGES": (3, 5, 6, 8), "STAGES_SAVING": (3, 5, 6, 8), "BAND": (4, 16),
+    "PART_STAGES": (3,),
+}  # fmt: skip
+
+
+def kernel(use: Any, target: Target, step: Expr | None, said: str, residual: bool) -> Facts | None:
+    """The facts of a use of an op whose result goes through `step`, of the tensor `z`, and is added to a `residual`;
+    None where no kernel stands in place of such an op. Raises Unfit."""
+    if use.op != "linear":
+        return None
+    bias = use.node.operands[2] is not None
+    return fitted("kernel", target.name, use.count("N"), use.count("K"), step, said, bias=bias, residual=residual)
 
 
 def shared_bytes(facts: Facts, saving: bool) -> int:
@@ -118,33 +101,30 @@ def shared_bytes(facts: Facts, saving: bool) -> int:
     return _BARRIERS + _ELEMENT * (stages * rows * facts.block_k + parts)
 
 
-def fitted(name: str, target: str, n: int, k: int, step: str | None = None, *, bias: bool = False,
+def fitted(name: str, target: str, n: int, k: int, step: Expr | None = None, said: str = "", *, bias: bool = False,
            residual: bool = False, **tiles: int) -> Facts:  # fmt: skip
     """The facts of a kernel, with tiles by size where `tiles` does not give them. Raises Unfit."""
-    if target not in ("sm_90", "sm_100"):
-        raise Unfit(f"target `{target}` has no kernel of products: those of sm_90 and sm_100 stand on TMA")
-    if step is not None and step not in STEPS:
-        raise Unfit(f"`{step}` has no text for the end of a product: those that have are {', '.join(STEPS)}")
+    if target not in HELD:
+        raise Unfit(f"target `{target}` has no kernel of products: those of {' and '.join(HELD)} stand on TMA")
+    absent = [e.op for e in ordered([step] if step is not None else []) if e.args and e.op not in FRAGMENTS]
+    if absent:
+        raise Unfit(f"`{absent[0]}` has no text for the end of a product: those that have are {', '.join(FRAGMENTS)}")
     for size, what, whose in ((k, "inputs", "x and the weight"), (n, "outputs", "the result")):
         if size < 1 or size % WIDE:
             raise Unfit(f"a linear map with {size} {what}: rows of {whose} are read in units of 16 bytes, "
                         f"so their number has to be a multiple of {WIDE}")  # fmt: skip
     sizes: dict[str, Any] = {"block_n": _block_n(n), "programs": 148 if target == "sm_100" else 132, **tiles}
-    facts = Facts(name, target, n, k, step, bias, residual, **sizes)
+    facts = Facts(name, target, n, k, step, said, bias, residual, **sizes)
     _check(facts)
-    found = {}
-    for key, saving in (("stages", False), ("saving_stages", step is not None)):
-        empty, one = (shared_bytes(_with(facts, stages=n, saving_stages=n), saving) for n in (0, 1))
+    found: dict[str, Any] = {}
+    for key, saving in (("stages", False), ("saving_stages", facts.keeps == "z")):
+        empty, one = (shared_bytes(replace(facts, stages=n, saving_stages=n), saving) for n in (0, 1))
         room = (TARGETS[target].shared - empty) // (one - empty)
         found[key] = tiles.get(key, min(room, 8))
         if not 2 <= found[key] <= room:
             raise Unfit(f"tiles of {facts.block_m} x {facts.block_n} x {facts.block_k} leave room for {room} stages in "
                         f"{TARGETS[target].shared} bytes of shared memory, not for {max(found[key], 2)}")  # fmt: skip
-    return _with(facts, **found)
-
-
-def _with(facts: Facts, **more: Any) -> Facts:
-    return Facts(**{**{k: getattr(facts, k) for k in facts.__dataclass_fields__}, **more})
+    return replace(facts, **found)
 
 
 def _block_n(n: int) -> int:
@@ -170,12 +150,7 @@ def _check(facts: Facts) -> None:
             raise Unfit(f"no kernel of products for {facts.target} has {name} = {getattr(facts, name)}")
 
 
-def tensor_columns(block_n: int) -> int:
-    """Columns of tensor memory for two tiles of sums, one that is summed and one that is stored: a power of two."""
-    return 1 << (2 * block_n - 1).bit_length()
-
-
-# --- whether it is used -----------------------------------------------------------------------------------------------
+# --- what it would save -----------------------------------------------------------------------------------------------
 
 
 class Rates(Protocol):
@@ -193,63 +168,43 @@ class Rates(Protocol):
     def launch_s(self) -> float: ...
 
 
-# (device, target) -> the rate of these kernels as a share of the library's, from files of benchmarks/results. Empty: no
-# GPU has run one, so none is used. A number goes in with the file that shows it.
-MEASURED: Mapping[tuple[str, str], float] = MappingProxyType({})
-
-
 @dataclass(frozen=True)
-class Decision:
-    """`kernel`: this kernel instead of the library's product and a chain behind it. Times are estimates in seconds.
+class Estimate:
+    """Seconds of the library's product with a kernel of rows behind it, and of one kernel at the library's rate.
 
     `saved_bytes` are those that do not go through memory; `needed`: the share of the library's rate at which both take
     as long.
     """
 
-    kernel: bool
-    reason: str
     library_s: float
     kernel_s: float
     saved_bytes: int
     needed: float
 
+    @property
+    def gain(self) -> float:
+        """The share of the time that one kernel would save."""
+        return (self.library_s - self.kernel_s) / self.library_s
 
-def choose(
-    facts: Facts, m: int, rates: Rates, *, trains: bool, measured: Mapping[tuple[str, str], float] = MEASURED
-) -> Decision:
-    """Whether the kernel pays for M rows: a roofline of both ways. `trains`: z is stored for the gradient either way.
 
-    The library's product adds a bias, or a residual where there is no bias and no step, at no cost.
-    """
-    product, memory, _ = rates.reached
+def estimate(facts: Facts, m: int, rates: Rates, *, trains: bool) -> Estimate:
+    """A roofline of both ways for M rows. `trains`: z is stored for the gradient, if it is kept, either way."""
+    memory = rates.memory_rate * rates.reached[1]
     size = _ELEMENT * m * facts.n
-    operations = 2.0 * m * facts.n * facts.k
     read = _ELEMENT * (m * facts.k + facts.n * facts.k)
-    saves = trains and facts.step is not None
+    multiplied = 2.0 * m * facts.n * facts.k / (rates.flops["bf16"] * rates.reached[0])
+    behind = size * (2 + facts.residual)
+    own = read + size * (1 + (trains and facts.keeps == "z") + facts.residual)
+    library_s = max(multiplied, (read + size) / memory) + behind / memory + 2 * rates.launch_s
+    kernel_s = max(multiplied, own / memory) + rates.launch_s
+    return Estimate(library_s, kernel_s, read + size + behind - own, multiplied / (library_s - rates.launch_s))
 
-    def product_s(moved: int, share: float = 1.0) -> float:
-        return max(operations / (rates.flops["bf16"] * product * share), moved / (rates.memory_rate * memory))
 
-    free = facts.step is None and not (facts.residual and facts.bias)
-    chain = 0 if free else size * (2 + facts.residual)
-    own = read + size * (1 + saves + facts.residual)
-    library_bytes = read + size * (1 + (facts.residual and free)) + chain
-    library_s = product_s(library_bytes - chain) + rates.launch_s
-    library_s += 0 if free else chain / (rates.memory_rate * memory) + rates.launch_s
-    kernel_s = product_s(own) + rates.launch_s
-    # The rate of its products at which both take as long.
-    needed = operations / (rates.flops["bf16"] * product) / (library_s - rates.launch_s)
-    saved = library_bytes - own
-    about = f"{m} x {facts.n} x {facts.k} on {rates.name}"
-    if free:
-        return Decision(False, f"library: {about}: its product does all of this", library_s, kernel_s, saved, needed)
-    gain = (library_s - kernel_s) / library_s
-    what = (f"{about}: one kernel saves {saved / 1e6:.3g} MB, by estimate {(library_s - kernel_s) * 1e6:.3g} of "
-            f"{library_s * 1e6:.3g} us ({gain:.0%}), if it reaches {needed:.0%} of the library's rate")  # fmt: skip
-    share = measured.get((rates.name, facts.target))
-    if share is None:
-        return Decision(False, f"library: {what}; no committed measurement says so", library_s, kernel_s, saved, needed)
-    kernel_s = product_s(own, share) + rates.launch_s
-    better = kernel_s < library_s
-    return Decision(better, f"{'kernel' if better else 'library'}: {what}; it was measured at {share:.0%}",
-                    library_s, kernel_s, saved, needed)  # fmt: skip
+def prologue_gain(n: int, k: int, m: int, rates: Rates) -> float:
+    """The most that a product would save which made its rows of K columns by itself, of what another kernel read: it
+    would not be written. As a share of its time and theirs, at the library's rate."""
+    memory = rates.memory_rate * rates.reached[1]
+    written = _ELEMENT * m * k / memory
+    moved = _ELEMENT * (m * k + n * k + m * n) / memory
+    product = max(2.0 * m * n * k / (rates.flops["bf16"] * rates.reached[0]), moved)
+    return written / (written + product)

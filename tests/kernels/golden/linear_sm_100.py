@@ -1,6 +1,6 @@
-"""y = relu2(x w^T + bias): a matrix product of Blackwell, worked on before it is stored.
+"""y = a(x w^T + bias): a matrix product of Blackwell, worked on before it is stored.
 
-relu2(z) = max(z, 0)^2, in fp32.
+a(z) = relu2(z), in fp32.
 
 M rows, N = 21504 columns of y, K = 4096 of x; w [N, K]. CLUSTER CTAs own tiles of CLUSTER * BLOCK_M x BLOCK_N of y, one
 after another, BLOCK_M rows each. Of a CTA's warps one loads tiles of x and w by TMA, one starts the products (tcgen05)
@@ -12,9 +12,15 @@ of X.
 Source: ours; the roles of warps are those of CUTLASS 4.x (NVIDIA, 2025), on the CuTe DSL (NVIDIA, 2025).
 """
 
+from heddle.runtime.lib import gemms, kernels
+
+gemms.require()
+
 import cutlass
 import cutlass.cute as cute
 import torch
+import triton
+import triton.language as tl
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Int64, const_expr, pipeline, range_constexpr
 from cutlass.cute.nvgpu import CopyUniversalOp, OperandMajorMode, cpasync, tcgen05
@@ -23,17 +29,16 @@ from cutlass.pipeline import PipelineUserType, make_pipeline_state
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import blackwell_helpers as blackwell
 
-from heddle.runtime.lib import gemms, kernels
-
 N, K = 21504, 4096
 # Sizes that a tuner may replace; none of them changes a sum.
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 PART_N, PART_STAGES = 32, 2
-STAGES, STAGES_SAVING = 6, 6
+STAGES = 6
 CLUSTER, BAND, PROGRAMS = 2, 8, 148
-SUM_STAGES, TENSOR_COLUMNS = 2, 512
+SUM_STAGES, TENSOR_COLUMNS = 2, 1 << (2 * BLOCK_N - 1).bit_length()  # two tiles of sums, in a power of two
 PARTS = BLOCK_N // PART_N
 TILES_N, TILES_K = -(-N // BLOCK_N), -(-K // BLOCK_K)
+BLOCK = 1024  # places of a program of the slope
 STORE_WARPS, PRODUCT_WARP, LOAD_WARP = 4, 4, 5
 
 
@@ -66,14 +71,13 @@ def linear_relu2_fwd(
     x: cute.Pointer,
     w: cute.Pointer,
     bias: cute.Pointer,
-    z: cute.Pointer | None,
     y: cute.Pointer,
     m: Int32,
     programs: Int32,
     stream: CUstream,
 ):
     """Describe the tensors to TMA and launch. x [m, K], w [N, K], y [m, N]: pointers to rows without gaps."""
-    dtype, stages = x.dtype, const_expr(STAGES if z is None else STAGES_SAVING)
+    dtype, stages = x.dtype, STAGES
     product = product_of(dtype)
     x_layout, w_layout, part_layout = layouts(product, dtype, stages)
     x_tile, w_tile = (cute.slice_(layout, (None, None, None, 0)) for layout in (x_layout, w_layout))
@@ -88,11 +92,8 @@ def linear_relu2_fwd(
     load_x, mX = cute.nvgpu.make_tiled_tma_atom_A(pair_load, mX, x_tile, tile, product, cluster)
     load_w, mW = cute.nvgpu.make_tiled_tma_atom_B(pair_load, mW, w_tile, tile, product, cluster)
     store_y, mY = cpasync.make_tiled_tma_atom(store, cute.make_tensor(y, rows), part, (BLOCK_M, PART_N))
-    store_z, mZ = None, None
-    if const_expr(z is not None):
-        store_z, mZ = cpasync.make_tiled_tma_atom(store, cute.make_tensor(z, rows), part, (BLOCK_M, PART_N))
     mB = cute.make_tensor(bias, cute.make_layout((8, N // 8)))
-    tensors = (load_x, mX, load_w, mW, store_y, mY, store_z, mZ, mB)
+    tensors = (load_x, mX, load_w, mW, store_y, mY, mB)
     linear_relu2_fwd_kernel(*tensors, m, dtype, stages).launch(
         grid=(programs, 1, 1),
         block=(32 * (STORE_WARPS + 2), 1, 1),
@@ -110,8 +111,6 @@ def linear_relu2_fwd_kernel(
     mW: cute.Tensor,
     store_y: cute.CopyAtom,
     mY: cute.Tensor,
-    store_z: cute.CopyAtom | None,
-    mZ: cute.Tensor | None,
     mB: cute.Tensor,
     m: Int32,
     dtype: cutlass.Constexpr,
@@ -122,7 +121,6 @@ def linear_relu2_fwd_kernel(
     rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     tiles_m = cute.ceil_div(m, BLOCK_M * CLUSTER)
     first, step = cute.arch.block_idx()[0] // CLUSTER, cute.arch.grid_dim()[0] // CLUSTER
-    saves = const_expr(mZ is not None)
 
     # ---- shared memory
     product = product_of(dtype)
@@ -138,14 +136,11 @@ def linear_relu2_fwd_kernel(
         x_stages: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(x_layout.outer)], 1024]
         w_stages: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(w_layout.outer)], 1024]
         y_parts: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(part_layout.outer)], 1024]
-        z_parts: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(part_layout.outer) if saves else 0], 1024]
 
     shared = SmemAllocator().allocate(Shared)
     sX = shared.x_stages.get_tensor(x_layout.outer, swizzle=x_layout.inner)
     sW = shared.w_stages.get_tensor(w_layout.outer, swizzle=w_layout.inner)
     sY = shared.y_parts.get_tensor(part_layout.outer, swizzle=part_layout.inner)
-    if const_expr(saves):
-        sZ = shared.z_parts.get_tensor(part_layout.outer, swizzle=part_layout.inner)
     x_tile, w_tile = (cute.slice_(layout, (None, None, None, 0)) for layout in (x_layout, w_layout))
 
     # ---- barriers: a stage is loaded (bytes of all CTAs) and free; a tile is summed and free (each warp that stores)
@@ -242,12 +237,6 @@ def linear_relu2_fwd_kernel(
         own_shared = to_shared.get_slice(thread)
         tYsY = own_shared.partition_D(sY)
         tSsY, tSgY = cpasync.tma_partition(store_y, 0, alone, cute.group_modes(sY, 0, 2), cute.group_modes(gY, 0, 2))
-        if const_expr(saves):
-            gZ = cute.local_tile(mZ, (BLOCK_M, PART_N), (None, None))
-            tZsZ = own_shared.partition_D(sZ)
-            tSsZ, tSgZ = cpasync.tma_partition(
-                store_z, 0, alone, cute.group_modes(sZ, 0, 2), cute.group_modes(gZ, 0, 2)
-            )
 
         stored = make_pipeline_state(PipelineUserType.Consumer, SUM_STAGES)
         storers = pipeline.NamedBarrier(barrier_id=1, num_threads=32 * STORE_WARPS)
@@ -268,11 +257,7 @@ def linear_relu2_fwd_kernel(
                     for j in range_constexpr(8):
                         rZ[i + j] = rZ[i + j] + rB[j]
                 z = rZ.load()
-                if const_expr(saves):
-                    rOut.store(z.to(dtype))
-                    cute.copy(to_shared, to_shared.retile(rOut), tZsZ[None, None, None, buffer])
-                r = cute.where(z < 0.0, cute.full_like(z, 0.0), z)
-                a = r * r
+                a = cute.where(z < 0.0, cute.full_like(z, 0.0), z * z)
                 rOut.store(a.to(dtype))
                 cute.copy(to_shared, to_shared.retile(rOut), tYsY[None, None, None, buffer])
                 cute.arch.fence_proxy("async.shared", space="cta")
@@ -281,8 +266,6 @@ def linear_relu2_fwd_kernel(
                     row, column = tile_m * CLUSTER + rank, tile_n * PARTS + part_n
                     with cute.arch.elect_one():
                         cute.copy(store_y, tSsY[None, buffer], tSgY[None, row, column])
-                        if const_expr(saves):
-                            cute.copy(store_z, tSsZ[None, buffer], tSgZ[None, row, column])
                         cute.arch.cp_async_bulk_commit_group()
                         cute.arch.cp_async_bulk_wait_group(PART_STAGES - 1, read=True)
                 storers.arrive_and_wait()
@@ -298,50 +281,58 @@ def linear_relu2_fwd_kernel(
 gemm = gemms.Gemm(linear_relu2_fwd, "sm_100a", cutlass, CUstream)
 
 
-def _run(x, w, bias, saves):
-    """(y, z or None) of rows x [M, K]."""
+@triton.jit
+def linear_relu2_slope_kernel(d_y_ptr, y_ptr, d_z_ptr, size, BLOCK: tl.constexpr):
+    """The gradient of z, place by place: d_y times the slope of the step, which its result says."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    d_y = tl.load(d_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(d_z_ptr + offs, 2 * (tl.sqrt(y) * d_y), mask=mask)
+
+
+def _run(x, w, bias):
+    """y of rows x [M, K]."""
     m = x.shape[0]
     gemms.check(("x", x, (m, K)), ("w", w, (N, K)))
     gemms.check(("x", x, (m, K)), ("bias", bias, (N,)))
     y = kernels.empty((m, N), x)
-    z = kernels.empty((m, N), x) if saves else None
     grid = gemms.programs(x, -(-m // (BLOCK_M * CLUSTER)) * TILES_N, CLUSTER, PROGRAMS)
     x, w = x.contiguous(), w.contiguous()
     bias = bias.contiguous()
-    kernels.launch(gemm, grid, x, w, bias, z, y, m)
-    return y, z
+    kernels.launch(gemm, grid, x, w, bias, y, m)
+    return y
 
 
 @kernels.op(__name__)
 def linear_relu2_rows(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return _run(x, w, bias, False)[0]
+    return _run(x, w, bias)
 
 
 @kernels.op(__name__)
-def linear_relu2_saving(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, and z for the gradient."""
-    return _run(x, w, bias, True)
+def linear_relu2_slope(d_y: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    d_y, d_z, size = d_y.contiguous(), kernels.empty(y.shape, y), y.numel()
+    kernels.launch(linear_relu2_slope_kernel, (triton.cdiv(size, BLOCK),), d_y, y, d_z, size, BLOCK=BLOCK)
+    return d_z
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], inputs[1], output)
 
 
-def _backward(ctx, d_y, _):
+def _backward(ctx, d_y):
     """The products of the gradient are the library's."""
-    x, w, z = ctx.saved_tensors
-    d_z = d_y * (2.0 * torch.relu(z))
+    x, w, y = ctx.saved_tensors
+    d_z = linear_relu2_slope(d_y, y)
     d_x = d_z @ w if ctx.needs_input_grad[0] else None
     d_w = d_z.t() @ x if ctx.needs_input_grad[1] else None
     return d_x, d_w, d_z.sum(0)
 
 
-linear_relu2_saving.register_autograd(_backward, setup_context=_save)
+linear_relu2_rows.register_autograd(_backward, setup_context=_save)
 
 
+@gemms.on("sm_100")
 def linear_relu2(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
@@ -351,6 +342,4 @@ def linear_relu2(
     """
     lead = x.shape[:-1]
     rows = (x.reshape(-1, K), w, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in rows):
-        return linear_relu2_saving(*rows)[0].view(*lead, N)
     return linear_relu2_rows(*rows).view(*lead, N)

@@ -1,6 +1,6 @@
-"""y = relu2(x w^T + bias): a matrix product of Hopper, worked on before it is stored.
+"""y = a(x w^T + bias): a matrix product of Hopper, worked on before it is stored.
 
-relu2(z) = max(z, 0)^2, in fp32.
+a(z) = relu2(z), in fp32.
 
 M rows, N = 21504 columns of y, K = 4096 of x; w [N, K]. A CTA owns tiles of BLOCK_M x BLOCK_N of y, one after another.
 Its first warp loads tiles of x and w by TMA; 2 warpgroups multiply them (wgmma) and store parts of PART_N columns.
@@ -10,9 +10,15 @@ Names: mX whole, gX tiles, sX shared memory, rX registers; tXgX: this thread's p
 Source: ours; the roles of warps are those of CUTLASS 3.x (NVIDIA, 2023), on the CuTe DSL (NVIDIA, 2025).
 """
 
+from heddle.runtime.lib import gemms, kernels
+
+gemms.require()
+
 import cutlass
 import cutlass.cute as cute
 import torch
+import triton
+import triton.language as tl
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int16, Int32, Int64, const_expr, pipeline, range_constexpr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
@@ -21,17 +27,16 @@ from cutlass.pipeline import PipelineUserType, make_pipeline_state
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as hopper
 
-from heddle.runtime.lib import gemms, kernels
-
 N, K = 21504, 4096
 # Sizes that a tuner may replace; none of them changes a sum.
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 PART_N, PART_STAGES = 32, 2
-STAGES, STAGES_SAVING = 4, 4
+STAGES = 4
 CLUSTER, BAND, PROGRAMS = 2, 8, 132
 CONSUMERS = BLOCK_M // 64  # warpgroups, 64 rows each
 PARTS = BLOCK_N // PART_N
 TILES_N, TILES_K = -(-N // BLOCK_N), -(-K // BLOCK_K)
+BLOCK = 1024  # places of a program of the slope
 
 
 def tile_of(index, tiles_m):
@@ -56,14 +61,13 @@ def linear_relu2_fwd(
     x: cute.Pointer,
     w: cute.Pointer,
     bias: cute.Pointer,
-    z: cute.Pointer | None,
     y: cute.Pointer,
     m: Int32,
     programs: Int32,
     stream: CUstream,
 ):
     """Describe the tensors to TMA and launch. x [m, K], w [N, K], y [m, N]: pointers to rows without gaps."""
-    dtype, stages = x.dtype, const_expr(STAGES if z is None else STAGES_SAVING)
+    dtype, stages = x.dtype, STAGES
     x_layout, w_layout, part_layout = layouts(dtype, stages)
     x_tile, w_tile, part = (cute.slice_(layout, (None, None, 0)) for layout in (x_layout, w_layout, part_layout))
     load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
@@ -74,11 +78,8 @@ def linear_relu2_fwd(
     load_x, mX = cpasync.make_tiled_tma_atom(load, mX, x_tile, (BLOCK_M, BLOCK_K))
     load_w, mW = cpasync.make_tiled_tma_atom(shared_load, mW, w_tile, (BLOCK_N, BLOCK_K), num_multicast=CLUSTER)
     store_y, mY = cpasync.make_tiled_tma_atom(store, cute.make_tensor(y, rows), part, (BLOCK_M, PART_N))
-    store_z, mZ = None, None
-    if const_expr(z is not None):
-        store_z, mZ = cpasync.make_tiled_tma_atom(store, cute.make_tensor(z, rows), part, (BLOCK_M, PART_N))
     mB = cute.make_tensor(bias, cute.make_layout((2, N // 2)))
-    tensors = (load_x, mX, load_w, mW, store_y, mY, store_z, mZ, mB)
+    tensors = (load_x, mX, load_w, mW, store_y, mY, mB)
     linear_relu2_fwd_kernel(*tensors, m, dtype, stages).launch(
         grid=(programs, 1, 1),
         block=(128 * (1 + CONSUMERS), 1, 1),
@@ -96,8 +97,6 @@ def linear_relu2_fwd_kernel(
     mW: cute.Tensor,
     store_y: cute.CopyAtom,
     mY: cute.Tensor,
-    store_z: cute.CopyAtom | None,
-    mZ: cute.Tensor | None,
     mB: cute.Tensor,
     m: Int32,
     dtype: cutlass.Constexpr,
@@ -108,7 +107,6 @@ def linear_relu2_fwd_kernel(
     rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     tiles_m = cute.ceil_div(m, BLOCK_M * CLUSTER)
     first, step = cute.arch.block_idx()[0] // CLUSTER, cute.arch.grid_dim()[0] // CLUSTER
-    saves = const_expr(mZ is not None)
 
     # ---- shared memory
     x_layout, w_layout, part_layout = layouts(dtype, stages)
@@ -119,14 +117,11 @@ def linear_relu2_fwd_kernel(
         x_stages: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(x_layout.outer)], 1024]
         w_stages: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(w_layout.outer)], 1024]
         y_parts: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(part_layout.outer)], 1024]
-        z_parts: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(part_layout.outer) if saves else 0], 1024]
 
     shared = SmemAllocator().allocate(Shared)
     sX = shared.x_stages.get_tensor(x_layout.outer, swizzle=x_layout.inner)
     sW = shared.w_stages.get_tensor(w_layout.outer, swizzle=w_layout.inner)
     sY = shared.y_parts.get_tensor(part_layout.outer, swizzle=part_layout.inner)
-    if const_expr(saves):
-        sZ = shared.z_parts.get_tensor(part_layout.outer, swizzle=part_layout.inner)
     x_tile, w_tile = (cute.slice_(layout, (None, None, 0)) for layout in (x_layout, w_layout))
 
     # ---- barriers: a stage is loaded (bytes arrived), a stage is free (each warp of each CTA that got w arrived)
@@ -193,12 +188,6 @@ def linear_relu2_fwd_kernel(
         rZ = cute.make_rmem_tensor(cute.shape(own_shared.partition_S(sY))[:3], Float32)
         rOut = cute.make_rmem_tensor(rZ.shape, dtype)
         values = const_expr(cute.size(rZ))
-        if const_expr(saves):
-            gZ = cute.local_tile(mZ, (BLOCK_M, PART_N), (None, None))
-            tZsZ = own_shared.partition_D(sZ)
-            tSsZ, tSgZ = cpasync.tma_partition(
-                store_z, 0, alone, cute.group_modes(sZ, 0, 2), cute.group_modes(gZ, 0, 2)
-            )
         # The column in its tile of each value; two stand side by side.
         tYcC = to_shared.retile(product.get_slice(own).partition_C(cute.make_identity_tensor((BLOCK_M, BLOCK_N))))
 
@@ -237,11 +226,7 @@ def linear_relu2_fwd_kernel(
                     rB = mB[None, pair].load().to(Float32)
                     rZ[i], rZ[i + 1] = rZ[i] + rB[0], rZ[i + 1] + rB[1]
                 z = rZ.load()
-                if const_expr(saves):
-                    rOut.store(z.to(dtype))
-                    cute.copy(to_shared, rOut, tZsZ[None, None, None, buffer])
-                r = cute.where(z < 0.0, cute.full_like(z, 0.0), z)
-                a = r * r
+                a = cute.where(z < 0.0, cute.full_like(z, 0.0), z * z)
                 rOut.store(a.to(dtype))
                 cute.copy(to_shared, rOut, tYsY[None, None, None, buffer])
                 cute.arch.fence_proxy("async.shared", space="cta")
@@ -250,8 +235,6 @@ def linear_relu2_fwd_kernel(
                     row, column = tile_m * CLUSTER + rank, tile_n * PARTS + part_n
                     with cute.arch.elect_one():
                         cute.copy(store_y, tSsY[None, buffer], tSgY[None, row, column])
-                        if const_expr(saves):
-                            cute.copy(store_z, tSsZ[None, buffer], tSgZ[None, row, column])
                         cute.arch.cp_async_bulk_commit_group()
                         cute.arch.cp_async_bulk_wait_group(PART_STAGES - 1, read=True)
                 consumers.arrive_and_wait()
@@ -264,50 +247,58 @@ def linear_relu2_fwd_kernel(
 gemm = gemms.Gemm(linear_relu2_fwd, "sm_90a", cutlass, CUstream)
 
 
-def _run(x, w, bias, saves):
-    """(y, z or None) of rows x [M, K]."""
+@triton.jit
+def linear_relu2_slope_kernel(d_y_ptr, y_ptr, d_z_ptr, size, BLOCK: tl.constexpr):
+    """The gradient of z, place by place: d_y times the slope of the step, which its result says."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    d_y = tl.load(d_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(d_z_ptr + offs, 2 * (tl.sqrt(y) * d_y), mask=mask)
+
+
+def _run(x, w, bias):
+    """y of rows x [M, K]."""
     m = x.shape[0]
     gemms.check(("x", x, (m, K)), ("w", w, (N, K)))
     gemms.check(("x", x, (m, K)), ("bias", bias, (N,)))
     y = kernels.empty((m, N), x)
-    z = kernels.empty((m, N), x) if saves else None
     grid = gemms.programs(x, -(-m // (BLOCK_M * CLUSTER)) * TILES_N, CLUSTER, PROGRAMS)
     x, w = x.contiguous(), w.contiguous()
     bias = bias.contiguous()
-    kernels.launch(gemm, grid, x, w, bias, z, y, m)
-    return y, z
+    kernels.launch(gemm, grid, x, w, bias, y, m)
+    return y
 
 
 @kernels.op(__name__)
 def linear_relu2_rows(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return _run(x, w, bias, False)[0]
+    return _run(x, w, bias)
 
 
 @kernels.op(__name__)
-def linear_relu2_saving(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, and z for the gradient."""
-    return _run(x, w, bias, True)
+def linear_relu2_slope(d_y: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    d_y, d_z, size = d_y.contiguous(), kernels.empty(y.shape, y), y.numel()
+    kernels.launch(linear_relu2_slope_kernel, (triton.cdiv(size, BLOCK),), d_y, y, d_z, size, BLOCK=BLOCK)
+    return d_z
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], inputs[1], output)
 
 
-def _backward(ctx, d_y, _):
+def _backward(ctx, d_y):
     """The products of the gradient are the library's."""
-    x, w, z = ctx.saved_tensors
-    d_z = d_y * (2.0 * torch.relu(z))
+    x, w, y = ctx.saved_tensors
+    d_z = linear_relu2_slope(d_y, y)
     d_x = d_z @ w if ctx.needs_input_grad[0] else None
     d_w = d_z.t() @ x if ctx.needs_input_grad[1] else None
     return d_x, d_w, d_z.sum(0)
 
 
-linear_relu2_saving.register_autograd(_backward, setup_context=_save)
+linear_relu2_rows.register_autograd(_backward, setup_context=_save)
 
 
+@gemms.on("sm_90")
 def linear_relu2(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
@@ -317,6 +308,4 @@ def linear_relu2(
     """
     lead = x.shape[:-1]
     rows = (x.reshape(-1, K), w, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in rows):
-        return linear_relu2_saving(*rows)[0].view(*lead, N)
     return linear_relu2_rows(*rows).view(*lead, N)
