@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .interpreted import repair, without_numbers
 from .lib import kernels
+from .lib.gemms import Gemm
 from .lib.kernels import Launch
 from .plan.hollow import Hollow
 
@@ -153,6 +154,8 @@ def count(launch: Launch) -> Counted:
     """What a launch does, by some of its programs: as many as it takes to know it, up to `PROGRAMS`."""
     from triton.runtime import interpreter
 
+    if isinstance(launch.kernel, Gemm):
+        return _product(launch)
     repair()
     meter, total = _Meter((*launch.args, *launch.how.values())), prod(launch.grid)
     function = launch.kernel
@@ -169,6 +172,13 @@ def count(launch: Launch) -> Counted:
     times = total / len(each)
     moved = meter.moved(meter.loaded, times) + meter.moved(meter.stored, times)
     return Counted(function.fn.__name__, total, times * meter.asked, moved, times * meter.flops)
+
+
+def _product(launch: Launch) -> Counted:
+    """What a product of the CuTe DSL does, whose programs no interpreter runs: all that it is given is moved once."""
+    x, weight = launch.args[:2]
+    size = float(sum(a.numel() * a.element_size() for a in launch.args if isinstance(a, Tensor)))
+    return Counted(launch.kernel.function.__name__, prod(launch.grid), size, size, 2.0 * x.numel() * len(weight))
 
 
 def _is_known(each: list[tuple[int, float]]) -> bool:

@@ -209,7 +209,8 @@ def work(case: Case, kind: Any) -> Work:
         step = case.draw(torch.device("cpu")).ready(kind, case.dtype)
         with launches_of_others():
             step()  # what is made once a step for all layers, and cotangents
-        with mode.section("", "") as section, lib_kernels.launches() as told, launches_of_others() as others:
+        ours, theirs = lib_kernels.launches(elsewhere=True), launches_of_others()
+        with mode.section("", "") as section, ours as told, theirs as others:
             results = step.forward()
             first = len(told)
             found = step.backward(results)

@@ -86,9 +86,9 @@ def _behind(graph: Graph, node: Node, fused: dict[str, Fused]) -> Fused | None:
 
 def _split(behind: Fused, result: str) -> tuple[Expr | None, str | None] | None:
     """Of a kernel of rows: what is done with a product's result alone, an expression of `z` (None: nothing), and the
-    value that is added last, if there is one. None where there is more in it, or other rows are read."""
+    value that is added last, if there is one. None where there is more in it, numbers are drawn, or other rows read."""
     value = behind.chain.outputs[0].value
-    if any(e.op in (*REDUCTIONS, "kept") for e in ordered([value])):
+    if behind.drawn or any(e.op in REDUCTIONS for e in ordered([value])):
         return None
     tiles = {e: behind.value_of[e.name] for e in loads_of([value])}
     if any(e.dims != "rc" or e.view != WHOLE for e in tiles) or result not in tiles.values():

@@ -31,13 +31,12 @@ from heddle.runtime.check import program_of
 from heddle.runtime.cli import app
 from heddle.runtime.compile import Artifact, build, class_of, instantiate, versions
 from heddle.runtime.errors import UserError
-from heddle.runtime.kernel_bench import estimate
+from heddle.runtime.kernel_bench import bench_spec
 from heddle.runtime.launched import launched
 from heddle.runtime.lib import gemms, kernels
 from heddle.runtime.lib.gemms import Gemm
 from heddle.runtime.lib.later import Later, later
 from heddle.runtime.lib.linear import Linear, Parallel
-from heddle.runtime.plan.devices import DEVICES
 from heddle.runtime.plan.step import Feed
 from heddle.runtime.tune import choosing, lock_of, tune
 from heddle.runtime.verify import verify
@@ -381,9 +380,8 @@ def test_verify_finds_a_fault(by_torch: list[str], monkeypatch: pytest.MonkeyPat
 
 def test_bench_counts_what_was_chosen() -> None:
     made = program()
-    device = DEVICES["h100-80g"]
     locks = (None, choosing(build(made, "sm_90").files.offered, "sm_90"))
-    found = [{r.ops: r for r in estimate(made, "sm_90", device, (1, 64), torch.bfloat16, lock)} for lock in locks]
+    found = [{r.ops: r for r in bench_spec(made, "sm_90", (1, 64), "h100-80g", lock)} for lock in locks]
     row = found[1].pop(("linear", "silu", "add"))
     assert found[0].keys() == found[1].keys()
     assert row.launches == 2, "the product, and the slope of what it ends with"
