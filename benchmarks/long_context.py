@@ -7,6 +7,10 @@ that live at once, as torch's allocator tells them, beyond weights: of that pass
 the allocator has not given back. Full attention is run by the library's kernel, which keeps no scores, and up to
 `--scores` tokens also in the form that keeps them, as the paper's peer did. The state of decoding is what the compiled
 model keeps.
+Against the kernel, memory of training cannot be better for what attention keeps: it keeps q, k, v and its result, and
+long-short attention keeps the same, the normed keys and values, and summaries; all of it grows as the length does. What
+autograd keeps is told by the class and the statement that keep it first. Time can be given for memory: both sides are
+also run with `recompute mlp`. Seconds of the processor are told beside those of the clock, which others disturb.
 Run by `make bench-programs`, on a GPU by `make bench-gpu-programs`; `--json FILE` also writes the numbers.
 """
 
@@ -14,21 +18,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import linecache
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from heddle.benchmarks.cpu import device, finished
+from heddle.dsl.layout import Layout, layout_of
 from heddle.dsl.load import load_text, shipped_folder
 from heddle.examples.demo import library_text
 from heddle.lowering.passes.stream import state_bytes
@@ -58,14 +66,21 @@ model plain(vocab, hidden, ffn, layers, heads):
 model full_small = plain(vocab = 256, hidden = 128, ffn = 512, layers = 4, heads = 4)
 model long_short_small = transformer_ls(vocab = 256, hidden = 128, ffn = 512, layers = 4, heads = 4,
                                         span = {span}, segment = 16, rank = 1)
+
+layout again:
+    recompute mlp
 """
 NAMES = {"full": "full_small", "long-short": "long_short_small"}
 KEPT = "full, scores kept"
+AGAIN = ", mlp again"
+MEASURED = ("seconds", "processor_seconds", "bytes", "prompt_bytes", "state_bytes")
 
 
-def program(side: str, span: int) -> Any:
+def model_of(side: str, span: int) -> tuple[Any, Layout | None]:
+    """The program and the layout of a side, `AGAIN` behind its name or not."""
     file = load_text(SPEC.replace("{span}", str(span)), folder=shipped_folder() / "transformer_ls")
-    return program_of(file, NAMES.get(side, NAMES["full"]))
+    layout = layout_of(file, "again") if side.endswith(AGAIN) else None
+    return program_of(file, NAMES[side.partition(",")[0]]), layout
 
 
 def losses(steps: int, seq: int, batch: int, span: int, seeds: int, where: str) -> dict[str, list[float]]:
@@ -74,7 +89,7 @@ def losses(steps: int, seq: int, batch: int, span: int, seeds: int, where: str) 
     found: dict[str, list[float]] = {side: [] for side in NAMES}
     for seed in range(seeds):
         for side in NAMES:
-            model = instantiate(build(program(side, span)), seed=seed).to(where)
+            model = instantiate(build(model_of(side, span)[0]), seed=seed).to(where)
             config = TrainConfig(
                 steps=steps, batch=batch, seq=seq, lr=2e-3, min_lr=2e-4, warmup=20, seed=seed, save_every=10**6
             )
@@ -102,9 +117,34 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return most
 
 
-def pass_once(side: str, span: int, length: int, rounds: int, where: str) -> dict[str, float]:
-    """Seconds (median) of a forward and backward pass over one sequence, and the bytes of that and of a prompt."""
-    model = instantiate(build(program(side, span)), seed=0).to(where)
+def kept_bytes(model: Any, run: Callable[[], object]) -> dict[str, int]:
+    """Bytes that autograd keeps of `run`, by the class and the statement of the module that keep a storage first."""
+    module, weights = sys.modules[type(model).__module__].__file__, {*model.parameters(), *model.buffers()}
+    own = {x.untyped_storage().data_ptr() for x in weights}
+    there: dict[int, torch.Tensor] = {}
+    found: Counter[str] = Counter()
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        place = x.untyped_storage().data_ptr()
+        if place not in own and place not in there:
+            there[place] = x.detach()  # held, so that no other storage comes to its place
+            frame = sys._getframe(1)
+            while frame.f_code.co_filename != module and frame.f_back is not None:
+                frame = frame.f_back
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+            block, statement = frame.f_code.co_qualname.partition(".")[0], line.partition(" = ")[0].strip()
+            found[f"{block}: {statement}"] += x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return dict(found.most_common())
+
+
+def pass_once(side: str, span: int, length: int, rounds: int, where: str) -> dict[str, Any]:
+    """Seconds (medians) of a forward and backward pass over one sequence, and the bytes of that and of a prompt."""
+    made, layout = model_of(side, span)
+    model = instantiate(build(made, layout=layout), seed=0).to(where)
     tokens = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(1)).to(where)
 
     def step() -> None:
@@ -120,24 +160,27 @@ def pass_once(side: str, span: int, length: int, rounds: int, where: str) -> dic
     with sdpa_kernel(SDPBackend.MATH) if side == KEPT else nullcontext():
         times = []
         for _ in range(rounds + 1):
-            begun = time.perf_counter()
+            begun, before = time.perf_counter(), time.process_time()
             step()
             finished()
-            times.append(time.perf_counter() - begun)
-        return {"seconds": statistics.median(times[1:]), "bytes": peak_bytes(step), "prompt_bytes": peak_bytes(prompt)}
+            times.append((time.perf_counter() - begun, time.process_time() - before))
+        clock, processor = (statistics.median(t) for t in zip(*times[1:], strict=True))
+        kept = kept_bytes(model, lambda: model.losses(tokens))
+        return {"seconds": clock, "processor_seconds": processor, "bytes": peak_bytes(step),
+                "prompt_bytes": peak_bytes(prompt), "kept": kept}  # fmt: skip
 
 
-def passes(given: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+def passes(given: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """`pass_once` of both sides in processes of their own, by length."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for length in given.lengths:
         found[str(length)] = {}
-        for side in (*NAMES, *[KEPT] * (length <= given.scores)):
+        for side in (*NAMES, *(name + AGAIN for name in NAMES), *[KEPT] * (length <= given.scores)):
             command = [sys.executable, "-m", "heddle.benchmarks.long_context", "--pass", side, str(length)]
             command += ["--far-span", str(given.far_span), "--rounds", str(given.rounds), "--device", given.device]
             told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[str(length)][side] = json.loads(told)
-            found[str(length)][side]["state_bytes"] = state_bytes(lower(program(side, given.far_span)), length)
+            found[str(length)][side]["state_bytes"] = state_bytes(lower(model_of(side, given.far_span)[0]), length)
     return found
 
 
@@ -162,20 +205,8 @@ def main() -> None:
         print(json.dumps(pass_once(given.one[0], given.far_span, int(given.one[1]), given.rounds, given.device)))
         return
     long = passes(given)
-    print(f"{'length':>8}  {'':18}{'forward + backward':>20}{'memory':>12}{'prompt':>12}{'decoding state':>17}")
     for length, sides in long.items():
-        for side, m in sides.items():
-            print(
-                f"{length:>8}  {side:18}{m['seconds']:>18.2f} s{m['bytes'] / 2**20:>8.0f} MiB"
-                f"{m['prompt_bytes'] / 2**20:>8.0f} MiB"
-                f"{m['state_bytes'] / 2**10:>13.0f} KiB"
-            )
-        b = sides["long-short"]
-        for side, a in sides.items():
-            if side != "long-short":
-                print(f"{'':8}  {'ratio, ' + side.removeprefix('full, '):18}" + f"{a['seconds'] / b['seconds']:>19.2f}x"
-                      f"{a['bytes'] / b['bytes']:>11.2f}x{a['prompt_bytes'] / b['prompt_bytes']:>11.2f}x"
-                      f"{a['state_bytes'] / b['state_bytes']:>16.1f}x", flush=True)  # fmt: skip
+        report(length, sides)
     found = {} if given.no_loss else held_out(given)
     if given.json:
         about = {"device": device(given.device), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
@@ -183,6 +214,23 @@ def main() -> None:
         given.json.write_text(
             json.dumps({**about, "settings": settings, "losses": found, "long": long}, indent=1) + "\n"
         )
+
+
+def report(length: str, sides: dict[str, dict[str, Any]]) -> None:
+    """Print what was measured at a length, by what factor long-short attention is better, and what is kept."""
+    print(f"{length:>6} tokens {'seconds':>25}{'of processor':>14}{'memory':>11}{'prompt':>11}{'decoding state':>17}")
+    for side, m in sides.items():
+        print(
+            f"  {side:28}{m['seconds']:>9.2f}{m['processor_seconds']:>14.2f}{m['bytes'] / 2**20:>7.0f} MiB"
+            f"{m['prompt_bytes'] / 2**20:>7.0f} MiB{m['state_bytes'] / 2**10:>13.0f} KiB"
+        )
+    for mine in ("long-short", "long-short" + AGAIN):
+        for other in (name for name in sides if name.startswith("full")):
+            ratios = [sides[other][key] / sides[mine][key] for key in MEASURED]
+            print(f"  {other} / {mine}: " + ", ".join(f"{r:.2f}x" for r in ratios))
+    for side in NAMES:
+        kept = {name: size / 2**20 for name, size in sides[side]["kept"].items()}
+        print(f"  {side} keeps {sum(kept.values()):.1f} MiB: " + "; ".join(f"{n} {k:.1f}" for n, k in kept.items()))
 
 
 def held_out(given: argparse.Namespace) -> dict[str, list[float]]:
