@@ -73,7 +73,8 @@ def tell(artifact: Artifact, lock: Lock | None = None) -> None:
     """Warn, as `SpecWarning`, of what works in another way than was asked for: uses of ops that have no kernel, and a
     lock of kernels that the model does not have."""
     found = list(artifact.files.without)
-    strangers = lock.unknown(artifact.files.keys.values()) if lock is not None else []
+    files = artifact.files
+    strangers = lock.unknown((*files.keys.values(), *files.offered)) if lock is not None else []
     if lock is not None and strangers:
         model = artifact.program.name
         said = f"{len(strangers)} of {len(lock.kernels)} kernels of this lock are not those of `{model}` as it is now"

@@ -29,7 +29,7 @@ from heddle.runtime import tune as tuning
 from heddle.runtime import verify as verifying
 from heddle.runtime.check import program_of
 from heddle.runtime.cli import app
-from heddle.runtime.compile import Artifact, build, class_of, instantiate, versions
+from heddle.runtime.compile import Artifact, build, class_of, instantiate, tell, versions
 from heddle.runtime.errors import UserError
 from heddle.runtime.kernel_bench import bench_spec
 from heddle.runtime.launched import launched
@@ -376,6 +376,14 @@ def test_verify_finds_a_fault(by_torch: list[str], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Gemm, "__getitem__", planted)
     (row,) = found_by_verify(monkeypatch)
     assert by_torch and row.launches and not row.holds
+
+
+def test_a_lock_that_chose_pytorch_is_not_stale(recwarn: pytest.WarningsRecorder) -> None:
+    made = build(program(), "sm_90")
+    unused = {key: Tuned(name, {}, 3.0, 3.0, 2.0, is_used=False) for key, name in made.files.offered.items()}
+    lock = Lock("sm_90", "3.7", unused)
+    tell(build(program(), "sm_90", lock=lock), lock)
+    assert unused and not recwarn.list
 
 
 def test_bench_counts_what_was_chosen() -> None:

@@ -149,8 +149,8 @@ def test_rows_that_see_nothing_have_no_gradient_and_are_no_error(monkeypatch):
     monkeypatch.setattr(verifying, "SIZES", (1, 2))
     lowered = lower(program_of(load(shipped_folder() / "retro/tiny.spec")), target=TARGETS["triton"])
     rows = [
-        verifying._verified(a, 2, random.Random(1), torch.device("cpu"))
-        for a in parts.kernels(lowered) if a.nodes[-1].op == "attend"
+        verifying._verified(a, files, 2, random.Random(1), torch.device("cpu"))
+        for a, files in verifying.files_of(lowered, None) if a.nodes[-1].op == "attend"
     ]  # fmt: skip
     assert all(row.holds and row.draws == 2 for row in rows)
     assert any(not row.error for row in rows)
