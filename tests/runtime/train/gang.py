@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,20 @@ class Gang:
             process.kill()
 
 
+# Below those that the system gives to connections, which would take one before its job begins; apart for each process.
+_ports = (20_000 + (os.getpid() * 97 + i) % 12_000 for i in count())
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that nobody listens at, and that is given once."""
+    for port in _ports:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("ports do not end")
 
 
 def run_jobs(rank: int, size: int, jobs: list[list[str]], ports: list[int], kill: Any, results: Any) -> None:
