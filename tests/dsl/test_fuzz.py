@@ -18,7 +18,7 @@ from heddle.dsl.render import render_all
 from tests.dsl.checking import ROOT, check_maps
 
 SPECS = sorted([*(ROOT / "specs").rglob("*.spec"), *(ROOT / "tests" / "programs").glob("*.spec")])
-CASES = max(1, settings().max_examples // 5)
+CASES = max(1, settings().max_examples // 10)
 _TOKEN = re.compile(r'"[^"\n]*"|\w+|->|\.\.|[<>=!]=|[^\w\s]|\n[ ]*')
 _NUMBER = re.compile(r"(?<![\w.])\d[\d_]*(?:\.\d+)?|\b(?:true|false|none)\b")
 _ODD = [
