@@ -98,7 +98,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Case]:
     return count, (mask, seq, draw(st.sampled_from([None, "zigzag"])), document, valid, draw(st.booleans()))
 
 
-@settings(max_examples=max(4, settings.default.max_examples // 25), deadline=None)
+@settings(max_examples=max(3, settings.default.max_examples // 33), deadline=None)
 @given(cases(), harness.dtypes())
 def test_parts_together_are_attention(drawn: tuple[int, Case], dtype: torch.dtype) -> None:
     check(*drawn, dtype, kernel(text()))

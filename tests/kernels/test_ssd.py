@@ -388,11 +388,11 @@ def test_its_ops_are_ops_of_torch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_it_is_built_without_a_gpu(dtype: torch.dtype) -> None:
-    """Small tiles, which build quickly: what the interpreter takes and Triton's compiler does not is found."""
+def test_it_is_built_without_a_gpu() -> None:
+    """In fp32, on small tiles, which build quickly: what the interpreter takes and Triton's compiler does not is found.
+    In bf16 the kernels of published models are built."""
     module = harness.load(text(FACTS[0]), interpret=False)
-    like = {"device": "meta", "dtype": dtype}
+    like = {"device": "meta", "dtype": torch.float32}
     u, dt, b = (torch.empty(shape, **like) for shape in ((1, 40, 2, 3), (1, 40, 2), (1, 40, 2, 5)))
     weights = [torch.empty(2, device="meta") for _ in range(3)]
     first, state = torch.empty(1, 40, device="meta", dtype=torch.int32), torch.empty(1, 2, 3, 5, device="meta")

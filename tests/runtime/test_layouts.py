@@ -104,7 +104,7 @@ def check(
 
 # A case takes a second: it is found, not made small.
 @settings(
-    max_examples=320 if LONG else 30, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+    max_examples=320 if LONG else 24, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
 @given(
     file=st.sampled_from(TWINS), drawn=layouts(), seed=st.integers(0, 2**16), seq=st.sampled_from([8, 16, 24]),
