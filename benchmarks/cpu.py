@@ -24,10 +24,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 
+from heddle.runtime.bench import training_step
 from heddle.runtime.folder import load
 from heddle.runtime.huggingface import import_folder
 from heddle.runtime.train import TrainConfig
-from heddle.runtime.train.optimizer import Optimizer
 
 TARGETS = {"forward": 1.2, "train step, fp32": 1.4, "train step, bf16 compute": 2.5, "greedy decode": 3.0}
 
@@ -84,19 +84,6 @@ def their_step(model: torch.nn.Module, tokens: torch.Tensor, low: bool = False) 
     return step
 
 
-def our_step(model: torch.nn.Module, tokens: torch.Tensor, config: TrainConfig) -> Callable[[], None]:
-    optimizer = Optimizer(model, config)
-
-    def step() -> None:
-        counts = model.counts(tokens)
-        torch.stack([s / counts[n] for n, s in model.losses(tokens).items()]).sum().backward()
-        optimizer.gather()
-        optimizer.clip(1.0)
-        optimizer.step(1e-4)
-
-    return step
-
-
 def measure(rounds: int, batch: int, seq: int, new: int, where: str) -> dict[str, list[tuple[float, float]]]:
     """Pairs of times by job."""
     found = {}
@@ -127,11 +114,11 @@ def measure(rounds: int, batch: int, seq: int, new: int, where: str) -> dict[str
         )
         theirs.train()
         found["train step, fp32"] = pairs(
-            our_step(make().train(), tokens, TrainConfig()), their_step(theirs, tokens), rounds
+            training_step(make().train(), tokens, TrainConfig()), their_step(theirs, tokens), rounds
         )
         low = make().train().cast(torch.bfloat16)
         found["train step, bf16 compute"] = pairs(
-            our_step(low, tokens, TrainConfig(dtype="bf16")), their_step(theirs, tokens, low=True), rounds
+            training_step(low, tokens, TrainConfig(dtype="bf16")), their_step(theirs, tokens, low=True), rounds
         )
     return found
 

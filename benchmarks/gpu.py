@@ -30,7 +30,6 @@ from heddle.runtime.plan.devices import device as device_named
 from heddle.runtime.timing import in_turn
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_ESTIMATED_FOR = {"a100": "sm_80", "h100": "sm_90", "h200": "sm_90"}
 
 
 def case_of(line: Line, target: str) -> Case:
@@ -42,13 +41,13 @@ def case_of(line: Line, target: str) -> Case:
 def measure(line: Line, target: str, reached: tuple[float, float], compiled: bool) -> dict[str, Any]:
     """A line on this GPU."""
     if line.whole is not None:
-        return getattr(gpu_models, line.whole)(line, target, reached)  # type: ignore[no-any-return]
+        return gpu_models.MEASURES[line.whole](line, target, reached)
     return vars(measured(case_of(line, target), torch.device("cuda"), reached, in_turn, compiled))
 
 
 def estimate(line: Line, device: Device) -> dict[str, Any]:
     """A line without one."""
-    target = _ESTIMATED_FOR[device.name.partition("-")[0]]
+    target = f"sm_{device.capability}"
     if line.whole is not None:
         return gpu_models.estimated(line, target, device)
     return estimated(done(case_of(line, target)), device).plain()
@@ -77,6 +76,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Run what is missing; write results and a table behind each line."""
     asked = _arguments()
+    asked.out.mkdir(parents=True, exist_ok=True)
     name = asked.estimate or torch.cuda.get_device_name()
     when = "estimate" if asked.estimate else time.strftime("%Y-%m-%d")
     file = asked.out / f"{name.lower().replace(' ', '-')}-{when}.json"

@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from heddle.benchmarks.gpu_lines import Line
 from heddle.lowering.cost import flops_per_token
 from heddle.lowering.passes.stream import state_bytes
+from heddle.runtime.bench import training_step
 from heddle.runtime.compile import Artifact, build, class_of, instantiate
 from heddle.runtime.counted import Watched, count
+from heddle.runtime.errors import said
 from heddle.runtime.folder import write_spec
 from heddle.runtime.huggingface import export_folder
 from heddle.runtime.kernel_estimate import Counts, side_of
@@ -32,7 +34,6 @@ from heddle.runtime.plan.devices import Device
 from heddle.runtime.plan.uncompiled import uncompiled
 from heddle.runtime.timing import in_turn
 from heddle.runtime.train import TrainConfig
-from heddle.runtime.train.optimizer import Optimizer
 
 ROUNDS, CLOSE = 10, 0.05
 """Rounds of a step; and the largest difference of logits that bf16 explains, as a share of the largest."""
@@ -51,8 +52,10 @@ def train(line: Line, target: str, rates: tuple[float, float]) -> dict[str, Any]
     ours = instantiate(artifact, device="cuda").train().cast(torch.bfloat16)
     given = torch.randint(0, int(program.arguments["vocab"]), (2, tokens), device="cuda")
     row = _row("train step", 3 * flops_per_token(artifact.lowered, tokens) * given.numel())
-    runs = {"ours": _our_step(ours, given)}
+    runs: dict[str, Callable[[], object]] = {"ours": training_step(ours, given, TrainConfig(dtype="bf16"))}
     try:
+        from heddle.benchmarks.cpu import their_step
+
         theirs = same_of_transformers(ours, line).to("cuda").train()
         with torch.no_grad():
             a, b = ours(given[:1, :256]).float(), theirs(given[:1, :256]).logits.float()
@@ -62,24 +65,11 @@ def train(line: Line, target: str, rates: tuple[float, float]) -> dict[str, Any]
             row["notes"]["transformers"] = f"wrong: its logits are {difference:.2f} of the largest away"
         else:
             row["notes"]["transformers"] = metadata.version("transformers")
-            runs["transformers, eager"] = _their_step(theirs, given)
-            runs["transformers"] = _their_step(torch.compile(theirs), given)
+            runs["transformers, eager"] = their_step(theirs, given, low=True)
+            runs["transformers"] = their_step(torch.compile(theirs), given, low=True)
     except Exception as why:  # another package's failure is its result
-        row["notes"]["transformers"] = f"fails: {type(why).__name__}: {str(why).splitlines()[0] if str(why) else ''}"
+        row["notes"]["transformers"] = f"fails: {said(why)}"
     return _timed(row, runs, rates)
-
-
-def _our_step(model: Any, given: torch.Tensor) -> Callable[[], object]:
-    optimizer = Optimizer(model, TrainConfig(dtype="bf16"))
-
-    def step() -> None:
-        counts = model.counts(given)
-        torch.stack([s / counts[n] for n, s in model.losses(given).items()]).sum().backward()
-        optimizer.gather()
-        optimizer.clip(1.0)
-        optimizer.step(1e-4)
-
-    return step
 
 
 def same_of_transformers(model: Any, line: Line) -> Any:
@@ -93,20 +83,6 @@ def same_of_transformers(model: Any, line: Line) -> Any:
         save_file({n: x.contiguous().cpu() for n, x in model.state_dict().items()}, mine / "model.safetensors")
         out = export_folder(mine, Path(folder) / "theirs")
         return transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-
-
-def _their_step(model: Any, given: torch.Tensor) -> Callable[[], object]:
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(given, labels=given).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad(set_to_none=True)
-
-    return step
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -221,3 +197,7 @@ def _counted(told: list[Launch]) -> list[list[Any]]:
         kinds.setdefault(key, one)
         times[key] += 1
     return [[counted] for key, one in kinds.items() for counted in [count(one)] * times[key]]
+
+
+MEASURES: dict[str, Callable[[Line, str, tuple[float, float]], dict[str, Any]]] = {"train": train, "decode": decode}
+"""Whole models by what a line calls them."""

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..dsl.program import Program
 from ..lowering.cost import flops_per_token
 from .compile import build, instantiate
+from .lib import Model
 from .train import TrainConfig
 from .train.optimizer import Optimizer
 
@@ -26,11 +28,25 @@ def measure(program: Program, batch: int, seq: int) -> list[dict[str, Any]]:
     shape = (batch, *(size or 1 for size in model.shape[1:-1]), seq)
     tokens = torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
     flops = flops_per_token(artifact.lowered, seq) * tokens.numel()
-    optimizer = Optimizer(model, TrainConfig())
 
     def forward() -> None:
         with torch.inference_mode():
             model(tokens)
+
+    new = 32
+    prompt = tokens[:1, : min(seq, 16)]
+    rows = [_row("forward", forward, tokens.numel(), flops)]
+    if program.objectives:
+        rows.append(_row("train step", training_step(model, tokens, TrainConfig()), tokens.numel(), 3 * flops))
+    if not getattr(model, "late", None):
+        each = flops_per_token(artifact.lowered, prompt.shape[1] + new)
+        rows.append(_row("greedy decode", lambda: model.generate(prompt, new), new, each * new))
+    return rows
+
+
+def training_step(model: Model, tokens: Tensor, config: TrainConfig) -> Callable[[], None]:
+    """A step on tokens int64[batch, seq], as `heddle train` takes it: losses, gradients, the optimizer."""
+    optimizer = Optimizer(model, config)
 
     def step() -> None:
         counts = model.counts(tokens)
@@ -39,15 +55,7 @@ def measure(program: Program, batch: int, seq: int) -> list[dict[str, Any]]:
         optimizer.clip(1.0)
         optimizer.step(1e-4)
 
-    new = 32
-    prompt = tokens[:1, : min(seq, 16)]
-    rows = [_row("forward", forward, tokens.numel(), flops)]
-    if program.objectives:
-        rows.append(_row("train step", step, tokens.numel(), 3 * flops))
-    if not getattr(model, "late", None):
-        each = flops_per_token(artifact.lowered, prompt.shape[1] + new)
-        rows.append(_row("greedy decode", lambda: model.generate(prompt, new), new, each * new))
-    return rows
+    return step
 
 
 def _row(job: str, run: Callable[[], object], tokens: int, flops: float) -> dict[str, Any]:

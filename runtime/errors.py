@@ -8,6 +8,12 @@ from ..dsl.diagnostics import Diagnostic
 from ..dsl.render import render_all
 
 
+def said(error: BaseException) -> str:
+    """What an error of something else is, on one line."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class SpecWarning(UserWarning):
     """What a user should know about a spec that works. The command line prints it as it prints errors."""
 

@@ -30,7 +30,7 @@ from ..lowering.pipeline import lower
 from ..lowering.target import TARGETS
 from .compile import target_of
 from .counted import Watched, launches_of_others
-from .errors import UserError
+from .errors import UserError, said
 from .lib import kernels as lib_kernels
 from .lib.kernels import Launch
 from .peers import NotServed, Offer, offers
@@ -185,16 +185,15 @@ def _peers(case: Case, device: torch.device, row: Measured) -> dict[str, type[nn
     row.errors["ours"] = error(case.kind)
     right = {}
     for offer in case.offers():
-        row.notes[offer.name] = offer.version or offer.why_not
+        row.notes[offer.name] = offer.note
         if offer.kind is None:
-            row.notes[offer.name] = offer.why_not
             continue
         try:
             row.errors[offer.name] = error(offer.kind)
         except NotServed as why:
             row.notes[offer.name] = str(why)
         except Exception as why:  # another package's failure is its result
-            row.notes[offer.name] = f"fails: {type(why).__name__}: {str(why).splitlines()[0] if str(why) else ''}"
+            row.notes[offer.name] = f"fails: {said(why)}"
         else:
             if row.errors[offer.name] <= WRONG:  # NaN is not
                 right[offer.name] = offer.kind

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from .counted import Counted, count
+from .errors import said
 from .kernel_bench import Case, Measured, Work, forward, row_of, work
 from .peers import NotServed
 from .plan.devices import Device
@@ -74,9 +75,8 @@ def done(case: Case) -> Done:
     row.memory["ours"] = ours.peak
     sides = {"ours": _counts(ours)}
     for offer in case.offers():
-        row.notes[offer.name] = offer.version or offer.why_not
+        row.notes[offer.name] = offer.note
         if offer.kind is None:
-            row.notes[offer.name] = offer.why_not
             continue
         try:
             if offer.peer.counts is None:
@@ -88,7 +88,7 @@ def done(case: Case) -> Done:
         except NotServed as why:
             row.notes[offer.name] = str(why)
         except Exception as why:  # what does not run without a GPU has no estimate
-            row.notes[offer.name] = f"no estimate: {type(why).__name__}: {str(why).splitlines()[0] if str(why) else ''}"
+            row.notes[offer.name] = f"no estimate: {said(why)}"
     return Done(row, sides)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...lowering.alone import Alone
+from ..errors import said
 from .attention import PEERS as ATTENTION
 from .rows import PEERS as ROWS
 from .seam import NotServed, Peer, Plain
@@ -37,6 +38,11 @@ class Offer:
         """The peer's."""
         return self.peer.name
 
+    @property
+    def note(self) -> str:
+        """Its version, or why there is no class."""
+        return self.why_not if self.kind is None or self.version is None else self.version
+
 
 def offers(alone: Alone, plain: Plain) -> list[Offer]:
     """Of every peer that has something for the ops of a use. `plain` gives the block in PyTorch's math."""
@@ -54,4 +60,4 @@ def _offer(peer: Peer, alone: Alone, plain: Plain) -> Offer:
     except NotServed as error:
         return Offer(peer, version, None, str(error))
     except Exception as error:  # a package that does not load says why in a way of its own
-        return Offer(peer, version, None, f"does not load: {type(error).__name__}: {error}")
+        return Offer(peer, version, None, f"does not load: {said(error)}")

@@ -13,6 +13,7 @@ from heddle.benchmarks.gpu import judged
 from heddle.benchmarks.gpu_lines import EIGHT, LINES, Line, Wanted, within
 from heddle.benchmarks.gpu_table import written
 from heddle.dsl.load import load_text
+from heddle.lowering.target import TARGETS
 from heddle.runtime import peers
 from heddle.runtime.check import program_of
 from heddle.runtime.compile import build, instantiate
@@ -20,7 +21,7 @@ from heddle.runtime.counted import Counted, Watched, count
 from heddle.runtime.kernel_bench import Case, Measured, cases, measured, work
 from heddle.runtime.kernel_estimate import Counts, Done, estimated, launch_seconds
 from heddle.runtime.peers.seam import NotServed, Peer, calling, computing
-from heddle.runtime.plan.devices import device
+from heddle.runtime.plan.devices import DEVICES, device
 from heddle.runtime.plan.hollow import Ledger
 from heddle.runtime.timing import WARM, in_turn, rotated
 
@@ -210,6 +211,10 @@ def test_an_estimate_takes_the_better_form_and_the_slower_of_bytes_and_products(
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 
+def test_every_device_has_a_target_to_be_estimated_for():
+    assert {f"sm_{d.capability}" for d in DEVICES.values()} <= set(TARGETS)
+
+
 def test_every_line_has_its_kernel():
     eight = {tuple(n.op for n in c.alone.nodes) for c in cases(LINES[0].program(), "sm_90", (1, 8), torch.bfloat16)}
     assert {line.ops for line in LINES if line.model == EIGHT and line.ops} <= eight
@@ -258,3 +263,13 @@ def test_transformers_has_the_same_model():
     tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0)) % ours.vocab
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=2e-4, rtol=2e-4)
+
+
+def test_what_many_programs_read_is_moved_once():
+    """A weight that each program reads is asked for by all of them, and moved as often as it is there."""
+    one = replace(case(*ADDED), shape=(1, 4096))
+    ((form,), *_) = work(one, one.kind).launches
+    found = count(form)
+    rows, statistics, weight = 4 * 4096 * 64 * 4, 4096 * 4, 64 * 4
+    assert found.moved == rows + statistics + weight
+    assert found.requested > found.moved + 20 * weight
