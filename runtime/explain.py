@@ -6,7 +6,6 @@ from ..codegen.lock import Lock
 from ..dsl.diagnostics import did_you_mean
 from ..dsl.layout import Layout
 from ..dsl.program import Program
-from .compile import emitted, target_of, tell
 from .errors import UserError
 
 
@@ -29,6 +28,7 @@ def explain_graphs(
     from ..lowering.chains.told import told
     from ..lowering.notation import print_graphs
     from ..lowering.pipeline import PASSES, lower
+    from .compile import emitted, target_of, tell
     from .epilogues import told as of_products
 
     names = ["build", *(p.name for p in PASSES)]

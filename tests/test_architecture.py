@@ -252,6 +252,11 @@ def test_checking_a_spec_loads_no_tensors(tmp_path: Path) -> None:
     assert packages_among(loaded, "torch", "triton", "transformers") == []
 
 
+def test_the_page_of_an_error_loads_no_tensors() -> None:
+    loaded = loaded_after("from heddle.runtime.explain import explain_code; assert explain_code('unknown-name')")
+    assert packages_among(loaded, "torch", "triton", "transformers") == []
+
+
 def test_no_file_is_loaded_twice_in_a_fresh_python() -> None:
     """From the root, where `import dsl` would be found too if anybody wrote it."""
     assert twice_loaded(loaded_after(f"import {', '.join(module_names(ROOT))}"), ROOT) == []
