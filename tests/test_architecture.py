@@ -257,6 +257,10 @@ def test_the_page_of_an_error_loads_no_tensors() -> None:
     assert packages_among(loaded, "torch", "triton", "transformers") == []
 
 
+def test_the_library_does_not_load_the_compiler_of_torch() -> None:
+    assert "torch._dynamo" not in loaded_after("import heddle.runtime.lib, heddle.runtime.compile")
+
+
 def test_no_file_is_loaded_twice_in_a_fresh_python() -> None:
     """From the root, where `import dsl` would be found too if anybody wrote it."""
     assert twice_loaded(loaded_after(f"import {', '.join(module_names(ROOT))}"), ROOT) == []

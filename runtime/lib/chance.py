@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .constant import constant
 from .linear import spec_path
 from .rows import At
 
@@ -24,7 +25,7 @@ MOST = 1 << 22
 """How many numbers are worked out at a time: each takes 8 bytes a few times over, and becomes one."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def named(name: str) -> int:
     """The number of a name; torch.compile takes it as it is, and does not look into how it is made."""
     return zlib.crc32(name.encode())

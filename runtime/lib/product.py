@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .constant import constant
 from .later import Later, Weight, waiting
 
 # Rows converted at a time: their fp32 copies stay in the cache. Fewer rows in all are left to the native kernel, which
@@ -56,7 +57,7 @@ def _capabilities() -> dict[str, Any]:
     return dict(torch.cpu.get_capabilities())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _has_tiles() -> bool:
     return bool(_capabilities().get("amx_bf16", False))
 

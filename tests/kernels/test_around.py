@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from heddle.runtime.compile import Artifact, instantiate
 from heddle.runtime.lib import kernels
+from heddle.runtime.lib.constant import constant
 from tests.kernels.hybrid import VOCAB, hybrid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,12 @@ def step(model, loss_of):
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     optimizer.step()
     return loss.detach(), grads, {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_a_constant_has_the_mark_of_torch() -> None:
+    """Which is set without loading the compiler."""
+    ours, theirs = (lambda: 1), (lambda: 1)
+    assert vars(constant(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 def test_a_training_step_in_bf16_is_that_of_torch_compile():
