@@ -146,9 +146,10 @@ class Use:
     def aligned(self) -> list[str | None]:
         """Operands that broadcast to the result: dims that they lack are inserted."""
         wanted = self.node.results[0].type.dims
-        return [None if o is None else self._align(o, wanted) for o in self.operands]
+        return [None if o is None else self.align(o, wanted) for o in self.operands]
 
-    def _align(self, operand: str, wanted: tuple[str, ...]) -> str:
+    def align(self, operand: str, wanted: tuple[str, ...]) -> str:
+        """An operand that broadcasts to these dims."""
         have = self.graph.values[operand].type.dims
         text = self.writer.expression(operand)
         if self.op == "outer" or not have or have == wanted[len(wanted) - len(have) :]:

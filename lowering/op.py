@@ -324,6 +324,12 @@ def join_leading(a: Sequence[Any], b: Sequence[Any], call: OpCall) -> tuple[Any,
     )
 
 
+def check_leading(every: Sequence[Any], some: Sequence[Any], call: OpCall) -> None:
+    """Raises `dim-mismatch` where an operand has a leading dim that the one with every leading dim has not."""
+    if not all(any(d is e for e in every) for d in some):
+        join_leading(every, some, call)
+
+
 def alone_along(call: OpCall, leading: Sequence[Any], sequence: Any) -> None:
     """Raises `not-built-yet` where something runs beside a sequence that its positions do not vary along."""
     if sequence.clock is not None and tuple(leading) != tuple(sequence.lead):

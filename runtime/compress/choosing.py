@@ -163,7 +163,9 @@ class Choice:
         return [d for d in found if d != key and d in self.matched]
 
     def _told(self, key: str) -> list[int] | None:
-        found = [list(places) for name, places in self.keep.items() if is_named(key, name)]
+        """What `keep` says of a dim; a name that is a dim's whole means no other that ends with it."""
+        known = self.teacher.sizes
+        found = [list(v) for name, v in self.keep.items() if name == key or name not in known and is_named(key, name)]
         return found[-1] if found else None
 
     def _check_told(self, key: str, told: list[int], runs: list[Tensor]) -> None:

@@ -300,13 +300,15 @@ COMPOUND = {
     "embed": "N",
 }
 TIED = {"ssd": {"h": "g"}}
+LACKING = {"rotate": ("cos", "sin")}
+"""Operands that are the same along some leading dims."""
 # The gradient of an rms norm of a row that stands alone fails (`test_norms_of_one_row_have_gradients`).
 LEAST_LEAD = {"rms_norm": 1}
 
 
 def _by_signature(draw: Draw, op: Op, sizes: Any) -> Case:
     """Operands as the signature writes them."""
-    count = 1 if op.coordinates or op.name == "rotate" else draw(st.integers(LEAST_LEAD.get(op.name, 0), 2))
+    count = 1 if op.coordinates else draw(st.integers(LEAST_LEAD.get(op.name, 0), 2))
     lead = ("batch", "outer")[:count]
     weights = {w.operand for w in op.weights}
     dot = "own." if weights and draw(st.booleans()) else ""
@@ -334,6 +336,9 @@ def _by_signature(draw: Draw, op: Op, sizes: Any) -> Case:
         pairs = [(d, f) for f in formals for d in dims[f]]
         owned = operand.name in weights
         kind = op.operand_kinds.get(operand.name, ("real",))[0]
+        if operand.name in LACKING.get(op.name, ()):
+            own = draw(st.permutations([p for p in pairs if p[1] == "*"]))
+            pairs = [*own[: draw(st.integers(0, len(own)))], *(p for p in pairs if p[1] != "*")]
         names = tuple(d for d, _ in pairs), tuple(f for _, f in pairs)
         args.append(Arg(dot + operand.name if owned else operand.name, operand.name, *names, kind, owned))
     reach = {"causal_conv": (size.get("taps", 1) - 1, 0), "next": (0, dict(attrs).get("by", 1))}.get(op.name, (0, 0))

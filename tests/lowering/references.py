@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heddle.lowering.ops import part
 
-from .cases import MASKS, POINTWISE, Case, Tensors, mask_name
+from .cases import LACKING, MASKS, POINTWISE, Case, Tensors, mask_name
 
 State = tuple[Tensor, ...]
 
@@ -39,10 +39,14 @@ def flat(case: Case, tensors: Tensors) -> dict[str, Any]:
     """Operands by name in the signature, one axis a formal; repeated operands are lists, absent ones None."""
     found: dict[str, Any] = {o.name: [] if o.repeated else None for o in case.op.signature.operands}
     for a in case.given:
-        shape = list(case.shape(tuple(d for d, f in zip(a.dims, a.formals, strict=True) if f == "*")))
+        own = [d for d, f in zip(a.dims, a.formals, strict=True) if f == "*"]
+        lead = case.lead if a.operand in LACKING.get(case.name, ()) else own
+        shape = [case.size(d) if d in own else 1 for d in lead]
         for formal in dict.fromkeys(f for f in a.formals if f != "*"):
             shape.append(math.prod(case.size(d) for d, f in zip(a.dims, a.formals, strict=True) if f == formal))
-        x = tensors[a.name].reshape(shape)
+        x = tensors[a.name]
+        order = [own.index(d) for d in lead if d in own]
+        x = x.permute([*order, *range(len(own), x.ndim)]).reshape(shape)
         if isinstance(found[a.operand], list):
             found[a.operand].append(x)
         else:

@@ -63,11 +63,8 @@ OPS = sorted(table())
 EPS = torch.finfo(torch.float64).eps
 # torch's softplus is x itself above 20 (its default threshold), which leaves out log(1 + exp(-20)).
 LEFT_OUT = {"softplus": math.exp(-20)}
-# Rotations are by constants: the library gives no gradient to their cosines and sines, and says so. What rounds
-# or chooses is flat.
+# What rounds or chooses is flat.
 WITHOUT_GRADIENT = {
-    ("rotate", "cos"),
-    ("rotate", "sin"),
     ("floordiv", "x"),
     ("floordiv", "y"),
     ("sign", "x"),
@@ -454,6 +451,16 @@ def test_rotations_turn_each_pair_alone(data):
         (some,) = run(case.resized(d=len(rows), r=e - s), cut)
         agree([whole[..., rows]], [some], rounding(case, tensors, whole))
     assert torch.equal(whole[..., 2 * pairs :], rest)
+
+
+def test_angles_have_no_leading_dim_of_their_own():
+    """They may lack some of what they turn, which is drawn."""
+    angles = [Arg(n, n, ("own", "s", "r"), ("*", "S", "R")) for n in ("cos", "sin")]
+    x = Arg("x", "x", ("batch", "s", "h", "d"), ("*", "S", "H", "D"))
+    case = Case("rotate", {"batch": 2, "own": 2, "s": 3, "h": 2, "d": 4, "r": 2}, (x, *angles))
+    with pytest.raises(SpecError) as caught:
+        case.graph  # noqa: B018
+    assert [d.code for d in caught.value.diagnostics] == ["dim-mismatch"]
 
 
 @law(10)

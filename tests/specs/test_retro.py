@@ -1,12 +1,15 @@
 """RETRO: the model equals the published equations, forward and every gradient; chunks are isolated as the shift says.
 
 The reference has the letters of Megatron-LM's code and of Wang et al. 2023: ns tokens, chunks of m, l = ns / m of them,
-k neighbours of r tokens each. Megatron shifts by padding; here nothing is shifted, coordinates are compared.
+k neighbours of r tokens each. Megatron shifts by padding; here nothing is shifted, coordinates are compared. With
+`places` the distances of Borgeaud et al. 2022, B.1.2, which are turned, not added: i - i' + m - 1 where the decoder reads
+neighbours, but for the constant; i' - i where these read the chunk.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +29,9 @@ model made = retro({})
 
 
 def compiled(**sizes):
-    text = SPEC.format(", ".join(f"{k} = {str(v).lower() if isinstance(v, bool) else v}" for k, v in sizes.items()))
+    text = SPEC.format(
+        ", ".join(f"{k} = {str(v).lower() if v is None or isinstance(v, bool) else v}" for k, v in sizes.items())
+    )
     program = program_of(load_text(text, folder=shipped_folder() / "retro"))
     model = instantiate(build(program)).cast(torch.float64).eval()
     source = torch.Generator().manual_seed(7)
@@ -45,15 +50,28 @@ def LN(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
     return (x - mu) / torch.sqrt(var + 1e-5) * p[f"{name}.weight"] + p[f"{name}.bias"]
 
 
-def Attn(x: Tensor, y: Tensor, p: dict[str, Tensor], name: str, causal: bool = False) -> Tensor:
-    """Queries x[t, d], keys and values y[s, d] -> [t, d]."""
+def R(x: Tensor, place: Tensor, theta: float) -> Tensor:
+    """Rows x[t, n, h], as complex numbers of halves, turned by their places (Su et al. 2021); angles are fp32 always."""
+    z = torch.complex(*x.chunk(2, -1))
+    speed = theta ** -(torch.arange(z.shape[-1], dtype=torch.float32) / z.shape[-1])
+    angle = place[:, None] * speed
+    z = z * torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype))[:, None]
+    return torch.cat((z.real, z.imag), -1)
+
+
+def Attn(
+    x: Tensor, y: Tensor, p: dict[str, Tensor], name: str, places: Any = None, theta: Any = None, seen: Any = None
+) -> Tensor:  # fmt: skip
+    """Queries x[t, d], keys and values y[s, d] -> [t, d]; places: of queries, and of keys; seen: [t, s]."""
     q, k, v = (
         torch.einsum("td,nhd->tnh", z, p[f"{name}.{i}.weight"]) + p[f"{name}.{i}.bias"]
         for z, i in ((x, "q"), (y, "k"), (y, "v"))
     )
+    if theta is not None:
+        q, k = (R(z, place, theta) for z, place in zip((q, k), places, strict=True))
     a = torch.einsum("tnh,snh->nts", q, k) / q.shape[-1] ** 0.5
-    if causal:
-        a = a.masked_fill(torch.ones(a.shape[1:]).triu(1).bool(), -torch.inf)
+    if seen is not None:
+        a = a.masked_fill(~seen, -torch.inf)
     o = torch.einsum("nts,snh->tnh", a.softmax(-1), v)
     return torch.einsum("tnh,dnh->td", o, p[f"{name}.out.weight"]) + p[f"{name}.out.bias"]
 
@@ -63,46 +81,47 @@ def MLP(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
     return u * 0.5 * (1 + torch.erf(u / 2**0.5)) @ p[f"{name}.out.weight"].T + p[f"{name}.out.bias"]
 
 
-def Encoder(x: Tensor, H_u: Tensor, p: dict[str, Tensor], name: str, depth: int, core: bool) -> Tensor:
+def Encoder(x: Tensor, H_u: Tensor, p: dict[str, Tensor], name: str, c: dict[str, Any]) -> Tensor:
     """One neighbour x[r, d] of the chunk that H_u[m, d] is the state of."""
-    for i in range(depth):
-        at = f"{name}.layer.{i}"
+    theta, i_, i = c["places"], torch.arange(len(x)), torch.arange(len(H_u))
+    every = torch.ones(len(x), len(x)).bool()
+    seen = {"full": every, "window(2)": every.tril() & every.triu(-1)}[c["seen"]]
+    for layer in range(c["depth"]):
+        at = f"{name}.layer.{layer}"
         n = LN(x, p, f"{at}.norm1")
-        x = x + Attn(n, n, p, f"{at}.attention")
-        if i == 0:
+        x = x + Attn(n, n, p, f"{at}.attention", places=(i_, i_), theta=theta, seen=seen)
+        if layer == 0:
             a = LN(x, p, f"{at}.norm2")
-            x = (a if core else x) + Attn(a, H_u, p, f"{at}.read")
+            x = (a if c["normed"] else x) + Attn(a, H_u, p, f"{at}.read", places=(i_, i), theta=theta)
         x = x + MLP(LN(x, p, f"{at}.norm3"), p, f"{at}.mlp")
     return x
 
 
-def reference(tokens: Tensor, neighbors: Tensor, p: dict[str, Tensor], c: dict[str, int]) -> Tensor:
+def reference(tokens: Tensor, neighbors: Tensor, p: dict[str, Tensor], c: dict[str, Any]) -> Tensor:
     """One sequence int64[ns], its neighbours int64[l, k, r] -> logits [ns, vocab]; m divides ns."""
     ns, m = len(tokens), c["chunk"]
     l, k, r = neighbors.shape  # noqa: E741
+    theta = c["places"]
     h = p["word.weight"][tokens] + p["position.weight"][:ns]
+    causal = torch.ones(ns, ns).tril().bool()
     E = None
     for i in range(c["layers"]):
         at = f"layer.{i}"
         n = LN(h, p, f"{at}.norm1")
-        h = h + Attn(n, n, p, f"{at}.attention", causal=True)
+        h = h + Attn(n, n, p, f"{at}.attention", seen=causal)
         if i in c["cross"]:
             a = LN(h, p, f"{at}.norm2")
             if E is None:
                 context = p["word.weight"][neighbors] + p["position.weight"][:r]
                 name = f"{at}.retro_encoder"
                 E = [
-                    torch.cat(
-                        [
-                            Encoder(context[u, j], a[u * m : (u + 1) * m], p, name, c["depth"], c["normed"])
-                            for j in range(k)
-                        ]
-                    )
+                    torch.cat([Encoder(context[u, j], a[u * m : (u + 1) * m], p, name, c) for j in range(k)])
                     for u in range(l)
                 ]
             pad = (ns - 1) % m
             q = torch.cat((a[pad:], a.new_zeros(m - 1, a.shape[1]))).view(l, m, -1)
-            out = torch.cat([Attn(q[u], E[u], p, f"{at}.read") for u in range(l)])
+            places = torch.arange(m), torch.arange(r).repeat(k)
+            out = torch.cat([Attn(q[u], E[u], p, f"{at}.read", places=places, theta=theta) for u in range(l)])
             out = torch.cat((out.new_zeros(pad, out.shape[1]), out))[:ns]
             h = c["gate"] * out + h
         h = h + MLP(LN(h, p, f"{at}.norm3"), p, f"{at}.mlp")
@@ -118,6 +137,8 @@ SHAPES = st.fixed_dictionaries({
     "length": st.integers(1, 6),
     "depth": st.integers(1, 2),
     "normed": st.booleans(),
+    "places": st.sampled_from((None, 50)),
+    "seen": st.sampled_from(("full", "window(2)")),
     "cross": st.sampled_from(([0], [1], [0, 2], [1, 2])),
 })  # fmt: skip
 

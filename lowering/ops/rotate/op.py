@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ....dsl.diagnostics import fail
-from ...op import Op, OpCall, Typing, _match, join_leading
+from ...op import Op, OpCall, Typing, _match, check_leading
 
 
 def _infer(call: OpCall) -> Typing:
@@ -17,7 +17,7 @@ def _infer(call: OpCall) -> Typing:
         _match(call, op.signature.operand(name), call.tensors[name], bindings) for name in ("x", "cos", "sin")
     ]
     for other in others:
-        join_leading(leading, other, call)
+        check_leading(leading, other, call)
     (width,), (pairs,) = bindings["D"], bindings["R"]
     if 2 * pairs.size > width.size:
         raise fail(
@@ -33,7 +33,8 @@ OPS = (
     Op(
         name="rotate",
         text="x[*, S, H, D], cos[*, S, R], sin[*, S, R] -> y[*, S, H, D]",
-        meaning="channel j and channel j + pairs turn by the angle of this cosine and sine; later channels pass",
+        meaning="channel j and channel j + pairs turn by the angle of this cosine and sine; later channels pass; the "
+        "angles may lack leading dims of x",
         linear=(("x",),),
         coupled=("D",),
         infer_with=_infer,

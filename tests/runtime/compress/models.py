@@ -58,7 +58,7 @@ model around(vocab = 31, hidden = 12, ffn = 10, layers = 3, heads = 4, head_dim 
 """
 """One block in front of a loop and in each of its iterations, and a head that is the embedding."""
 OTHERS: dict[str, dict[str, Any]] = {
-    "retro/tiny": {"ffn": 20, "hidden": 12}, "transformer_ls/tiny": {"ffn": 20, "hidden": 12},
+    "retro/tiny": {"ffn": 20, "hidden": 8, "heads": 1}, "transformer_ls/tiny": {"ffn": 20, "hidden": 12},
     "transformer_ls/tiny_released": {"ffn": 20}, "shared": {"ffn": 7, "hidden": 9, "heads": 2},
 }  # fmt: skip
 """Models of other families, and smaller sizes of each."""
