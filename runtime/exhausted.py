@@ -12,12 +12,14 @@ import torch
 
 from ..dsl.diagnostics import Label, SpecError, fail
 from ..dsl.source import Source, Span
+from ..lowering.target import TARGETS
 from .errors import UserError
 from .interpreted import Source as Loaded
 
 LESS = "fewer or shorter rows at once need less (`--batch`, `--accumulate`, `--seq`); so does `recompute` in a layout"
 SHARED = "a layout shares weights among ranks (`shard`, `stages`)"
 PLAN = "`heddle plan SPEC` shows what each op keeps, and what would fit"
+OTHER = f"the target `triton` is for any GPU with {TARGETS['triton'].shared:,} bytes; `cpu` runs PyTorch's own kernels"
 _SPEC = re.compile(r"^\s*# (\S+\.spec):(\d+)  (.*)$")
 _CPU = re.compile(r"DefaultCPUAllocator.*tried to allocate (\d+) bytes", re.S)
 _GPU = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B).*total capacity of ([\d.]+ [KMGT]?i?B)", re.S)
@@ -25,20 +27,26 @@ _GPU = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B).*total capacity of 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a device, or this machine, without the memory that was asked for."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _CPU.search(str(error)) is not None
+    lacks = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _CPU.search(str(error)) is not None
+    return lacks or _is_too_large(error)
+
+
+def _is_too_large(error: BaseException) -> bool:
+    """Whether Triton refused a kernel of which one program is larger than the device allows."""
+    return any(f"{c.__module__}.{c.__name__}" == "triton.runtime.errors.OutOfResources" for c in type(error).__mro__)
 
 
 def diagnosed(error: BaseException) -> SpecError | UserError:
     """What to tell of such an error. The line is that of the statement in a generated file which was running; in the
     backward pass, of those that call the kernel which was. PyTorch's own backward pass does not say what it is of."""
-    said, where = f"out of memory{_amounts(str(error))}", _where(error)
+    said, where = f"out of memory{_amounts(error)}", _where(error)
+    what = OTHER if _is_too_large(error) else f"{SHARED if where is not None and where.is_weight else LESS}\n{PLAN}"
     if where is None:
-        return UserError("out-of-memory", said, help=f"{LESS}\n{PLAN}")
-    what = SHARED if where.is_weight else LESS
+        return UserError("out-of-memory", said, help=what)
     first, *more = where.spans
     labels = [Label(span, where.others) for span in more]
     label = "this weight asked for it" if where.is_weight else "this line asked for it"
-    return fail("out-of-memory", said, first, label, labels, f"{what}\n{PLAN}")
+    return fail("out-of-memory", said, first, label, labels, what)
 
 
 class _Where(NamedTuple):
@@ -64,7 +72,11 @@ def _where(error: BaseException) -> _Where | None:
     return _Where(list(dict.fromkeys(running)), "called here", is_weight) if running else None
 
 
-def _amounts(text: str) -> str:
+def _amounts(error: BaseException) -> str:
+    if _is_too_large(error):
+        asked, there, what = (getattr(error, name) for name in ("required", "limit", "name"))
+        return f": one program of a kernel asks for {asked:,} of {what}, the device has {there:,}"
+    text = str(error)
     if found := _CPU.search(text):
         return f": {int(found[1]) / 2**30:,.2f} GiB more are asked for"
     if found := _GPU.search(text):

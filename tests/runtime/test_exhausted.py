@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
 from heddle.runtime.cli import app
@@ -58,6 +59,22 @@ def test_a_kernel_that_lacks_memory_names_its_line(train, monkeypatch, kernel, l
     assert "error[out-of-memory]: out of memory: 2.50 GiB more are asked for, the device has 79.11 GiB" in said.stderr
     assert f"small.spec:{number}:" in said.stderr and f" {number} | {line}" in said.stderr
     assert "--batch" in said.stderr and "recompute" in said.stderr and "heddle plan" in said.stderr
+
+
+def test_a_kernel_that_is_too_large_for_the_device_names_its_line(train, monkeypatch):
+    """Of another GPU than its target is: no fewer rows help, another target does."""
+    plain = kernels.launch
+
+    def launch(which, *args, **how):
+        if which.fn.__name__.endswith("rms_norm_bwd_kernel"):
+            raise OutOfResources(232_448, 65_536, "shared memory")
+        plain(which, *args, **how)
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    said = train()
+    wanted = "out of memory: one program of a kernel asks for 232,448 of shared memory, the device has 65,536"
+    assert said.exit_code == 2 and f"error[out-of-memory]: {wanted}" in said.stderr
+    assert "y = rms_norm(x)" in said.stderr and "`triton`" in said.stderr and "--batch" not in said.stderr
 
 
 def test_an_op_of_pytorch_inside_a_block_names_its_line_and_the_call(train, monkeypatch):
