@@ -49,12 +49,12 @@ bench-gpu-programs: $(READY)  ## on this GPU: what `make bench` runs; long seque
 	$(BIN)/python benchmarks/cpu.py --device cuda --json benchmarks/results/gpu.json
 	$(BIN)/python -m heddle.benchmarks.long_context --device cuda --no-loss --scores 16384 \
 		--json benchmarks/results/long_context_gpu.json
-	$(BIN)/python -m heddle.benchmarks.retrieval --device cuda --steps 2000 --batch 16 --rows 256 --jobs 6 \
+	$(BIN)/python -m heddle.benchmarks.retrieval --device cuda --steps 10000 --batch 32 --jobs 9 --plain \
 		--json benchmarks/results/retrieval_gpu.json
 
 bench-programs: $(READY)  ## the reference programs against what they replace: losses of three seeds, time, memory
 	$(BIN)/python -m heddle.benchmarks.long_context --json benchmarks/results/long_context.json
-	$(BIN)/python -m heddle.benchmarks.retrieval --json benchmarks/results/retrieval.json
+	$(BIN)/python -m heddle.benchmarks.retrieval --plain --json benchmarks/results/retrieval.json
 	$(BIN)/python -m heddle.benchmarks.compression --json benchmarks/results/compression.json
 
 bench-layouts: $(READY)  ## how long plans take; a laid-out module against one by hand; every mutant against the proof (half an hour)
