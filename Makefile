@@ -55,6 +55,7 @@ bench-gpu-programs: $(READY)  ## on this GPU: what `make bench` runs; long seque
 bench-programs: $(READY)  ## the reference programs against what they replace: losses of three seeds, time, memory
 	$(BIN)/python -m heddle.benchmarks.long_context --json benchmarks/results/long_context.json
 	$(BIN)/python -m heddle.benchmarks.retrieval --plain --json benchmarks/results/retrieval.json
+	$(BIN)/python -m heddle.benchmarks.retrieval --lines 0 --json benchmarks/results/retrieval_files.json
 	$(BIN)/python -m heddle.benchmarks.compression --json benchmarks/results/compression.json
 
 bench-layouts: $(READY)  ## how long plans take; a laid-out module against one by hand; every mutant against the proof (half an hour)

@@ -3,7 +3,7 @@
 The text is the standard library's, as tokens of a BPE that is learnt from the training documents. A document is
 `--lines` lines of a file, or a whole file (`--lines 0`); a twentieth of all are held out, as many are for choosing
 settings (`--choose` measures on those), and the index holds the rest, which is also what is trained on. A chunk never
-finds its own document. With whole files little is to be found: see coverage.
+finds its own document. Of whole files that are held out little stands in others (`results/retrieval_files.json`).
 The sides see the same tokens, in the same order, for as many steps:
   with its index      RETRO (Borgeaud et al. 2022); a row of a neighbour sees the row before it, and has a place
   its index off       the first side's weights without neighbours, the paper's Retro[Off]
