@@ -19,7 +19,7 @@ from .interpreted import Source as Loaded
 LESS = "fewer or shorter rows at once need less (`--batch`, `--accumulate`, `--seq`); so does `recompute` in a layout"
 SHARED = "a layout shares weights among ranks (`shard`, `stages`)"
 PLAN = "`heddle plan SPEC` shows what each op keeps, and what would fit"
-OTHER = f"the target `triton` is for any GPU with {TARGETS['triton'].shared:,} bytes; `cpu` runs PyTorch's own kernels"
+OTHER = f"kernels of the target `triton` ask for at most {TARGETS['triton'].shared:,} bytes; `cpu` has PyTorch's own"
 _SPEC = re.compile(r"^\s*# (\S+\.spec):(\d+)  (.*)$")
 _CPU = re.compile(r"DefaultCPUAllocator.*tried to allocate (\d+) bytes", re.S)
 _GPU = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B).*total capacity of ([\d.]+ [KMGT]?i?B)", re.S)

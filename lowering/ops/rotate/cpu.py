@@ -11,4 +11,3 @@ def emit(use: Any) -> str:
     rows = use.graph.values[x].type.dims[:-2]
     aligned = [use.align(a, (*rows, *use.node.bound("R"))) for a in angles]
     return f"lib.rotate({', '.join([use.args[0], *aligned])})"
-
