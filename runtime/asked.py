@@ -48,7 +48,7 @@ def reported(form: str = "text") -> Iterator[None]:
     except (SpecError, UserError) as error:
         _print(error, form)
         raise typer.Exit(2) from None
-    except Exception as error:
+    except Exception as error:  # what Triton raises for a kernel that is too large is no RuntimeError
         from .exhausted import diagnosed, is_out_of_memory
 
         if not is_out_of_memory(error):
